@@ -2,7 +2,7 @@
 
 The implementation "vlmscope" of transformers' attention interface is Hugging Face's eager attention,
 `softmax(q k^T * scaling + mask) v` with the softmax in float32, whose patterns can be recorded or replaced. Decoder and
-vision tower are switched to it apart from each other.
+vision tower are switched to it separately.
 
 `frozen_vision` makes vision tower and projector affine at one input, for autograd. Every nonlinearity's state there is
 a constant:
@@ -10,8 +10,8 @@ a constant:
     norms         the scale; the mean that LayerNorm subtracts is linear and stays;
     GELU, SiLU    the gate phi(z) / z of every unit, so that `phi(z) = gate * z` is exact and linear in z;
     gated MLPs    all of `phi(gate)`, so that the product with `up` is linear in `up`.
-The ops themselves are caught, so that it holds whatever the family and no module is written anew. A second pass at
-another input replays the recorded constants in the order of calls.
+The ops themselves are intercepted, so that no module of any family has to be rewritten. A second pass at another input
+replays the recorded constants in the order of calls.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from vlmscope.models.base import Adapter
 
 IMPLEMENTATION = "vlmscope"
 
-# What to do with each attention module's pattern; a module without an entry just computes.
+# What to do with the pattern of each attention module; a module without an entry only computes it.
 _recorders: dict[nn.Module, Callable[[Tensor], Any]] = {}
 _replacements: dict[nn.Module, Tensor] = {}
 _stopping: dict[nn.Module, bool] = {}
 
 
-class FoundScores(Exception):  # no error: it ends a run that has what it was for
-    """Raised by a module that `stopping_at_scores` names, in place of its softmax.
+class FoundScores(Exception):  # not an error: it ends a run once the scores are known
+    """Raised in place of the softmax by the module of `stopping_at_scores`.
 
-    It has `query [B, H, Tq, D]`, `key [B, Hkv, Tk, D]`, the factor of the scores and their cap, or None.
+    It holds `query [B, H, Tq, D]`, `key [B, Hkv, Tk, D]`, the scores' factor, and their cap or None.
     """
 
     def __init__(self, query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> None:
@@ -59,7 +59,7 @@ def attention_forward(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The attention function that transformers' `AttentionInterface` asks for; the mask is additive.
+    """The attention function for transformers' `AttentionInterface`; the mask is additive.
 
     Shapes: query `[B, H, Tq, D]`, key and value `[B, Hkv, Tk, D]`. Scores are scaled by `D ** -0.5` when `scaling` is
     None.
@@ -98,7 +98,7 @@ AttentionMaskInterface.register(IMPLEMENTATION, eager_mask)
 
 @contextmanager
 def _switched(configs: Iterable[Any]) -> Iterator[None]:
-    """Switch all modules that read these configurations to this implementation, and back on leaving."""
+    """Switch all modules with these configurations to this implementation, and back on leaving."""
     unique = list({id(config): config for config in configs}.values())
     before = [config._attn_implementation for config in unique]
     try:
@@ -112,7 +112,7 @@ def _switched(configs: Iterable[Any]) -> Iterator[None]:
 
 @contextmanager
 def _entered(table: dict[nn.Module, Any], entries: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Put entries into a table, and on leaving put back what an enclosing context had there."""
+    """Put entries into a table, and on leaving restore those of an enclosing context."""
     before = dict(table)
     try:
         table.update(entries)
@@ -143,13 +143,13 @@ def recording_patterns(adapter: Adapter) -> Iterator[dict[int, Tensor]]:
 def recording_vision_patterns(adapter: Adapter, layers: Sequence[int]) -> Iterator[dict[int, list[Tensor]]]:
     """Attention patterns of some layers of `Adapter.vision_attention()` in the forwards inside.
 
-    Layer -> patterns `[B, H, S, S]` (detached), one a call of the attention in the order of calls: a tower that attends
-    within windows calls it for each of them.
+    Layer -> patterns `[B, H, S, S]` (detached), one per call of the attention, in order: a tower with windows calls it
+    for each of them.
     """
     modules: list[Any] = adapter.vision_attention()
     store: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     recorders = {modules[layer]: patterns.append for layer, patterns in store.items()}
-    # The tower's own configuration decides in which form it makes its mask.
+    # The tower's own configuration decides the form of its mask.
     configs = [adapter.model.config.vision_config, *(module.config for module in modules)]
     with _switched(configs), _entered(_recorders, recorders):
         yield store
@@ -165,22 +165,22 @@ def stopping_at_scores(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def replacing_patterns(adapter: Adapter, patterns: Mapping[int, Tensor]) -> Iterator[None]:
     """Use given attention patterns `[B or 1, H, Tq, Tk]` in these decoder layers; the others compute their own."""
-    given = {adapter.attention(layer): pattern for layer, pattern in patterns.items()}
-    with using_vlmscope_attention(adapter), _entered(_replacements, given):
+    replacements = {adapter.attention(layer): pattern for layer, pattern in patterns.items()}
+    with using_vlmscope_attention(adapter), _entered(_replacements, replacements):
         yield
 
 
 _functional = nn.functional
-# The whole result is a constant: what it multiplies carries the gradient.
+# Functions whose whole result is a constant; the factors next to it carry the gradient.
 _WHOLE = {getattr(owner, name) for name in ("softmax", "rsqrt", "sigmoid", "tanh", "erf") for owner in (torch, Tensor)}
 _WHOLE.add(_functional.softmax)
-# Of one number each, and 0 at 0: result = (result / input) * input.
+# Elementwise functions that are 0 at 0: result = (result / input) * input.
 _UNITS = {_functional.gelu, _functional.silu, _functional.relu, torch.relu, Tensor.relu, torch.clamp, Tensor.clamp}
 _POWERS = {torch.pow, Tensor.pow, Tensor.__pow__}
 
 
 class FrozenVision(TorchFunctionMode):
-    """While active, freezes what the module's docstring lists; the first pass records, `replaying` ones reuse."""
+    """While active, freezes the states listed above; the first pass records them, those in `replaying` reuse them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class FrozenVision(TorchFunctionMode):
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """The forward inside takes the recorded constants instead of its own."""
+        """Use the recorded constants in the forward inside instead of its own."""
         self._next = iter(self.constants)
         try:
             yield
@@ -197,7 +197,7 @@ class FrozenVision(TorchFunctionMode):
             self._next = None
 
     def keep(self, compute: Callable[[], Tensor]) -> Tensor:
-        """A constant: computed and recorded, or the one recorded at this place of the first pass."""
+        """A constant: computed and recorded, or the one recorded at this call of the first pass."""
         if self._next is not None:
             return next(self._next)
         value = compute().detach()
@@ -215,14 +215,14 @@ class FrozenVision(TorchFunctionMode):
         is_root = func in _POWERS and isinstance(exponent, float | int) and exponent < 0
         if func in _WHOLE or is_root:
             return self.keep(lambda: func(*args, **kwargs))
-        if func in _UNITS:  # the gate is 0 where x is 0, for there the result is 0 too
+        if func in _UNITS:  # the gate is set to 0 where x is 0: the result is 0 there too
             return x * self.keep(lambda: torch.where(x == 0, 0.0, func(*args, **kwargs) / torch.where(x == 0, 1.0, x)))
         if func is _functional.layer_norm:
             return self._layer_norm(*args, **kwargs)
         assert func is not _functional.scaled_dot_product_attention, "a fused attention hides its pattern"
         return func(*args, **kwargs)
 
-    # The names are those of `torch.nn.functional.layer_norm`, which is called with keywords too.
+    # Parameter names are those of `torch.nn.functional.layer_norm`, which is also called with keywords.
     def _layer_norm(
         self,
         input: Tensor,

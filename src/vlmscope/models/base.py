@@ -1,11 +1,11 @@
-"""What vlmscope sees of a model: an `Adapter` around it, and one prompt as `ModelInputs`.
+"""The interface to a model: an `Adapter` around it, and one prompt as `ModelInputs`.
 
 Legend: B prompts, T positions, d model width, L layers, Hkv key/value heads, D head width, V vocabulary.
 A decoder layer is `h = x + N2(Attn(N1(x)))`, `x' = h + N4(MLP(N3(h)))`; families without post norms lack N2 and N4.
-Some go on to `c x' + v`: `stream_scale` is c, a learned constant, and `injections` are v, from the pictures alone.
+Some then compute `c x' + v`: `stream_scale` is c, a learned constant, and `injections` are v, from the pictures alone.
 RMSNorm is `x * rsqrt(mean(x^2) + eps) * (offset + w)`. Scaled embeddings, kinds of RoPE, query/key norms, sliding
-windows, caps on attention scores and masks need nothing: attribution takes embeddings and attention patterns as the
-model computed them.
+windows, caps on attention scores and masks need no code here: attribution takes embeddings and attention patterns as
+the model computed them.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class ModelInputs:
     # Keyword arguments of `model(**tensors)`: `input_ids [1, T]`, `attention_mask [1, T]` and what else the family
     # wants, such as `token_type_ids [1, T]`, `pixel_values [n_images, 3, height, width]`, `image_sizes`.
     tensors: dict[str, Tensor]
-    tokens: list[str]  # T strings to show
+    tokens: list[str]  # T strings for display
     is_image: np.ndarray  # `[T]` bool, soft tokens
     image_index: np.ndarray  # `[T]` int64, which picture a soft token belongs to, -1 for text
     patch_boxes: list[PatchBox | None]  # T entries, the part of the picture that a soft token stands for, None for text
     # `[T]` strings of `vlmscope.core.records.ROLES`; `last` is the final position, which predicts the answer;
-    # `question` is what the user wrote; everything that the template adds is `special`.
+    # `question` is the user's text; everything that the template adds is `special`.
     roles: np.ndarray
     prompt: str  # the prompt as the user wrote it
-    sizes: tuple[Size, ...] = ()  # width and height of each picture in pixels, as it was given
+    sizes: tuple[Size, ...] = ()  # of each picture as it was given
 
     @property
     def input_ids(self) -> list[int]:
@@ -60,7 +60,7 @@ class ModelInputs:
 
 
 def token_strings(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """Each token as readable text, its leading space included; part of a character is the replacement character."""
+    """Each token as text, its leading space included; a part of a character becomes the replacement character."""
     return [tokenizer.decode([int(token)]) for token in ids]
 
 
@@ -83,7 +83,7 @@ class ScoreParts(NamedTuple):
 
 
 class Decoder(NamedTuple):
-    """What differs between decoders: the constant added to a norm's weight, and whether there are post norms."""
+    """Differences between decoders: the constant added to a norm's weight, and whether there are post norms."""
 
     norm_offset: float
     post_norms: bool
@@ -104,13 +104,13 @@ DECODERS = {
 
 
 class Adapter:
-    """A Hugging Face model whose decoder is of the Llama or Gemma line, which name their parts alike.
+    """A Hugging Face model whose decoder is of the Llama or Gemma line, which use the same names for their parts.
 
-    The class attributes are what most families differ in; a family overrides methods only for the rest. By default
-    every tile of a picture is a square grid of patches, pooled in blocks (`pool`) to soft tokens, row by row.
+    Most families differ only in the class attributes; a family overrides methods for the rest. By default every tile of
+    a picture is a square grid of patches, pooled in blocks (`pool`) to soft tokens, row by row.
 
     Raises:
-        UserError: the model has no language-model head, or a decoder that is not known to be exact.
+        UserError: the model has no language-model head, or its decoder is not in `decoders`.
     """
 
     decoders: Mapping[str, Decoder] = DECODERS  # by `model_type`
@@ -118,12 +118,12 @@ class Adapter:
     tower_name = "vision_tower"
     reads_tower_norm = True  # whether the tower's last state is read through its own norm
     caps_logits = False  # whether the Hugging Face class applies the decoder's `final_logit_softcapping`
-    placeholder = "<image>"  # stands for a picture in a prompt
-    chat_template = ""  # for a model that came without one; "" where the family knows no turns
+    placeholder = "<image>"  # of a picture in a prompt
+    chat_template = ""  # for a model without its own; "" for a family without turns
     needs_pictures = False
     answer_type = 0  # `token_type_ids` of an answer that follows the prompt
-    # Positions come from the pictures (M-RoPE). Such a model remembers the shift that its last pictures made, so that
-    # it must be told the positions whenever it is given embeddings instead of pictures.
+    # Positions depend on the pictures (M-RoPE). Such a model remembers the shift of its last pictures, so that it needs
+    # explicit positions whenever its input is embeddings instead of pictures.
     m_rope = False
 
     def __init__(self, model: Any) -> None:
@@ -165,7 +165,7 @@ class Adapter:
         return self.finite(self.forward(tensors, use_cache=False, logits_to_keep=1).logits[:, -1])
 
     def finite(self, logits: Tensor) -> Tensor:
-        """The same logits, or a `UserError`: called wherever the model's are read, for a table of nan says nothing."""
+        """The same logits, or a `UserError` where they are not finite; called wherever logits of the model are read."""
         if not bool(logits.isfinite().all()):
             name = str(self.dtype).removeprefix("torch.")
             todo = "try model.dtype=bfloat16 or float32" if self.dtype == torch.float16 else "check both"
@@ -176,13 +176,13 @@ class Adapter:
         return logits
 
     def positions_used(self, tensors: Tensors) -> int:
-        """How many of the model's positions the inputs take: one a token, but with M-RoPE."""
+        """How many of the model's positions the inputs take: one per token, fewer with M-RoPE."""
         return int(tensors["input_ids"].shape[1])
 
     def check_length(self, tensors: Tensors, answer: int = 0) -> None:
-        """Refuse inputs that with an answer of so many tokens would leave the positions that the model was made for.
+        """Refuse inputs that exceed the model's positions, together with an answer of so many tokens.
 
-        RoPE computes further ones all the same, and the model would answer with nonsense.
+        RoPE would compute further positions without an error, and the model would answer with nonsense.
         """
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         used = self.positions_used(tensors)
@@ -194,9 +194,9 @@ class Adapter:
             )
 
     def injections(self, decoder_arguments: Mapping[str, Any]) -> Float[Tensor, "b n t d"] | None:
-        """What pictures add to the stream after the first n layers (DeepStack), 0 at other positions; None for nothing.
+        """What pictures add to the stream after the first n layers (DeepStack), 0 at other positions; None if nothing.
 
-        It is read from the keyword arguments that the model hands to `decoder()`.
+        It is read from the keyword arguments of the call of `decoder()`.
         """
         return None
 
@@ -204,7 +204,9 @@ class Adapter:
 
     def decoder(self) -> Any:
         """The text model whose forward takes `inputs_embeds`."""
-        return getattr(self.model.model, self.decoder_name, self.model.model)  # a text-only class has no name for it
+        return getattr(
+            self.model.model, self.decoder_name, self.model.model
+        )  # text-only classes have no such attribute
 
     def _layer(self, layer: int) -> Any:
         return self.decoder().layers[layer]
@@ -235,7 +237,7 @@ class Adapter:
 
     @property
     def logit_softcap(self) -> float | None:
-        """The cap c of `c tanh(u / c)`, by which the model's forward bends its unembedding's output u, or None."""
+        """The cap c in the logits `c tanh(u / c)` of the model's forward, u the unembedding's output; or None."""
         text = self.model.config.get_text_config()
         return getattr(text, "final_logit_softcapping", None) if self.caps_logits else None
 
@@ -244,7 +246,7 @@ class Adapter:
         return self.norm_factor(norm, self.inverse_rms(norm, x), x.dtype).expand_as(x)
 
     def inverse_rms(self, norm: nn.Module, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch 1"]:
-        """What of `norm_scale` depends on `x`, a number a row, in float32 at least."""
+        """The part of `norm_scale` that depends on `x`, one number per row, at least in float32."""
         # Half precision is normalised in float32, as the model does.
         wide = x if x.dtype == torch.float64 else x.float()
         eps = float(getattr(norm, "eps", None) or norm.variance_epsilon)  # pyright: ignore[reportArgumentType]
@@ -257,7 +259,7 @@ class Adapter:
         return (inverse_rms * (self._kind.norm_offset + materialised(norm).to(inverse_rms.dtype))).to(dtype)
 
     def stream_scale(self, layer: int) -> float:
-        """The constant by which a layer multiplies all that leaves it."""
+        """The constant by which a layer multiplies its output."""
         return 1.0
 
     def value_norm(self, layer: int) -> nn.Module | None:
@@ -269,7 +271,7 @@ class Adapter:
         return self._layer(layer).self_attn.v_proj
 
     def value_weight(self, layer: int) -> Float[Tensor, "hkv_times_head d"]:
-        """The value projection's weight, wherever it rests."""
+        """The value projection's weight, offloaded or not."""
         return materialised(self.value_projection(layer))
 
     def value_bias(self, layer: int) -> Tensor | None:
@@ -294,23 +296,23 @@ class Adapter:
     # Prompts
 
     def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
-        """The prompt in a chat template (the family's usual one when None) with one placeholder a picture."""
+        """The prompt in a chat template (the family's usual one when None) with one placeholder per picture."""
         self._check_text(prompt, n_images, tokenizer)
         return user_turn(tokenizer, chat_template or self.chat_template, prompt, self.placeholder, n_images)
 
     def completed_turn(self, turn: Turn, tokenizer: Any) -> Turn:
-        """The turn with what the family's processor adds by itself before it expands placeholders; mostly nothing."""
+        """The turn with the text that the family's processor adds before it expands placeholders; mostly none."""
         return turn
 
     def wrap_exchanges(
         self, exchanges: Sequence[Exchange], n_images: int, tokenizer: Any, chat_template: str | None = None
     ) -> list[Dialogue]:
-        """A conversation in its chat template, as one dialogue; one an exchange for a family that knows no turns."""
+        """A conversation in its chat template, as one dialogue; one per exchange for a family without turns."""
         self._check_text("\n".join(text for exchange in exchanges for text in exchange), n_images, tokenizer)
         return [dialogue(tokenizer, chat_template or self.chat_template, exchanges, self.placeholder, n_images)]
 
     def _check_text(self, text: str, n_images: int, tokenizer: Any) -> None:
-        """Refuse pictures for a text-only model, and soft tokens that stand in the text without their placeholder."""
+        """Refuse pictures for a text-only model, and soft tokens in the text without their placeholder."""
         if not self.has_vision:
             if n_images:
                 name = type(self.model).__name__
@@ -321,7 +323,7 @@ class Adapter:
             raise UserError(f"the prompt spells {soft}; write {self.placeholder} once for each picture")
 
     def soft_token_id(self) -> int | None:
-        """The token id that stands for a soft token in `input_ids`, or None for a text-only model."""
+        """The id of soft tokens in `input_ids`, or None for a text-only model."""
         return int(self.model.config.image_token_id) if self.has_vision else None
 
     # Pictures
@@ -349,7 +351,7 @@ class Adapter:
         return layers[last - 1]
 
     def _last_state(self, n_layers: int) -> int:
-        """The last hidden state of the tower that is read, counted from 0, what enters the first layer."""
+        """Index of the last hidden state of the tower that is read; 0 is the input of the first layer."""
         read = getattr(self.model.config, "vision_feature_layer", -1)
         states = [read] if isinstance(read, int) else read
         return max(state if state >= 0 else n_layers + 1 + state for state in states)
@@ -371,14 +373,14 @@ class Adapter:
         return [(self.tile_side, self.tile_side)] * len(sizes)
 
     def tiles(self, size: Size, image_processor: Any) -> list[PatchBox]:
-        """The part of a picture, given by width and height, that each of its tiles shows."""
+        """The part of a picture of this size that each of its tiles shows."""
         return [WHOLE]
 
     def soft_token_boxes(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[list[PatchBox]]:
-        """The part of its picture that each soft token stands for: one list a picture.
+        """The part of its picture that each soft token stands for: one list per picture.
 
-        A token that stands for no part of it, such as the end of a row, has a box without area. `tensors` are the
-        model's inputs with these pictures, batch size 1; `image_processor` made them, None for a text-only model.
+        A token that stands for no part, such as the end of a row, has a box without area. `tensors` are the model's
+        inputs with these pictures, batch size 1, made by `image_processor` (None for a text-only model).
         """
         boxes = []
         for size, (rows, columns) in zip(sizes, self.grids(tensors, sizes) if sizes else (), strict=True):
@@ -387,10 +389,10 @@ class Adapter:
         return boxes
 
     def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
-        """The patches that the vision tower sees of each picture (one or more), and their pooling to soft tokens."""
+        """The patches of each picture (one or more) in the vision tower, and their pooling to soft tokens."""
         windows = [self.tiles(size, image_processor) for size in sizes]
         tiles = batched_tiles(windows, *self.grids(tensors, sizes)[0], tower_kind(self.vision_tower()).n_class)
-        return [pooled(own, self.pool) for own in tiles]
+        return [pooled(picture, self.pool) for picture in tiles]
 
 
 def _bias(projection: Any) -> Tensor | None:
@@ -398,18 +400,18 @@ def _bias(projection: Any) -> Tensor | None:
 
 
 def all_norms(adapter: Adapter) -> Iterator[nn.Module]:
-    """Every norm on the way of the stream; those of queries and keys are inside the frozen attention patterns."""
+    """All norms except those of queries and keys, which are inside the frozen attention patterns."""
     for layer in range(adapter.n_layers):
         yield from (norm for norm in (*adapter.norms(layer), adapter.value_norm(layer)) if norm is not None)
     yield adapter.final_norm()
 
 
-# A product of what stayed float64 with a table that was made in float32 (Gemma 4's pooling weights) would be an error.
+# Products of a tensor that stayed in float64 with a float32 table (Gemma 4's pooling weights) would raise an error.
 _PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, torch.nn.functional.linear}
 
 
 class _KeepFloat64(TorchFunctionMode):
-    """Turns a cast of a float64 tensor to float32 into none; float32 models are unmoved."""
+    """Skips casts of float64 tensors to float32; float32 models are not affected."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -429,7 +431,7 @@ class _KeepFloat64(TorchFunctionMode):
 
 @contextmanager
 def exact_float64() -> Iterator[None]:
-    """While active, casts of float64 tensors to float32 leave them in float64; float32 models compute as ever.
+    """While active, casts of float64 tensors to float32 leave them in float64; float32 models are not affected.
 
     Hugging Face computes RMSNorm, the eager softmax and rotary angles in float32 whatever the model's dtype, so a
     float64 model is otherwise only good to about 1e-7. For checks that compare two float64 computations.

@@ -1,9 +1,9 @@
-"""Prompts of one shape as a batch; conversations and plain text as forwards of a model, with what was said marked.
+"""Prompts of one shape as a batch; conversations and plain text as forwards of a model with a loss mask.
 
 A forward is a dict with the keyword arguments of the Hugging Face model, batch size 1, and `loss_mask [1, T]` bool:
-True at the assistant's words, each of which is predicted from the position before it. Of plain text every token but
-the first is marked. What the model's template adds, an answer's end included, is not. Words that the tokenizer does
-not know become its unknown token.
+True at the assistant's words, each predicted from the position before it, and at all tokens of plain text except the
+first; False at what the template adds, an answer's end included. Words that the tokenizer does not know become its
+unknown token.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from vlmscope.models.base import INJECTIONS, Adapter, ModelInputs, token_strings
 from vlmscope.models.loading import VLM, refused_in_one_line
 from vlmscope.models.template import Dialogue
 
-CHUNK = 64  # prompts a forward of the vision tower
+CHUNK = 64  # prompts per forward of the vision tower
+LOSS_MASK = "loss_mask"
 _POSITIONS = "position_ids"
-_TEXT = ("attention_mask", "token_type_ids", "mm_token_type_ids")  # inputs that say something of each position
+_TEXT = ("attention_mask", "token_type_ids", "mm_token_type_ids")  # inputs `[B, T]` next to `input_ids`
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class InputBatch:
 
     @property
     def places(self) -> Places:
-        """The positions, to choose among them."""
+        """Roles and boxes of the positions."""
         return Places(self.roles, self.patch_boxes)
 
     @property
@@ -67,21 +68,21 @@ class InputBatch:
 
 @torch.no_grad()
 def make_batch(adapter: Adapter, inputs: Sequence[ModelInputs]) -> InputBatch:
-    """Stack prompts of equal length, whose soft tokens are at the same positions, and compute their embeddings."""
+    """Stack prompts of equal length with soft tokens at the same positions, and compute their embeddings."""
     if not inputs:
         raise UserError("no inputs to batch: choose at least one picture")
     first = inputs[0]
-    for other in inputs:
-        if len(other) != len(first) or not np.array_equal(other.is_image, first.is_image):
+    for prompt in inputs:
+        if len(prompt) != len(first) or not np.array_equal(prompt.is_image, first.is_image):
             raise UserError(
                 f"prompts of a batch must align: {first.prompt!r} has {len(first)} tokens, "
-                f"{other.prompt!r} has {len(other)}; use the same wording, and pictures of the same shape"
+                f"{prompt.prompt!r} has {len(prompt)}; use the same wording, and pictures of the same shape"
             )
-    # Pictures of several shapes cannot be one tensor, though their soft tokens are as many.
-    shapes = [{name: tensor.shape[1:] for name, tensor in each.tensors.items()} for each in inputs]
+    # Pictures of different shapes cannot be stacked, even with equal numbers of soft tokens.
+    shapes = [{name: tensor.shape[1:] for name, tensor in prompt.tensors.items()} for prompt in inputs]
     chunk = CHUNK if all(shape == shapes[0] for shape in shapes) else 1
     parts = [entering(adapter, inputs[i : i + chunk]) for i in range(0, len(inputs), chunk)]
-    # The pictures are in the embeddings: what says how to read them is of no more use.
+    # The pictures are in the embeddings now, so that their own inputs (sizes, grids) are not needed any more.
     names = [name for name in _TEXT if name in first.tensors]
     tensors = {name: torch.cat([i.tensors[name] for i in inputs]) for name in names}
     tensors["inputs_embeds"] = torch.cat([part.embeddings for part in parts])
@@ -96,8 +97,8 @@ def make_batch(adapter: Adapter, inputs: Sequence[ModelInputs]) -> InputBatch:
 
 
 class Entering(NamedTuple):
-    """What enters the decoder: `embeddings [B, T, d]`; for M-RoPE `positions [3, B, T]`, which the model could not
-    derive again from embeddings alone; for DeepStack `injections [B, n, T, d]`.
+    """Inputs of the decoder: `embeddings [B, T, d]`; for M-RoPE `positions [3, B, T]`, which embeddings alone
+    do not determine; for DeepStack `injections [B, n, T, d]`.
     """
 
     embeddings: Tensor
@@ -106,11 +107,11 @@ class Entering(NamedTuple):
 
 
 def entering(adapter: Adapter, inputs: Sequence[ModelInputs]) -> Entering:
-    """What enters the first decoder layer and is added after others, as the model makes it, with its gradient."""
+    """The inputs that the model makes for its decoder, with gradient."""
     calls: list[Entering] = []
 
     class _Reached(Exception):
-        """Ends the forward: nothing after the embeddings is wanted."""
+        """Ends the forward: nothing after the embeddings is needed."""
 
     def hook(_module: object, args: tuple, kwargs: dict) -> None:
         embeddings = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]
@@ -139,33 +140,29 @@ def entering(adapter: Adapter, inputs: Sequence[ModelInputs]) -> Entering:
 @contextmanager
 def watching_injections(adapter: Adapter) -> Iterator[list[Tensor]]:
     """A list to which every forward appends its injections `[B, n, T, d]`, if it has any."""
-    seen: list[Tensor] = []
+    recorded: list[Tensor] = []
 
     def hook(_module: object, _args: tuple, kwargs: dict) -> None:
         injections = adapter.injections(kwargs)
         if injections is not None:
-            seen.append(injections)
+            recorded.append(injections)
 
     handle = adapter.decoder().register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        yield seen
+        yield recorded
     finally:
         handle.remove()
 
 
-LOSS_MASK = "loss_mask"
-_BY_POSITION = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", LOSS_MASK)
-
-
 @torch.no_grad()
 def generated(adapter: Adapter, tensors: Mapping[str, Tensor], max_tokens: int) -> Tensor:
-    """The most probable token at each step: `[B, at most max_tokens]`, ends included and padding after them."""
+    """Greedy decoding: `[B, at most max_tokens]` ids, ends included, padding after them."""
     adapter.check_length(tensors, max_tokens)
 
     def check(_module: object, _args: tuple, output: Any) -> None:
-        adapter.finite(output.logits[:, -1])  # of nan argmax would choose token 0
+        adapter.finite(output.logits[:, -1])  # argmax over NaN would give token 0
 
-    handle = adapter.model.register_forward_hook(check)  # before generation rules out tokens by -inf
+    handle = adapter.model.register_forward_hook(check)  # sees the logits before generation masks tokens with -inf
     try:
         ids = adapter.model.generate(**tensors, max_new_tokens=max_tokens, do_sample=False, use_cache=True)
     finally:
@@ -174,12 +171,12 @@ def generated(adapter: Adapter, tensors: Mapping[str, Tensor], max_tokens: int) 
 
 
 def greedy_answer(adapter: Adapter, inputs: ModelInputs, max_tokens: int) -> list[int]:
-    """The model's own answer as `generated` gives it: at most `max_tokens` ids, its end included."""
+    """The model's own answer by `generated`: at most `max_tokens` ids, its end included."""
     return generated(adapter, inputs.tensors, max_tokens)[0].tolist()
 
 
 def continued(adapter: Adapter, inputs: ModelInputs, token_ids: Sequence[int], tokenizer: Any) -> ModelInputs:
-    """The prompt with these tokens after it, at positions of role "answer", as the model sees it while it answers."""
+    """The prompt followed by these tokens, of role "answer", as the model sees it while it answers."""
     count = len(token_ids)
     if count == 0:
         return inputs
@@ -206,10 +203,9 @@ def continued(adapter: Adapter, inputs: ModelInputs, token_ids: Sequence[int], t
 
 
 def encode(vlm: VLM, sample: Sample, max_tokens: int | None = None) -> list[dict[str, Tensor]]:
-    """The forwards of one example: one, or one an exchange for a family that knows no turns (PaliGemma).
+    """The forwards of one example: one, or one per exchange for a family without turns (PaliGemma).
 
-    Those longer than `max_tokens` are cut off at the end, but not through a picture. A `UserError` names the example's
-    origin.
+    Longer ones are cut at `max_tokens`, but not through a picture. A `UserError` names the example's origin.
     """
     try:
         if isinstance(sample, Document):
@@ -229,30 +225,30 @@ def _dialogue(vlm: VLM, dialogue: Dialogue, sample: Conversation) -> dict[str, T
         return {**tensors, LOSS_MASK: answer}
     tensors = vlm.tokenised(dialogue.text, sample.images)
     ids = tensors["input_ids"]
-    said = _tail_by_assistant(vlm.tokenizer, dialogue, ids[0].tolist())
+    tail = _tail_by_assistant(vlm.tokenizer, dialogue, ids[0].tolist())
     mask = torch.zeros_like(ids, dtype=torch.bool)
-    mask[0, ids.shape[1] - len(said) :] = torch.tensor(said)
+    mask[0, ids.shape[1] - len(tail) :] = torch.tensor(tail)
     return {**tensors, LOSS_MASK: mask}
 
 
 def _tail_by_assistant(tokenizer: Any, dialogue: Dialogue, ids: list[int]) -> list[bool]:
-    """Of the last tokens, from the first answer on, which ones overlap the assistant's words.
+    """Which of the tokens from the first answer on overlap the assistant's words.
 
-    Pictures stand before the first answer, and placeholders and their soft tokens are special tokens, so that from
-    there on the tokens are those of the text alone, where it is known which characters they cover.
+    Pictures come before the first answer, and placeholders and soft tokens are special tokens, so that from there
+    on the tokens are those of the text alone, for which the tokenizer gives the characters that each covers.
     """
     encoded = tokenizer(dialogue.text, add_special_tokens=False, return_offsets_mapping=True)
     by_assistant = np.concatenate([np.full(len(text), by_assistant) for text, by_assistant in dialogue.spans])
-    said = [bool(by_assistant[first:last].any()) for first, last in encoded["offset_mapping"]]
-    first = said.index(True) if any(said) else len(said)
+    answered = [bool(by_assistant[first:last].any()) for first, last in encoded["offset_mapping"]]
+    first = answered.index(True) if any(answered) else len(answered)
     tail = encoded["input_ids"][first:]
     if ids[len(ids) - len(tail) :] != tail:
         raise UserError("the processor changes the words of the answers; use the processor saved with the model")
-    return said[first:]
+    return answered[first:]
 
 
 def _cut(vlm: VLM, forward: dict[str, Tensor], max_tokens: int | None) -> dict[str, Tensor]:
-    """The forward without the tokens beyond `max_tokens`, no longer than the model's positions."""
+    """The forward cut at `max_tokens`; a `UserError` where it exceeds the model's positions."""
     ids = forward["input_ids"]
     if max_tokens is not None and ids.shape[1] > max_tokens:
         if vlm.adapter.has_vision and (ids[:, max_tokens:] == vlm.adapter.soft_token_id()).any():
@@ -260,13 +256,14 @@ def _cut(vlm: VLM, forward: dict[str, Tensor], max_tokens: int | None) -> dict[s
                 f"its pictures do not fit into {max_tokens} tokens ({ids.shape[1]} with the text); raise "
                 "task.max_tokens, or give fewer or smaller pictures"
             )
-        forward = {name: tensor[:, :max_tokens] if name in _BY_POSITION else tensor for name, tensor in forward.items()}
+        by_position = ("input_ids", *_TEXT, LOSS_MASK)
+        forward = {name: tensor[:, :max_tokens] if name in by_position else tensor for name, tensor in forward.items()}
     vlm.adapter.check_length(forward)
     return forward
 
 
 def text_ids(vlm: VLM, text: str, whole: bool = False) -> list[int]:
-    """The tokens of a text, with those that the tokenizer adds around a `whole` one."""
+    """The tokens of a text; if it is `whole`, with the special tokens that the tokenizer adds around it."""
     adapter = vlm.adapter
     if adapter.needs_pictures:
         raise UserError(f"{type(vlm.model).__name__} is not made for text without a picture; leave the line out")
@@ -279,7 +276,7 @@ def text_ids(vlm: VLM, text: str, whole: bool = False) -> list[int]:
 
 
 def sequence_forward(vlm: VLM, ids: list[int]) -> dict[str, Tensor]:
-    """Tokens of plain text as a forward; a `UserError` where they are more than the model's positions."""
+    """Tokens of plain text as a forward; a `UserError` where they exceed the model's positions."""
     row = torch.tensor([ids], device=vlm.adapter.device)
     mask = torch.ones_like(row, dtype=torch.bool)
     mask[:, 0] = False
@@ -298,7 +295,7 @@ def ends_of_text(tokenizer: Any) -> tuple[int, int | None]:
 
 
 def by_shape(forwards: Sequence[Mapping[str, Tensor]]) -> list[list[int]]:
-    """Which forwards have tensors of the same shapes, and can be one; groups in order of appearance."""
+    """Indices of the forwards whose tensors have equal shapes; groups in order of appearance."""
     groups: dict[tuple, list[int]] = {}
     for number, forward in enumerate(forwards):
         key = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(forward.items()))
@@ -307,5 +304,5 @@ def by_shape(forwards: Sequence[Mapping[str, Tensor]]) -> list[list[int]]:
 
 
 def joined(forwards: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Forwards of the same shapes as one, along the first axis."""
+    """Forwards of equal shapes, concatenated along the first axis."""
     return {name: torch.cat([forward[name] for forward in forwards]) for name in forwards[0]}

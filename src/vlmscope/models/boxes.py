@@ -1,7 +1,7 @@
-"""From soft tokens to patches to places in the picture, for every family.
+"""Soft tokens, the patches that they pool, and the places of both in the picture, for every family.
 
-A picture is one tile or several. Of each the vision tower sees a grid of patches, which it may hold in an order of its
-own: `Tile.tokens` is the way back to rows. Boxes are fractions of the picture as it was given; x points right, y down.
+A picture is one tile or several. The vision tower sees each as a grid of patches, in an order of its own: `Tile.tokens`
+maps it back to rows. Boxes are fractions of the picture as it was given; x points right, y down.
 Legend: P tokens of a tile, C class tokens among them, S soft tokens of a picture.
 """
 
@@ -24,7 +24,7 @@ WHOLE = PatchBox(0.0, 0.0, 1.0, 1.0)
 def grid_boxes(rows: int, columns: int, window: PatchBox = WHOLE) -> list[PatchBox]:
     """The cells of a grid over a part of a picture, row by row, cut at the picture's edges.
 
-    The window may reach beyond the picture, where the processor padded: a cell of nothing but padding has no area.
+    The window may reach beyond the picture, where the processor padded: a cell that is all padding has no area.
     """
     return [PatchBox(*(min(max(edge, 0.0), 1.0) for edge in cell)) for cell in grid_windows(rows, columns, window)]
 
@@ -39,7 +39,7 @@ def grid_windows(rows: int, columns: int, window: PatchBox) -> list[PatchBox]:
 
 
 def square_window(size: tuple[int, int]) -> PatchBox:
-    """The square around a picture of this width and height that a processor pads it to, the picture in its middle."""
+    """The square to which a processor pads a picture of this width and height, with the picture in its middle."""
     width, height = size
     side = max(size)
     left, top = -((side - width) // 2), -((side - height) // 2)
@@ -71,11 +71,10 @@ def _resized(width: float, height: float, size: Mapping[str, int]) -> tuple[int,
 
 
 class Tower(NamedTuple):
-    """How a vision tower names its parts, and how many tokens it puts before the patches.
+    """Names of a vision tower's parts ("" where it has none), and its number of class tokens.
 
     `patches` is the linear map or convolution from pixels to patch embeddings, `positions` the parameter of learned
-    position embeddings ("" where there is none), `class_token` that of class tokens, `norm` the norm of all tokens
-    after the last layer ("" where there is none).
+    position embeddings, `class_token` that of class tokens, `norm` the norm of all tokens after the last layer.
     """
 
     layers: str
@@ -94,7 +93,7 @@ _SIGLIP = Tower(
     "embeddings.position_embedding.weight",
     norm="post_layernorm",
 )
-# Towers whose attention can be recorded: the modules call transformers' attention interface.
+# Towers whose attention can be recorded, because the modules call transformers' attention interface.
 TOWERS = {
     # CLIP's norm is of the class token alone.
     "clip_vision_model": _SIGLIP._replace(n_class=1, class_token="embeddings.class_embedding", norm=""),
@@ -135,19 +134,18 @@ class Tile:
 
     rows: int  # patches down
     columns: int  # patches across
-    # `rows * columns` parts of the picture. One without area shows padding that the tower attends to like anything
-    # else; patches that the tower masks are no patches.
+    # `rows * columns` parts of the picture. A box without area is padding that the tower attends to; patches that the
+    # tower masks are left out.
     boxes: list[PatchBox]
-    # `[P]` int64, P = C + rows * columns: which of the tower's tokens each is, counted through all that one forward
-    # gives the tower, in its order.
+    # `[P]` int64, P = C + rows * columns: index of each among all tokens that one forward gives the tower.
     tokens: np.ndarray
-    # `[rows * columns]` int64: which of the tower's patch embeddings each patch is, counted likewise, where that is not
-    # what `tokens` says (class tokens, windows).
+    # `[rows * columns]` int64: index of each patch among the patch embeddings of that forward, where it differs from
+    # `tokens` (class tokens, windows).
     embedded: np.ndarray | None = None
 
     @property
     def patches(self) -> np.ndarray:
-        """`[rows * columns]` int64: which of the tower's patch embeddings each patch is."""
+        """`[rows * columns]` int64: index of each patch among the tower's patch embeddings."""
         return self.tokens if self.embedded is None else self.embedded
 
     @property
@@ -160,10 +158,10 @@ class Tile:
 
 
 class PicturePatches(NamedTuple):
-    """One picture in the tower: its tiles in the tower's order, and what each soft token takes from their tokens.
+    """One picture in the tower: its tiles in the tower's order, and how their tokens are pooled to soft tokens.
 
-    `pooling` is `[S, sum of P]` float64, columns tile by tile. Rows sum to 1; that of a soft token of no patch, such as
-    the end of a row, is empty.
+    `pooling` is `[S, sum of P]` float64, columns tile by tile. Rows sum to 1; the row of a soft token without patches,
+    such as the end of a line, is empty.
     """
 
     tiles: list[Tile]
@@ -173,7 +171,7 @@ class PicturePatches(NamedTuple):
 def batched_tiles(windows: Sequence[Sequence[PatchBox]], rows: int, columns: int, n_class: int = 0) -> list[list[Tile]]:
     """The tiles of pictures whose tower takes them as a batch of equal sequences: class tokens, then patches.
 
-    `windows` are for each picture the part that each tile shows.
+    `windows` are the parts of each picture that its tiles show.
     """
     n_patches, numbers = rows * columns, count()
 
@@ -186,17 +184,17 @@ def batched_tiles(windows: Sequence[Sequence[PatchBox]], rows: int, columns: int
 
 
 def merged_tiles(grids: Sequence[Sequence[int]], merge: int, window: int | None = None) -> list[Tile]:
-    """One tile a picture, for towers that hold patches in blocks of `merge * merge` (the Qwen line).
+    """One tile per picture, for towers that order patches in blocks of `merge * merge` (the Qwen line).
 
-    `grids` are rows and columns of patches of each picture, `window` blocks down and across a window, for a tower that
-    holds its blocks window by window.
+    `grids` are rows and columns of patches of each picture; `window` is the side of a window in blocks, where the tower
+    orders its blocks window by window.
     """
     tiles, first = [], 0
     for rows, columns in grids:
         row, column = np.divmod(np.arange(rows * columns), columns)
         down, across = row // merge, column // merge
-        keys = [column % merge, row % merge, across, down]  # the last decides first
-        embedded = tokens = first + np.argsort(np.lexsort(keys))  # windows are made of what is embedded
+        keys = [column % merge, row % merge, across, down]  # lexsort: the last key is the primary one
+        embedded = tokens = first + np.argsort(np.lexsort(keys))  # windows are formed after the embedding
         if window is not None:
             tokens = first + np.argsort(np.lexsort([*keys, across // window, down // window]))
         tiles.append(Tile(rows, columns, grid_boxes(rows, columns), tokens, embedded))
@@ -205,9 +203,9 @@ def merged_tiles(grids: Sequence[Sequence[int]], merge: int, window: int | None 
 
 
 def pool_tile(tile: Tile, factor: int = 1) -> sparse.csr_array:
-    """`[S, P]`: soft tokens that are the blocks of `factor * factor` patches of a tile, row by row.
+    """`[S, P]`: means over the blocks of `factor * factor` patches of a tile, row by row.
 
-    Patches that fill no block, and class tokens, go nowhere.
+    Patches that fill no block, and class tokens, are dropped.
     """
 
     def blocks(length: int) -> sparse.csr_array:
@@ -216,8 +214,8 @@ def pool_tile(tile: Tile, factor: int = 1) -> sparse.csr_array:
         means = (np.full(len(cells), 1 / factor), (cells // factor, cells))
         return sparse.csr_array(means, shape=(length // factor, length))
 
-    nothing = sparse.csr_array(((tile.rows // factor) * (tile.columns // factor), tile.n_class))
-    return sparse.csr_array(sparse.hstack([nothing, sparse.kron(blocks(tile.rows), blocks(tile.columns))]))
+    class_tokens = sparse.csr_array(((tile.rows // factor) * (tile.columns // factor), tile.n_class))
+    return sparse.csr_array(sparse.hstack([class_tokens, sparse.kron(blocks(tile.rows), blocks(tile.columns))]))
 
 
 def pooled(tiles: Sequence[Tile], factor: int = 1) -> PicturePatches:
@@ -229,12 +227,12 @@ def pooled(tiles: Sequence[Tile], factor: int = 1) -> PicturePatches:
 def masked(
     pictures: Sequence[PicturePatches], windows: Sequence[Sequence[PatchBox]], seen: np.ndarray
 ) -> list[PicturePatches]:
-    """The same pictures without the patches that the tower masks, which lie below and to the right of the others.
+    """The same pictures without the patches that the tower masks, which are below and to the right of the others.
 
-    Tiles have no class tokens; `windows` are what each shows in the patches that are left; `seen` is
-    `[tiles of all pictures, rows, columns]` bool.
+    Tiles have no class tokens; `windows` are the parts of the picture that each shows in its remaining patches; `seen`
+    is `[tiles of all pictures, rows, columns]` bool.
     """
-    masks, left = iter(seen), []
+    masks, remaining = iter(seen), []
     for picture, parts in zip(pictures, windows, strict=True):
         tiles, inside = [], []
         for tile, window in zip(picture.tiles, parts, strict=True):
@@ -244,7 +242,7 @@ def masked(
             boxes = grid_boxes(rows, columns, window)
             tiles.append(Tile(rows, columns, boxes, tile.tokens[inside[-1]], tile.patches[inside[-1]]))
         pooling = picture.pooling[:, np.concatenate(inside)]
-        total = pooling.sum(axis=1)
+        total = pooling.sum(axis=1)  # rows are to sum to 1 again
         scale = np.divide(1.0, total, out=np.zeros_like(total), where=total > 0)
-        left.append(PicturePatches(tiles, sparse.csr_array(sparse.diags_array(scale) @ pooling)))
-    return left
+        remaining.append(PicturePatches(tiles, sparse.csr_array(sparse.diags_array(scale) @ pooling)))
+    return remaining

@@ -1,13 +1,11 @@
-"""The files of a model, in a folder or on the hub, looked at before anything is loaded.
+"""The files of a model, checked before anything is loaded, and the devices that hold and compute its weights.
 
-A model's order of search: a folder that is there; the hub's cache on this machine, without a network; a download into
-that cache at one commit. Only safetensors, configuration and tokenizer files are fetched, never a pickle, never code.
+A model is searched for in this order: an existing folder; the hub's cache on this machine, without a network; a
+download into that cache at one commit. Only safetensors, configuration and tokenizer files are fetched, and no code.
 
-Then where its weights are: the device that computes, the memory they need, and weights that stay elsewhere.
-
-With offload the weights rest in CPU memory or on disk and come to the computing device module by module (accelerate's
-hooks do that around each forward). In between they are on the `meta` device, so that whoever reads a weight directly
-asks `materialised` for it.
+With offload the weights stay in CPU memory or on disk and come to the computing device module by module (accelerate's
+hooks do that around each forward). In between they are on the `meta` device, so code that reads a weight directly must
+get it from `materialised`.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.hub import Wanted, cached_folder, fetch, gb, is_commit, is_hub_id
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_AGAIN = "download it again (a download goes on where it stopped)"
+_AGAIN = "download it again (a download resumes where it stopped)"
 WANTED = Wanted(
     ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"),
     ("*/*", "consolidated*"),  # other copies of the weights
@@ -47,7 +45,7 @@ def read_config(folder: Path) -> dict[str, object]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a model is loaded from, as its index names them; that they exist is not checked."""
+    """The safetensors files of a model, as its index names them; whether they exist is not checked."""
     if (folder / _SINGLE).is_file():  # transformers takes it even where an index names other files
         return [folder / _SINGLE]
     index = folder / _INDEX
@@ -86,10 +84,10 @@ def check_weights(folder: Path) -> None:
 
 
 def _interrupted(folder: Path) -> str:
-    """Words for what an interrupted download left: beside a local folder, or among the blobs of the hub's cache."""
+    """A phrase for the error where an interrupted download left files, in the folder or in the hub's cache."""
     places = (folder, folder / ".cache" / "huggingface" / "download", folder.parent.parent / "blobs")
-    left = any(any(place.glob("*.incomplete")) for place in places if place.is_dir())
-    return " (a download of it was interrupted)" if left else ""
+    interrupted = any(any(place.glob("*.incomplete")) for place in places if place.is_dir())
+    return " (a download of it was interrupted)" if interrupted else ""
 
 
 def is_complete(folder: Path) -> bool:
@@ -103,20 +101,20 @@ def is_complete(folder: Path) -> bool:
 
 
 def model_folder(path: str, hub: str | None = None, revision: str | None = None) -> Path:
-    """The local folder of a model, fetched into the hub's cache when it must be.
+    """The local folder of a model, fetched into the hub's cache if necessary.
 
     Args:
         path: a folder, or a hub id when there is no such folder.
-        hub: the hub id that belongs at `path`, if any.
-        revision: the commit, 40 hexadecimal digits; only needed when the folder is not there.
+        hub: the hub id of the model at `path`, if any.
+        revision: the commit, 40 hexadecimal digits; only needed without the folder.
     """
     repo = hub or (path if is_hub_id(path) else None)
     if repo is None or Path(path).is_dir():
         return Path(path)
     if revision is None or not is_commit(revision):
-        given = "has no pinned revision here" if revision is None else f"is asked for at {revision!r}, which may move"
+        reason = "has no pinned revision here" if revision is None else f"is asked for at {revision!r}, which may move"
         raise UserError(
-            f"no folder {path}, and the hub model {repo} {given}: add model.revision=<commit, 40 hex digits> (the "
+            f"no folder {path}, and the hub model {repo} {reason}: add model.revision=<commit, 40 hex digits> (the "
             f"model's page lists them under Files, History), or put the model into a folder and give model.path="
         )
 
@@ -134,12 +132,12 @@ def model_folder(path: str, hub: str | None = None, revision: str | None = None)
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OFFLOADS = ("none", "cpu", "disk")
-# Beside the weights: buffers, allocator waste, and the tensor that is being converted.
+# Memory besides the weights: buffers, allocator waste, and the tensor that is being converted.
 _MARGIN = 1.1
 
 
 def check_device(device: str, dtype: str = "float32") -> None:
-    """Raise a `UserError` when a device is not known, not there, or cannot compute in `dtype`."""
+    """Raise a `UserError` when a device is unknown, absent, or cannot compute in `dtype`."""
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
         raise UserError(f"unknown device {device!r}; choose cpu, cuda, cuda:N or mps")
     if device.startswith("cuda"):
@@ -156,13 +154,13 @@ def check_device(device: str, dtype: str = "float32") -> None:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that a device has left, in bytes."""
+    """Free memory of a device, in bytes."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
     if device == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
     free = int(psutil.virtual_memory().available)
-    try:  # a container may take less: its limit less what it holds, page cache that can go not counted
+    try:  # a container has less: its limit minus its use, without the page cache that can be freed
         group = Path("/sys/fs/cgroup")
         limit, held = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
         lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
@@ -173,16 +171,14 @@ def free_bytes(device: str) -> int:
 
 
 class Needs(NamedTuple):
-    """What a model's weights take: the number of parameters, shared ones counted once, and those of the largest module,
-    which offload moves as a whole.
-    """
+    """Number of a model's parameters, shared ones counted once, and of the largest module's, moved whole by offload."""
 
     n_parameters: int
     largest: int
 
     @classmethod
     def of(cls, model: nn.Module) -> Needs:
-        """Of any model, on the `meta` device too."""
+        """Count the parameters of any model, on the `meta` device too."""
         largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
         return cls(sum(p.numel() for p in model.parameters()), largest)
 
@@ -194,15 +190,15 @@ class Needs(NamedTuple):
         return {device: self.largest * size, **({"cpu": self.n_parameters * size} if offload == "cpu" else {})}
 
     def shortage(self, dtype: str, device: str, offload: str) -> tuple[str, float, float] | None:
-        """The first device with too little: its name, the bytes asked for and those that are free."""
-        for where, asked in self.by_device(dtype, device, offload).items():
-            if asked > (free := free_bytes(where)):
-                return where, asked, free
+        """The first device with too little memory: its name, the needed and the free bytes."""
+        for where, needed in self.by_device(dtype, device, offload).items():
+            if needed > (free := free_bytes(where)):
+                return where, needed, free
         return None
 
 
 def check_memory(needs: Needs, what: str, dtype: str, device: str, offload: str) -> None:
-    """Raise a `UserError` that says what would fit when the weights of a model, `what`, do not."""
+    """Raise a `UserError` that names settings which fit when the weights of a model, `what`, do not."""
     shortage = needs.shortage(dtype, device, offload)
     if shortage is None:
         return
@@ -216,19 +212,19 @@ def check_memory(needs: Needs, what: str, dtype: str, device: str, offload: str)
             keys += [f"model.offload={other_offload}"] if other_offload != offload else []
             sizes = needs.by_device(other_dtype, device, other_offload).items()
             advice.append(f"{' '.join(keys)} needs {' and '.join(f'{gb(size)} on {where}' for where, size in sizes)}")
-    where, asked, free = shortage
+    where, needed, free = shortage
     todo = ", ".join(advice[:2]) or "nothing of it fits: choose a smaller model or a larger machine"
-    raise UserError(f"{what} needs about {gb(asked)} in {dtype} on {where}, {gb(free)} are free; {todo}")
+    raise UserError(f"{what} needs about {gb(needed)} in {dtype} on {where}, {gb(free)} are free; {todo}")
 
 
-def check_room(asked: float, what: str, device: str, advice: str) -> None:
-    """Raise a `UserError` with an advice when a device has fewer than `asked` bytes left for `what` (a plural)."""
-    if asked > (free := free_bytes(device)):
-        raise UserError(f"{what} need about {gb(asked)} on {device}, {gb(free)} are free; {advice}")
+def check_room(needed: float, what: str, device: str, advice: str) -> None:
+    """Raise a `UserError` with advice when a device has fewer than `needed` bytes free for `what` (a plural)."""
+    if needed > (free := free_bytes(device)):
+        raise UserError(f"{what} need about {gb(needed)} on {device}, {gb(free)} are free; {advice}")
 
 
 def offload_to_cpu(model: Any, device: str) -> None:
-    """Keep the weights in CPU memory; each module's come to `device` for its forward."""
+    """Keep the weights in CPU memory; those of a module are moved to `device` for its forward."""
     from accelerate import cpu_offload
 
     cpu_offload(model, execution_device=torch.device(device))
@@ -248,18 +244,18 @@ def _hooks(modules: Iterable[nn.Module]) -> Iterator[Any]:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether any weight rests elsewhere than on the computing device."""
+    """Whether any weight is stored elsewhere than on the computing device."""
     return any(getattr(hook, "offload", False) for hook in _hooks(model.modules()))
 
 
 def materialised(module: nn.Module, name: str = "weight") -> Tensor:
-    """A parameter on the computing device, wherever it rests."""
+    """A parameter on the computing device, wherever it is stored."""
     tensor = module.get_parameter(name)
     if tensor.device.type != "meta" or not is_offloaded(module):
         return tensor
     from accelerate.utils import align_module_device
 
-    # Leaving the context puts the module's own parameter back to rest; this tensor stays with whoever asked.
+    # Leaving the context moves the module's own parameter back; this tensor stays with the caller.
     with align_module_device(module):
         return module.get_parameter(name).detach()
 
@@ -273,13 +269,13 @@ def computing_device(module: nn.Module) -> torch.device:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Digest of every parameter and buffer: name, shape, dtype and bytes, wherever offload keeps them."""
+    """Digest of name, shape, dtype and bytes of every parameter and buffer, offloaded ones included."""
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
             if isinstance(tensor, nn.Parameter):
-                module, _, own = name.rpartition(".")
-                tensor = materialised(model.get_submodule(module), own)
+                module, _, parameter = name.rpartition(".")
+                tensor = materialised(model.get_submodule(module), parameter)
             if tensor.is_meta:
                 raise UserError(f"weight {name} of the model is not in memory, so the model cannot be told from others")
             yield name, tensor
@@ -288,7 +284,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def tensors_fingerprint(forwards: Iterable[Mapping[str, Tensor]]) -> str:
-    """Digest of every tensor of every forward, such as what a model is given."""
+    """Digest of every tensor of every forward, such as the inputs of a model."""
     return _digest(named for tensors in forwards for named in sorted(tensors.items()))
 
 

@@ -1,8 +1,8 @@
-"""The supported families, each as an `Adapter` of what it does in its own way, and the adapter of a loaded model.
+"""The supported families, each an `Adapter` with its differences, and the adapter of a loaded model.
 
 Gemma 3 and 4 (pictures, or text alone), PaliGemma 1 and 2, LLaVA-1.5, LLaVA-OneVision, Idefics3 and SmolVLM, InternVL,
-Qwen2.5-VL and Qwen3-VL. Attention patterns are frozen as the model computed them, so that positions in rows and columns
-(M-RoPE), soft tokens that see each other, and caps on attention scores matter to no adapter.
+Qwen2.5-VL and Qwen3-VL. Attention patterns are frozen as the model computed them, so that no adapter deals with
+positions in rows and columns (M-RoPE), soft tokens that see each other, or caps on attention scores.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from vlmscope.models.template import Dialogue, Span, Turn, spelt_placeholders
 
 
 def _chatml(image: str) -> str:
-    """ChatML (Qwen's turns) with a mark for each picture."""
+    """ChatML (Qwen's turns) with the text `image` for each picture."""
     return (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
         "{% for item in message['content'] %}{{ 'IMAGE' if item['type'] == 'image' else item['text'] }}{% endfor %}"
@@ -55,7 +55,7 @@ class Gemma3Adapter(Adapter):
 
     placeholder = "<start_of_image>"
     caps_logits = True
-    # The published one, but that it takes what is said verbatim (theirs trims it).
+    # The published template, except that it does not trim texts.
     chat_template = (
         "{{ bos_token }}{% for message in messages %}"
         "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' }}"
@@ -80,7 +80,7 @@ class Gemma4Adapter(Adapter):
 
     Each layer multiplies what leaves it by a constant; values are normalised head by head; full layers may have wider
     heads, fewer of them for keys and values, and values that are the keys before their norm. All of it is affine once
-    the norms' scales are frozen. Pictures keep their shape: the grid of soft tokens follows it, and nothing is cut off.
+    the norms' scales are frozen. Pictures keep their aspect ratio: the grid of soft tokens follows it without cropping.
     """
 
     placeholder = "<|image|>"
@@ -124,11 +124,11 @@ class Gemma4Adapter(Adapter):
         return int(self.model.config.vision_config.pooling_kernel_size)
 
     def grids(self, tensors: Tensors, sizes: Sizes) -> list[tuple[int, int]]:
-        # Column and row of every patch are given, -1 for padding.
+        # The tensor holds column and row of every patch, -1 for padding.
         return [(rows, columns) for columns, rows in (tensors["image_position_ids"].amax(1) + 1).tolist()]
 
     def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
-        # Patches stand row by row, behind them padding that the tower masks.
+        # Patches come row by row, followed by padding that the tower masks.
         length, pictures = tensors["image_position_ids"].shape[1], []
         for number, (rows, columns) in enumerate(self.grids(tensors, sizes)):
             tokens = number * length + np.arange(rows * columns)
@@ -139,8 +139,8 @@ class Gemma4Adapter(Adapter):
 class PaliGemmaAdapter(Adapter):
     """PaliGemma (Gemma decoder) and PaliGemma 2 (Gemma 2): patches of the whole picture before the prompt.
 
-    Everything up to the answer sees everything (`token_type_ids` is 0 there); generated tokens are causal. Of logits
-    that Gemma 2 caps, graphs explain those before the cap.
+    Attention is bidirectional up to the answer (`token_type_ids` is 0 there), and causal in it. Where Gemma 2 caps
+    logits, graphs explain those before the cap.
     """
 
     needs_pictures = True
@@ -209,18 +209,18 @@ class LlavaAdapter(Adapter):
 
 
 class _Canvas(NamedTuple):
-    """A picture laid out on tiles, as LLaVA-OneVision makes rows of tokens of it."""
+    """A picture laid out on tiles, from which LLaVA-OneVision makes rows of tokens."""
 
     tiles: tuple[int, int]  # down and across
     side: int  # patches down and across a tile
     window: PatchBox  # the part of the picture that all tiles together show; it reaches beyond the picture
-    # Patches down, those of padding alone left out; none of a strip thinner than a patch where their number is even.
+    # Rows of patches without those that are all padding; none of a strip thinner than a patch if their number is even.
     kept_rows: np.ndarray
     kept_columns: np.ndarray  # likewise across
     shape: tuple[int, int]  # rows and columns of soft tokens, fewer than patches where there are too many
 
     def boxes(self) -> list[PatchBox]:
-        """The boxes of the tokens; the one that ends a row has no area and lies at the row's end."""
+        """The boxes of the tokens; that of a token that ends a row has no area and lies at the row's end."""
         rows, columns = self.shape
         if not rows:
             return []
@@ -240,7 +240,7 @@ class _Canvas(NamedTuple):
         return boxes
 
     def pooling(self, n_class: int) -> sparse.csr_array:
-        """`[rows * (columns + 1), sum of P]`: what each token takes from the tiles' tokens, ends nothing."""
+        """`[rows * (columns + 1), sum of P]`: weights of the tiles' tokens in each token; 0 for those that end rows."""
         side, (rows, columns) = self.side, self.shape
         down, across = (number * side for number in self.tiles)
         shape = (rows * (columns + 1), self.tiles[0] * self.tiles[1] * (n_class + side * side))
@@ -255,19 +255,19 @@ class _Canvas(NamedTuple):
         return sparse.csr_array((grid.data, (target, source)), shape=shape)
 
 
-def _resized(kept: np.ndarray, length: int, wanted: int) -> np.ndarray:
-    """`[wanted, length]`: linear interpolation of the kept cells, the identity when as many are wanted."""
+def _resized(kept: np.ndarray, length: int, size: int) -> np.ndarray:
+    """`[size, length]`: linear interpolation of the kept cells to `size`, the identity for as many."""
     cells = torch.eye(len(kept), dtype=torch.float64)
-    weights = np.zeros((wanted, length))
-    weights[:, kept] = torch.nn.functional.interpolate(cells[None], size=wanted, mode="linear")[0].T.numpy()
+    weights = np.zeros((size, length))
+    weights[:, kept] = torch.nn.functional.interpolate(cells[None], size=size, mode="linear")[0].T.numpy()
     return weights
 
 
 class LlavaOnevisionAdapter(Adapter):
     """LLaVA-OneVision: one picture in several resolutions, several in one.
 
-    A single picture is seen whole, then as tiles that keep its aspect ratio, their tokens laid out in rows that end
-    with a learned token; of several pictures each is padded to a square and ends with one such token.
+    A single picture is shown whole, then as tiles that keep its aspect ratio, their tokens in rows that end with a
+    learned token. Each of several pictures is padded to a square, and its tokens end with one such token.
     """
 
     reads_tower_norm = False
@@ -308,7 +308,7 @@ class LlavaOnevisionAdapter(Adapter):
         tiles = (best[0] // int(config.vision_config.image_size), best[1] // int(config.vision_config.image_size))
         rows, columns = (number * side for number in tiles)
         kept = unpad_image(torch.empty(1, rows, columns), (height, width)).shape[1:]
-        # As many are dropped on both sides, of a strip thinner than a patch perhaps all: the ends of rows are left.
+        # Both sides lose as many. A strip thinner than a patch may lose all: only the ends of rows remain.
         kept_rows, kept_columns = (
             np.arange((n - k) // 2, (n + k) // 2) for n, k in zip((rows, columns), kept, strict=True)
         )
@@ -321,7 +321,7 @@ class LlavaOnevisionAdapter(Adapter):
 class Idefics3Adapter(Adapter):
     """Idefics3 and SmolVLM: tiles of a picture, then the whole of it, pooled by pixel shuffle.
 
-    Row and column tokens between the tiles are text. A picture no larger than a tile is seen as a whole alone.
+    Row and column tokens between the tiles are text. A picture no larger than a tile is only shown whole.
     """
 
     decoder_name = "text_model"
@@ -348,7 +348,7 @@ class Idefics3Adapter(Adapter):
         mask = tensors.get("pixel_attention_mask")
         if mask is None or bool(mask.all()):
             return pictures
-        # The tower masks a patch only if it is padding alone.
+        # The tower masks a patch only if all of it is padding.
         patch = int(self.model.config.vision_config.patch_size)
         seen = torch.nn.functional.max_pool2d(mask[0].float(), patch).bool().numpy(force=True)
         return masked(pictures, [self.tiles(size, image_processor) for size in sizes], seen)
@@ -357,7 +357,7 @@ class Idefics3Adapter(Adapter):
 class InternVLAdapter(Adapter):
     """InternVL: tiles of a picture, then the whole of it, pooled by pixel shuffle.
 
-    A picture that fits one tile best is seen as a whole alone.
+    A picture that fits one tile best is only shown whole.
     """
 
     placeholder = "<IMG_CONTEXT>"
@@ -379,9 +379,8 @@ class InternVLAdapter(Adapter):
 class Qwen3VLAdapter(Adapter):
     """Qwen3-VL: pictures at nearly their own resolution, 4 patches a soft token, and DeepStack (arXiv 2406.04334).
 
-    DeepStack adds features of earlier tower layers to the soft tokens again after the first decoder layers. For the
-    decoder these are constants, so the replacement model stays affine: `injections` of a soft token belong to its
-    source.
+    DeepStack adds features of earlier tower layers to the soft tokens after the first decoder layers. The decoder takes
+    them as constants, so the replacement model stays affine: `injections` of a soft token belong to its source.
     """
 
     tower_name = "visual"
@@ -413,7 +412,7 @@ class Qwen3VLAdapter(Adapter):
             rows = [injections[:, layer].reshape(-1, width) for layer in range(n_layers)]
             return args, {**kwargs, "visual_pos_masks": everywhere, "deepstack_visual_embeds": rows}
 
-        # The model's forward takes DeepStack's features from pixels only; its decoder takes them as they are.
+        # The model's forward computes DeepStack's features from pixels only, so they are passed to its decoder.
         handle = self.decoder().register_forward_pre_hook(hook, with_kwargs=True)
         try:
             return super().forward({name: t for name, t in tensors.items() if name != INJECTIONS}, **settings)
@@ -435,22 +434,17 @@ class Qwen3VLAdapter(Adapter):
         return [(rows, columns) for _, rows, columns in tensors["image_grid_thw"].tolist()]
 
     def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
-        tiles = merged_tiles(self.grids(tensors, sizes), self.pool, self._window())
+        vision = self.model.config.vision_config
+        pixels = getattr(vision, "window_size", None)  # only Qwen2.5-VL's tower has windows
+        window = None if pixels is None else pixels // self.pool // vision.patch_size
+        tiles = merged_tiles(self.grids(tensors, sizes), self.pool, window)
         return [pooled([tile], self.pool) for tile in tiles]
-
-    def _window(self) -> int | None:
-        """Soft tokens down and across a window of the tower; None of a tower without windows."""
-        return None
 
 
 class Qwen2_5_VLAdapter(Qwen3VLAdapter):
     """Qwen2.5-VL: a tower with windows, a system turn in the usual template, and no DeepStack."""
 
     chat_template = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + Qwen3VLAdapter.chat_template
-
-    def _window(self) -> int | None:
-        vision = self.model.config.vision_config
-        return vision.window_size // self.pool // vision.patch_size
 
 
 class Family(NamedTuple):
@@ -477,7 +471,7 @@ FAMILIES = {  # by `model_type`
     "qwen3_vl": Family(Qwen3VLAdapter, "Qwen3VLForConditionalGeneration", "Qwen3VLProcessor"),
     "smolvlm": Family(Idefics3Adapter, "SmolVLMForConditionalGeneration", "SmolVLMProcessor"),
 }
-# Families that people ask for, and what in them the replacement model does not represent.
+# Families that users may try, and the part of them that the replacement model does not represent.
 _REFUSED = {
     "gemma3n": "per-layer embeddings and AltUp streams",
     "idefics": "cross-attention layers",
@@ -488,7 +482,7 @@ _REFUSED = {
 
 
 def family_of(model_type: str, where: str) -> Family:
-    """The family of a `model_type`; for another a `UserError` that says `where` it stands and names the known ones."""
+    """The family of a `model_type`, or a `UserError` that names the known ones and `where` the type was read."""
     known = ", ".join(sorted(FAMILIES))
     if model_type in _REFUSED:
         raise UserError(

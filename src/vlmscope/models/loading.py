@@ -1,4 +1,4 @@
-"""A model with its processor, loaded from a folder and checked; and its inputs from a prompt and pictures."""
+"""Models with their processors, loaded from a folder and checked; and model inputs from a prompt and pictures."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class VLM:
-    """A model in evaluation mode with what belongs to it."""
+    """A model in evaluation mode, with its processor and adapter."""
 
     model: Any  # the Hugging Face model
     processor: Any  # its processor, or its tokenizer when it takes no pictures
@@ -59,16 +59,16 @@ class VLM:
 
     @property
     def chat_template(self) -> str | None:
-        """What the model's turns are written with, in Jinja; None where the model came without."""
+        """The model's chat template in Jinja; None where it has none."""
         return chosen_template(self.processor)[0]
 
     def prepare(self, prompt: str, images: Sequence[Image] = ()) -> ModelInputs:
-        """The inputs of one user turn, or a `UserError` that says what the model cannot take.
+        """The inputs of one user turn, or a `UserError` for what the model cannot take.
 
         Args:
-            prompt: what the user says, taken verbatim. If it spells image placeholders, there must be one a picture;
-                if it spells none, the pictures come first.
-            images: the pictures, in order, of any mode: `as_rgb` says what becomes of them.
+            prompt: the user's words, verbatim. If it spells image placeholders, there must be one per picture; if it
+                spells none, the pictures come first.
+            images: the pictures, in order, of any mode that `as_rgb` converts.
         """
         adapter, images = self.adapter, _upright(images)
         check_characters(prompt, "the prompt")
@@ -81,10 +81,10 @@ class VLM:
         sizes = tuple(image.size for image in images)
         boxes = adapter.soft_token_boxes(tensors, sizes, getattr(self.processor, "image_processor", None))
 
-        # Name every position.
+        # Box and role of every position.
         ids = tensors["input_ids"][0].tolist()
         is_image = np.array([token == adapter.soft_token_id() for token in ids])
-        places = [(picture, box) for picture, its in enumerate(boxes) for box in its]
+        places = [(picture, box) for picture, own_boxes in enumerate(boxes) for box in own_boxes]
         if len(places) != is_image.sum():
             raise UserError(
                 f"the processor made {is_image.sum()} soft tokens where the model's pictures have {len(places)}; "
@@ -96,7 +96,7 @@ class VLM:
             image_index[position], patch_boxes[position] = picture, box
         replaced = batch["text_replacement_offsets"][0] if images else []
         written = adapter.completed_turn(turn, self.tokenizer).written(replaced, batch["offset_mapping"][0].numpy())
-        # Special tokens that the user spells are the template's all the same.
+        # Special tokens that the user spells count as the template's.
         special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
         by_user = written & np.array([token not in special for token in ids])
         roles = np.select([is_image, by_user], ["image", "question"], "special").astype("<U8")
@@ -105,23 +105,26 @@ class VLM:
         return ModelInputs(tensors, tokens, is_image, image_index, patch_boxes, roles, prompt, sizes)
 
     def tokenised(self, text: str, images: Sequence[Image] = (), **settings: Any) -> dict[str, Tensor]:
-        """What the model's forward takes for a text in its template, batch size 1, on the model's device.
+        """Arguments of the model's forward for a text in its template, batch size 1, on the model's device.
 
-        The text has its special tokens and placeholders; `settings` are more arguments for the processor.
+        The text spells its special tokens and placeholders; `settings` are further arguments for the processor.
         """
         check_characters(text, "the text")
         return self._processed(text, _upright(images), text, **settings)[1]
 
     def _processed(
-        self, text: str, images: Sequence[Image], said: str, **settings: Any
+        self, text: str, images: Sequence[Image], shown: str, **settings: Any
     ) -> tuple[Any, dict[str, Tensor]]:
-        """What the processor makes of a text in its template, and what the model's forward takes of it."""
-        asked = {"return_tensors": "pt", "add_special_tokens": False, **settings}
-        with refused_in_one_line(said, images):
+        """The processor's output for a text in its template, and the tensors of it for the model's forward.
+
+        Errors show the text `shown`.
+        """
+        settings = {"return_tensors": "pt", "add_special_tokens": False, **settings}
+        with refused_in_one_line(shown, images):
             if self.adapter.has_vision:
-                batch = self.processor(text=[text], **asked, **({"images": [list(images)]} if images else {}))
+                batch = self.processor(text=[text], **settings, **({"images": [list(images)]} if images else {}))
             else:
-                batch = self.tokenizer([text], **asked)
+                batch = self.tokenizer([text], **settings)
                 batch.pop("token_type_ids", None)
         # Gemma 3's text-only tokenizers have a token for pictures, beyond the last row of the embedding.
         highest = int(batch["input_ids"].max())
@@ -131,7 +134,7 @@ class VLM:
                 f"token {token!r} has no embedding in {self.name} ({self.adapter.vocab_size:,} rows); leave it out of "
                 "the prompt, or use the tokenizer that was saved with the model"
             )
-        # What the processor adds for its own bookkeeping (num_crops) or for training (labels) is left out.
+        # Drop what the processor adds for its own bookkeeping (num_crops) or for training (labels).
         names = set(inspect.signature(self.model.forward).parameters) - {"labels"}
         tensors = {name: batch[name].to(self.adapter.device) for name in batch if name in names}
         if "pixel_values" in tensors:
@@ -140,7 +143,7 @@ class VLM:
 
 
 def _upright(images: Sequence[Image]) -> list[Image]:
-    """Pictures as every door gives them to the processor, so that a PIL object and its file are the same input."""
+    """Pictures in RGB; every entry point converts them here, so that a PIL object and its file are the same input."""
     upright = []
     for number, image in enumerate(images, start=1):
         try:
@@ -151,15 +154,15 @@ def _upright(images: Sequence[Image]) -> list[Image]:
 
 
 @contextmanager
-def refused_in_one_line(said: str, images: Sequence[Image] = ()) -> Iterator[None]:
-    """Whatever a Hugging Face processor or tokenizer raises, as a `UserError` that names the text and its pictures."""
+def refused_in_one_line(text: str, images: Sequence[Image] = ()) -> Iterator[None]:
+    """Turn errors of a Hugging Face processor or tokenizer into a `UserError` that names the text and its pictures."""
     try:
         yield
     except Exception as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
-        what = f"{textwrap.shorten(said, 80)!r}" + (f" with a picture of {sizes} pixels" if images else "")
+        what = f"{textwrap.shorten(text, 80)!r}" + (f" with a picture of {sizes} pixels" if images else "")
         reason = first_line(error).rstrip(".")
         raise UserError(f"the model's processor refuses {what}: {reason}; change it, or leave it out") from error
 
@@ -176,17 +179,17 @@ def _check_words(tokenizer: Any, prompt: str) -> None:
 
 # Processors
 
-# A processor that takes videos owns a video processor, which cannot be built without torchvision, and one that takes
-# sound a feature extractor. Pictures need neither.
+# A processor for videos has a video processor, which needs torchvision; one for sound has a feature extractor. Pictures
+# need neither.
 _LEFT_OUT = ("video_processor", "feature_extractor")
-# What a tokenizer is saved as; one of these is enough.
+# Files of a tokenizer; one of these is enough.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-# SmolVLM's own asks for a package that writes the length of videos in words; pictures it expands as Idefics3's.
+# SmolVLM's own needs a package that spells the length of videos; it expands pictures as Idefics3's does.
 _SAME = {"SmolVLMProcessor": "Idefics3Processor"}
 
 
 class _WithoutThem(ProcessorMixin):
-    """Takes the place of `ProcessorMixin` above a processor that hands on the parts that are left out."""
+    """Replaces `ProcessorMixin` as base, because a processor's class passes on the parts that are left out."""
 
     def __init__(self, *parts: Any, **settings: Any) -> None:
         super().__init__(*parts, **{name: value for name, value in settings.items() if name not in _LEFT_OUT})
@@ -194,9 +197,9 @@ class _WithoutThem(ProcessorMixin):
 
 @cache
 def picture_processor(name: str) -> type[Any]:
-    """The processor class of this name in transformers, but that it takes, loads and saves pictures and text alone.
+    """The processor class of this name in transformers, restricted to pictures and text.
 
-    A saved processor bears the name of Hugging Face's class, which is what loads it anywhere.
+    Saved processors have the name of Hugging Face's class, so that they load anywhere.
     """
     base = getattr(transformers, _SAME.get(name, name))
     if not hasattr(base, "get_attributes"):  # a tokenizer
@@ -207,7 +210,7 @@ def picture_processor(name: str) -> type[Any]:
         def get_attributes(cls) -> list[str]:
             return [attribute for attribute in base.get_attributes() if attribute not in _LEFT_OUT]
 
-    if base.get_attributes()[0] in _LEFT_OUT:  # the others would move up into its place
+    if base.get_attributes()[0] in _LEFT_OUT:  # the positional arguments would shift
 
         def pictures_first(self: Any, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
             base.__init__(self, None, image_processor, tokenizer, None, chat_template=chat_template)
@@ -218,7 +221,7 @@ def picture_processor(name: str) -> type[Any]:
 
 
 def _load_processor(name: str, folder: Path) -> Any:
-    """The processor of a model's folder, taking each picture as a whole; a tokenizer for a text-only model."""
+    """The processor in a model's folder, without pan-and-scan; a tokenizer for a text-only model."""
     if not any((folder / file).is_file() for file in _TOKENIZERS):
         raise UserError(
             f"{folder} has no tokenizer ({', '.join(_TOKENIZERS[:2])}); copy it from the model's repository"
@@ -228,7 +231,7 @@ def _load_processor(name: str, folder: Path) -> Any:
         record = read_json(path) if path.is_file() else {}
         saved = record.get("processor_class") if isinstance(record, dict) else None
         if saved is not None and _SAME.get(saved, saved) != _SAME.get(name, name):
-            # transformers would go on with the wrong one
+            # transformers would silently use the wrong class
             raise UserError(f"{path} is of a {saved}, the model takes a {name}; use the files saved with the model")
     processor = picture_processor(name).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if name == "Gemma3Processor":
@@ -262,10 +265,10 @@ def _check_processor(processor: Any, config: Any, folder: Path) -> None:
 
 
 def chosen_template(processor: Any) -> tuple[str | None, str]:
-    """The chat template that `processor.apply_chat_template` takes: the processor's, or else its tokenizer's.
+    """The chat template that `processor.apply_chat_template` uses, and a phrase that names its source.
 
-    Of several named templates it is the one called "default". Second: in words which one it is, "" where it is simply
-    the processor's only one.
+    It is the processor's, else its tokenizer's; of several named ones "default". The phrase is "" for the processor's
+    only one.
     """
     for owner, name in ((processor, "processor"), (getattr(processor, "tokenizer", None), "tokenizer")):
         template = getattr(owner, "chat_template", None)
@@ -285,7 +288,7 @@ def chosen_template(processor: Any) -> tuple[str | None, str]:
 # Weights
 
 _OF_A_LAYER = re.compile(r"\.(layers?|blocks)\.\d+\.")
-# Tensors that old checkpoints carry and that are recomputed: leaving them out changes nothing.
+# Tensors in old checkpoints that models recompute, so that leaving them out changes nothing.
 _RECOMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 
 
@@ -298,7 +301,7 @@ def load_vlm(
         path: folder with `config.json`, weights as safetensors and processor files.
         dtype: dtype to compute in, whatever the weights are stored in.
         device: cpu, cuda, cuda:N or mps.
-        offload: where the weights rest: on the device ("none"), in CPU memory ("cpu") or in the folder ("disk").
+        offload: where the weights are stored: on the device ("none"), in CPU memory ("cpu") or in the folder ("disk").
         name: short name for records; the folder's when None.
     """
     folder = Path(path)
@@ -309,7 +312,7 @@ def load_vlm(
     check_device(device, dtype)
     family = family_of(model_type, str(folder / "config.json"))
     check_weights(folder)
-    with _told_in_one_line(folder):
+    with _errors_in_one_line(folder):
         empty = _dry_run(family.model, folder, dtype)
         processor = _load_processor(family.processor, folder)
         _check_processor(processor, empty.config, folder)
@@ -325,7 +328,7 @@ def load_vlm(
 def load_named(
     path: str, hub: str | None, revision: str | None, dtype: str, device: str = "cpu", offload: str = "none"
 ) -> VLM:
-    """`load_vlm` of a folder or of a model of the hub, fetched if need be, under the name that it has there.
+    """`load_vlm` for a folder or a model of the hub, fetched if necessary, under its name there.
 
     Raises:
         UserError: as `model_folder` and `load_vlm`.
@@ -338,9 +341,9 @@ def load_named(
 
 
 @contextmanager
-def _told_in_one_line(folder: Path) -> Iterator[None]:
-    """Loading errors of transformers as one line, and none of its tables and bars."""
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # "offloaded": as was asked for
+def _errors_in_one_line(folder: Path) -> Iterator[None]:
+    """Turn loading errors of transformers into one line, and silence its tables and progress bars."""
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of offloading, which the user chose
     theirs = transformers.utils.logging
     theirs.disable_progress_bar()  # a local file takes a moment; the tasks' own bars should stand alone
     before = theirs.get_verbosity()
@@ -351,7 +354,7 @@ def _told_in_one_line(folder: Path) -> Iterator[None]:
         reason = " ".join(str(error).split())
         raise UserError(f"transformers refuses {folder / 'config.json'}: {reason}; correct it") from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        if is_out_of_memory(error):  # the files are not to blame
+        if is_out_of_memory(error):  # not a fault of the files
             raise
         raise UserError(f"cannot load the model at {folder}: {first_line(error)}; check its files") from error
     finally:
@@ -359,15 +362,15 @@ def _told_in_one_line(folder: Path) -> Iterator[None]:
 
 
 def _from_pretrained(name: str, folder: Path, **settings: Any) -> Any:
-    """Only ever from a local folder, from safetensors, and without code from elsewhere."""
+    """Load only from a local folder and safetensors, and run no code from it."""
     safe = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     return getattr(transformers, name).from_pretrained(folder, **safe, **settings)
 
 
 def _dry_run(name: str, folder: Path, dtype: str) -> Any:
-    """The model on `meta`, made to see that the weights fit the config, without reading them.
+    """The model on `meta`, or a `UserError` where the weights in the files do not fit the config.
 
-    A missing weight would stay at its random initial value and one too many would be dropped, unnoticed.
+    Otherwise a missing weight would keep its random initial value and an extra one would be dropped, unnoticed.
     """
     checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = _from_pretrained(name, folder, dtype=DTYPES[dtype], device_map={"": "meta"}, **checked)
@@ -388,21 +391,21 @@ def _dry_run(name: str, folder: Path, dtype: str) -> Any:
             f"{folder} has {len(layers)} weights of layers that the model of {config} lacks, first {layers[0]}; take "
             "both from the same model"
         )
-    if extra:  # a head that this class does not use, say
+    if extra:  # such as a head that this class does not use
         log.warning("%s has %d weights that the model does not use, first %s", folder, len(extra), extra[0])
     return model
 
 
 def _load_weights(name: str, folder: Path, dtype: str, device: str, offload: str) -> Any:
-    """The model in evaluation mode with its weights, all finite, where they shall rest."""
+    """The model in evaluation mode, its weights checked to be finite and stored where `offload` says."""
     place = device if offload == "none" else offload
-    # Straight to a GPU, shard by shard: CPU memory need not hold the whole.
+    # Weights go straight to a GPU, shard by shard, so that CPU memory need not hold all of them.
     model = _from_pretrained(name, folder, dtype=DTYPES[dtype], device_map=None if place == "cpu" else {"": place})
     model.eval().requires_grad_(False)
     for key, weight in model.named_parameters():
-        if weight.is_meta or not weight.is_floating_point() or not weight.numel():  # left on disk, not read for it
+        if weight.is_meta or not weight.is_floating_point() or not weight.numel():  # on disk: not worth reading
             continue
-        # No mask as large as the weight is made, and NaN comes through.
+        # aminmax needs no mask as large as the weight, and propagates NaN.
         if not all(bool(edge.isfinite()) for edge in weight.aminmax()):
             advice = "take bfloat16 or float32, or another copy" if dtype == "float16" else "take another copy"
             raise UserError(

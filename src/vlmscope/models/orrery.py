@@ -1,10 +1,10 @@
 """Orrery, the embedded VLM: Gemma 3 classes at toy size, with a word-level tokenizer.
 
-Hugging Face's initial values hardly let the picture through (the projection starts at zero, post-norms at full
-scale), so they are set here: projection std 1/sqrt(width), embeddings std 1/sqrt(d), post-norm weights -0.8 (scale
-0.2, so that each block starts small).
+Hugging Face's initial values keep most of the picture from the decoder (the projection starts at zero, post-norms at
+full scale), so they are set here: projection std 1/sqrt(width), embeddings std 1/sqrt(d), post-norm weights -0.8
+(scale 0.2, so that each block starts small).
 
-Imports of torch and transformers are inside the functions: the command line reads `OrreryConfig` before it needs them.
+torch and transformers are imported inside the functions, because the command line reads `OrreryConfig` without them.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def build_tokenizer(words: Sequence[str]) -> Any:
 def build_processor(words: Sequence[str], image_size: int, soft_tokens: int) -> Any:
     """A `Gemma3Processor` with the tokenizer of these words.
 
-    Its pictures are square of `image_size` pixels and become so many soft tokens. It expands `<start_of_image>` to
+    Pictures become squares of `image_size` pixels and `soft_tokens` tokens each. It expands `<start_of_image>` to
     begin-of-image, soft tokens, end-of-image, and returns `token_type_ids` (1 on soft tokens), from which Gemma 3 makes
     its bidirectional image attention.
     """

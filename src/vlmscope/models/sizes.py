@@ -1,8 +1,8 @@
 """A model's size from its `config.json` alone: no weights, no network.
 
 The architecture is built on the `meta` device, where tensors have shapes but no memory. `published/NAME.json` holds the
-numbers of `google/NAME`'s `config.json` in transformers' present spelling. Parameters and what is recorded of a forward
-are exact; buffers inside a forward are an estimate.
+numbers of `google/NAME`'s `config.json` in transformers' current spelling. Parameters and the recorded state of a
+forward are exact; buffers inside a forward are an estimate.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PUBLISHED = {f"google/{file.stem}": file for file in sorted(Path(__file__).with_
 
 
 def find_config(path: str, hub: str | None = None, revision: str | None = None) -> dict[str, Any]:
-    """The `config.json` of a model from a folder, the hub's cache, or those kept here; nothing is fetched."""
+    """The `config.json` of a model from a folder, the hub's cache, or `PUBLISHED`; nothing is fetched."""
     if Path(path).is_dir():
         return read_config(Path(path))
     repo = hub or (path if is_hub_id(path) else None)
@@ -60,33 +60,34 @@ def parameters_by_part(adapter: Adapter) -> dict[str, int]:
     decoder: Any = adapter.decoder()
     seen: set[Any] = set()
 
-    def new(*modules: Any) -> int:
+    def count_new(*modules: Any) -> int:
         fresh = {parameter for module in modules for parameter in module.parameters()} - seen
         seen.update(fresh)
         return sum(parameter.numel() for parameter in fresh)
 
-    # Shared parameters belong to the first part that has them.
-    parts = {"embeddings": new(decoder.embed_tokens), "decoder": new(decoder), "head": new(adapter.lm_head())}
+    # The order matters: shared parameters count for the first part that has them.
+    parts = {"embeddings": count_new(decoder.embed_tokens), "decoder": count_new(decoder)}
+    parts["head"] = count_new(adapter.lm_head())
     towers = ("vision_tower", "vision_model", "visual")
-    parts["vision"] = new(*(m for name, m in adapter.model.named_modules() if name.rpartition(".")[2] in towers))
-    parts["projector"] = new(adapter.model)
+    parts["vision"] = count_new(*(m for name, m in adapter.model.named_modules() if name.rpartition(".")[2] in towers))
+    parts["projector"] = count_new(adapter.model)  # all that is left
     return {**parts, "total": sum(parts.values())}
 
 
 def n_patches(adapter: Adapter) -> int | None:
-    """Patches of one picture in the vision tower, 0 for a text-only model; None where the picture's size decides."""
+    """Patches of one picture in the vision tower, 0 for a text-only model; None where they depend on its size."""
     vision = getattr(adapter.model.config, "vision_config", None)
     if vision is None:
         return 0
     if getattr(vision, "image_size", None) is None:
         return None
-    # A number, or height and width.
+    # Each is one number, or height and width.
     down, across = np.broadcast_to(vision.image_size, 2) // np.broadcast_to(vision.patch_size, 2)
     return int(down * across)
 
 
 def soft_tokens(adapter: Adapter) -> int | None:
-    """Soft tokens of one picture (of one tile, where pictures are cut into tiles); None where its size decides."""
+    """Soft tokens of one picture, or of one tile for models that cut tiles; None where they depend on its size."""
     config, patches = adapter.model.config, n_patches(adapter)
     if not adapter.has_vision:
         return 0
@@ -98,7 +99,7 @@ def soft_tokens(adapter: Adapter) -> int | None:
 
 
 def prompt_tokens(adapter: Adapter, tokens: int | None, images: int, text_tokens: int) -> tuple[int, int]:
-    """Length of a prompt of so many pictures and tokens of text, or `tokens` in all; and how many are soft tokens."""
+    """Length of a prompt of `images` and `text_tokens`, or `tokens` in all, and its number of soft tokens."""
     per_image = soft_tokens(adapter) if images else 0
     if per_image is None:
         if tokens is None:
@@ -117,7 +118,7 @@ def attention_widths(adapter: Adapter) -> tuple[float, float]:
 
 
 def state_elements(adapter: Adapter, n_tokens: int) -> dict[str, int]:
-    """Numbers in each tensor of `activations.capture.ForwardState` for a prompt; exact."""
+    """Exact number of elements in each tensor of `activations.ForwardState` for a prompt."""
     layers, d, t = adapter.n_layers, adapter.d_model, n_tokens
     normed = [layer for layer in range(layers) if adapter.value_norm(layer) is not None]
     vision = getattr(adapter.model.config, "vision_config", None)
@@ -136,9 +137,9 @@ def state_elements(adapter: Adapter, n_tokens: int) -> dict[str, int]:
 
 
 def forward_elements(adapter: Adapter, n_tokens: int, n_images: int, *, recorded: bool) -> int:
-    """Numbers alive at once inside one forward; an estimate.
+    """An estimate of the elements alive at once inside one forward.
 
-    A recorded forward holds scores, softmax (in float32) and pattern of all heads, and logits; the one that feeds
+    A recorded forward holds scores, softmax (in float32) and pattern of all heads, and logits; the forward that feeds
     training, and a vision tower's kernel, hold none of these.
     """
     d, hidden = adapter.d_model, int(adapter.model.config.get_text_config().intermediate_size)
@@ -153,9 +154,9 @@ def forward_elements(adapter: Adapter, n_tokens: int, n_images: int, *, recorded
 
 
 def forward_flops(adapter: Adapter, n_tokens: float, n_images: float, context: int | None = None) -> float:
-    """Operations of one forward with logits; with `context` of forwards over texts so long, without logits.
+    """Operations of one forward with logits, or without logits over texts of `context` tokens each.
 
-    Two a weight and token, and those of attention, unmasked; for pictures two a weight and patch.
+    Two per weight and token, and those of unmasked attention; for pictures two per weight and patch.
     """
     parts, config = parameters_by_part(adapter), adapter.model.config
     flops = 2.0 * parts["decoder"] * n_tokens

@@ -1,4 +1,4 @@
-"""User turns and conversations in a model's chat template, with what is said kept apart from the template's words."""
+"""User turns and conversations in a model's chat template, their own text kept apart from the template's words."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,13 @@ from jinja2 import TemplateError
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import Exchange
 
-# Private characters, where what the user and the assistant say goes; no template spells them.
+# Placeholders for the text of each role: private-use characters, which no template spells.
 _MARKS = {"user": "\ue000", "assistant": "\ue001"}
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What the model is given, before pictures become soft tokens: `before + content + after`.
+    """A user turn as the model's input, before pictures become soft tokens: `before + content + after`.
 
     `content` is the prompt; before and after it are the template's words, pictures' placeholders among them.
     """
@@ -28,19 +28,19 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """The whole of it."""
+        """The whole turn."""
         return self.before + self.content + self.after
 
     def written(self, replaced: Sequence[Mapping[str, Any]], offsets: np.ndarray) -> np.ndarray:
-        """Which tokens hold a part of the prompt, told by characters: `[T]` bool.
+        """Which tokens hold a part of the prompt, by characters: `[T]` bool.
 
-        Neither words nor ids would do: a character may be several tokens, a token may reach from the template into the
-        prompt, and what the processor puts around soft tokens may change how the text beside it is cut.
+        Words or ids would not do: a character may be several tokens, a token may reach from the template into the
+        prompt, and text that the processor puts around soft tokens may change how the text next to it is split.
 
         Args:
-            replaced: what the processor put in the place of placeholders, in order: `span`, first and last character
-                (past the end) in the turn, `text`, what stood there, and `replacement`, which is not the user's.
-            offsets: `[T, 2]`, first and last character (past the end) of every token in the text after the replacement.
+            replaced: the processor's replacements of placeholders, in order: `span`, first character and end in the
+                turn, the `text` there, and its `replacement`, which is not the user's.
+            offsets: `[T, 2]`, first character and end of every token in the text after the replacements.
         """
         start = len(self.before)
         prompt = np.zeros(len(self.text), dtype=bool)
@@ -65,7 +65,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A conversation as the model is given it, before pictures become soft tokens."""
+    """A conversation as the model's input, before pictures become soft tokens."""
 
     spans: tuple[Span, ...]  # in order; the template's and the user's words are not `by_assistant`
     # The answer, for a processor that joins it to the prompt itself (PaliGemma); no span is then `by_assistant`.
@@ -78,7 +78,7 @@ class Dialogue:
 
 
 def spelt_placeholders(prompt: str, placeholder: str, n_images: int) -> int:
-    """How many placeholders the prompt spells: none, or one a picture; another number is a `UserError`."""
+    """The number of placeholders that the prompt spells: none, or one per picture, else a `UserError`."""
     spelt = prompt.count(placeholder)
     if spelt not in (0, n_images):
         raise UserError(
@@ -88,9 +88,9 @@ def spelt_placeholders(prompt: str, placeholder: str, n_images: int) -> int:
 
 
 def user_turn(tokenizer: Any, template: str, prompt: str, placeholder: str, n_images: int) -> Turn:
-    """Render a Hugging Face chat template in Jinja around a prompt taken verbatim.
+    """Render a Hugging Face chat template (Jinja) around a verbatim prompt.
 
-    When it spells no placeholder, which stands for a picture, the template places the pictures.
+    The template places the pictures unless the prompt spells their placeholders.
     """
     n_given = n_images - spelt_placeholders(prompt, placeholder, n_images)
     words = _template_words(tokenizer, template, ["user"], placeholder, n_given)
@@ -100,7 +100,7 @@ def user_turn(tokenizer: Any, template: str, prompt: str, placeholder: str, n_im
 
 
 def dialogue(tokenizer: Any, template: str, exchanges: Sequence[Exchange], placeholder: str, n_images: int) -> Dialogue:
-    """`user_turn` for a conversation, of which the first prompt may spell the pictures' placeholders."""
+    """`user_turn` for a conversation; only its first prompt may spell the pictures' placeholders."""
     later = [exchanges[0].assistant, *(text for exchange in exchanges[1:] for text in exchange)]
     if any(placeholder in text for text in later):
         raise UserError(f"{placeholder} is spelt after the first user turn; pictures come with the first user turn")
@@ -120,7 +120,7 @@ def dialogue(tokenizer: Any, template: str, exchanges: Sequence[Exchange], place
 def _template_words(
     tokenizer: Any, template: str, roles: Sequence[str], placeholder: str, n_images: int
 ) -> list[str] | None:
-    """The template's words before, between and after what these roles say; None where it does not show all of it."""
+    """The template's words before, between and after the texts of these roles; None where it leaves some text out."""
     marks = [_MARKS[role] for role in roles]
     for as_items in (True, False):  # a template for text alone takes a string
         messages = []
@@ -136,10 +136,10 @@ def _template_words(
             continue
         words = re.split("|".join(_MARKS.values()), text)
         if [character for character in text if character in marks] != marks or "'type'" in words[0]:
-            continue  # it dropped something, or printed the list
+            continue  # it dropped a text, or printed the list of items
         if words[0].count(placeholder) != n_images:
             return None
-        # Templates may leave the first token to the tokenizer, which is not asked here.
+        # Templates may leave the first token to the tokenizer, which later runs without special tokens.
         bos = tokenizer.bos_token
         if bos and not words[0].startswith(bos) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
             words[0] = bos + words[0]

@@ -1,12 +1,12 @@
 """Tiny random models of every family with their own processors, made in memory, for tests and self-checks.
 
-A few thousand weights, every one of them drawn anew and non-zero: a check on a model whose weights libraries start at
-zero (`mm_input_projection`, norm weights) would hold idly. Sizes are the smallest at which something could go wrong:
+All of their few thousand weights are redrawn and non-zero: checks on weights that libraries start at zero
+(`mm_input_projection`, norm weights) would prove nothing. Sizes are the smallest at which something could go wrong:
 grouped key/value heads, biases where the family has them, sliding and full layers with different RoPE bases, a window
 shorter than a prompt, a picture of several patches that is not square after the processor's cutting.
 
-The tokenizers are byte-level (as the BPE of GPT-2, Radford et al. 2019) with a few hundred tokens, so that any text can
-be asked. Given words are one token each, with and without a space before them, so that prompts made of them stay short.
+The tokenizers are byte-level (as the BPE of GPT-2, Radford et al. 2019) with a few hundred tokens, so that they can
+encode any text. Listed words are one token each, with and without a leading space, so that their prompts stay short.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ def byte_tokenizer(
 ) -> transformers.PreTrainedTokenizerFast:
     """A tokenizer with ids in the order: special tokens, the 256 bytes, words.
 
-    `words` become one token each, or one for each of their parts: letters, digits and signs are parted. `named` are
-    special tokens that the family's processor asks for by name. Llama's tokenizer `adds_bos` by itself.
+    Each of `words` becomes one token, or one for each run of letters, digits or signs in it. `named` are special tokens
+    that the family's processor looks up by name. Llama's tokenizer `adds_bos` by itself.
     """
     bytes_of = ByteLevel(add_prefix_space=False, use_regex=True)
     vocabulary = dict.fromkeys((*special, *sorted(ByteLevel.alphabet())))
     for word in words:
         for text in (word, " " + word):
             vocabulary |= dict.fromkeys(piece for piece, _ in bytes_of.pre_tokenize_str(text))
-    # There are no merges: a piece is a token where the vocabulary has the whole of it, and else its bytes.
+    # Without merges, a piece is one token if the vocabulary has it, and else its bytes.
     core = Tokenizer(BPE({token: number for number, token in enumerate(vocabulary)}, [], ignore_merges=True))
     core.pre_tokenizer = bytes_of  # type: ignore[assignment]
     core.decoder = decoders.ByteLevel()  # type: ignore[assignment]
@@ -73,7 +73,7 @@ _NAMED = {"image_token": "<image>"}
 
 
 class Recipe(NamedTuple):
-    """What a tiny model is made of; a token's id in `config` is written as the token."""
+    """Settings of a tiny model; `config` names tokens where the model's configuration has their ids."""
 
     # Image processor in `transformers`, without "ImageProcessorPil", and its settings; None for a model of text alone.
     images: tuple[str, dict[str, Any]] | None
@@ -86,7 +86,7 @@ class Recipe(NamedTuple):
     named: dict[str, str] = _NAMED  # special tokens by the names that the processor has for them
 
 
-# A base this small turns visibly within a short prompt, so that a wrong one cannot pass a check.
+# With a base this small, angles differ enough within a short prompt that a wrong base fails a check.
 _ROPE = {"rope_type": "default", "rope_theta": 20.0}
 _TEXT = {
     "hidden_size": 24,
@@ -240,12 +240,12 @@ _RECIPES = {
     ),
     "smolvlm": _idefics3("SmolVLM"),
 }
-FAMILIES = tuple(_RECIPES)  # beside Gemma 3
+FAMILIES = tuple(_RECIPES)  # all but Gemma 3
 
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Draw every learned number anew, none of them zero: matrices at unit gain, vectors with deviation 0.3."""
+    """Redraw every learned number, none of them zero: matrices at unit gain, vectors with deviation 0.3."""
     for name, parameter in model.named_parameters():
         numbers = torch.from_numpy(generator(seed, name).standard_normal(tuple(parameter.shape)))
         # The unembedding shares the embedding, which is scaled by sqrt(d) on the way in.
@@ -262,11 +262,11 @@ def _made(family: str, recipe: Recipe, seed: int, dtype: torch.dtype, attention:
     tokenizer = byte_tokenizer(recipe.special, recipe.words, recipe.named, adds_bos=not is_gemma3)
     processor: Any = tokenizer
     if recipe.images:
-        name, settings = recipe.images
-        images = getattr(transformers, f"{name}ImageProcessorPil")(**settings)
+        name, picture_settings = recipe.images
+        images = getattr(transformers, f"{name}ImageProcessorPil")(**picture_settings)
         if name == "Siglip":
-            images.image_seq_length = 9  # as checkpoints say it in their JSON
-        # It may add tokens to the tokenizer (PaliGemma: for places), so that it comes before the embedding.
+            images.image_seq_length = 9  # checkpoints have it in their JSON
+        # The processor may add tokens to the tokenizer (PaliGemma: locations), so it is made before the embedding.
         processor = picture_processor(known.processor)(images, tokenizer, **recipe.processor)
     ids = tokenizer.get_vocab()
     text = {
@@ -278,12 +278,12 @@ def _made(family: str, recipe: Recipe, seed: int, dtype: torch.dtype, attention:
         **recipe.text,
     }
     text = {key: value for key, value in text.items() if value is not None}
-    own = {key: ids.get(value, value) if isinstance(value, str) else value for key, value in recipe.config.items()}
+    settings = {key: ids.get(value, value) if isinstance(value, str) else value for key, value in recipe.config.items()}
     if recipe.images:
         text = {"text_config": text, "vision_config": recipe.vision}
     with torch.random.fork_rng():
         torch.manual_seed(derive(seed, "tiny"))
-        config = transformers.AutoConfig.for_model(**{"model_type": family, **own, **text})
+        config = transformers.AutoConfig.for_model(**{"model_type": family, **settings, **text})
         model = getattr(transformers, known.model)._from_config(config, attn_implementation=attention).to(dtype)
     randomise(model, seed)
     model.eval().requires_grad_(False)
@@ -291,7 +291,7 @@ def _made(family: str, recipe: Recipe, seed: int, dtype: torch.dtype, attention:
 
 
 def tiny_vlm(family: str, seed: int = 0, *, dtype: torch.dtype = torch.float32) -> VLM:
-    """A random model of a family, such as "gemma3_text" or "llava", with its processor, in evaluation mode.
+    """A random model of a family (such as "gemma3_text" or "llava") with its processor, in evaluation mode.
 
     The same seed gives the same weights in every dtype.
     """

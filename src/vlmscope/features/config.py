@@ -17,7 +17,7 @@ SOURCES = ("planets", "digits", "colours")
 
 @dataclass
 class StudyConfig:
-    """How much of a data set is studied and what is kept (docs/study.md).
+    """Settings of a feature study (docs/study.md).
 
     `path` is a finished study (its run folder) that is read instead of making one. `split` null takes that of each
     source (of Orrery's scenes, validation), `limit` null all rows. Of every feature the `top` strongest items are kept
@@ -49,7 +49,7 @@ class StudyConfig:
             raise UserError(f"study.max_tokens={self.max_tokens}: at most {MOST_TOKENS}")
 
     def decisive(self) -> dict[str, Any]:
-        """The settings that change something in a study's files."""
+        """The settings that decide what a study's files hold."""
         return {key: value for key, value in asdict(self).items() if key not in _NOT_DECISIVE}
 
 
@@ -75,13 +75,13 @@ class CrossQuestion:
         self.words = with_facts(self.words, "words_from", self.words_from)
 
     def asked_in_text(self, concept: str) -> str:
-        """The question in words."""
+        """The text question about a concept."""
         return self.text.replace(PLACEHOLDER, self.words.get(concept, concept))
 
 
 @dataclass
 class CrossModalConfig:
-    """Which concepts, how they are asked for, and what counts as shared by pictures and words (docs/structure.md).
+    """Settings of the search for features shared by pictures and words (docs/structure.md).
 
     `concepts` are named as in the text questions. The pictures of `source` show planets, two digits of which the
     concept is the first, or shapes of a colour: `pictures` per concept to look on, `test_pictures` unseen ones for the

@@ -109,7 +109,7 @@ def picture_peaks(scope: Scope, batch: InputBatch, features: Mapping[int, Tensor
 
 @dataclass(frozen=True)
 class Shared:
-    """What pictures and words share under one question.
+    """Features shared by pictures and words under one question.
 
     `q` has the p-values of the contrasts of each concept's own candidates, adjusted over all of these; nan for other
     concepts' candidates. `null` counts coincidences by the rule alone under shuffled pictures, by place and (last) each

@@ -45,7 +45,7 @@ _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in small letters."""
+    """The words of a text in lower case."""
     return _WORD.findall(text.lower())
 
 
@@ -98,7 +98,7 @@ class ItemFacts:
         return np.argsort(self.ids)
 
     def places(self, items: np.ndarray) -> np.ndarray:
-        """Where items (ids) stand in `ids`."""
+        """The places of items (ids) in `ids`."""
         return self._by_id[np.searchsorted(self.ids, items, sorter=self._by_id)]
 
     def holds(self, part: Part, rows: np.ndarray) -> np.ndarray:
@@ -199,7 +199,7 @@ class KnownItems:
     positive: np.ndarray  # `[R]` bool
     row: np.ndarray  # `[R]` int64, in the table of examples
     starts: np.ndarray  # `[F + 1]`, where each feature's rows begin
-    reach: np.ndarray  # `[F]`: of so many first items it is known whether the feature fires
+    reach: np.ndarray  # `[F]`: the number of first items of which it is known whether they fire the feature
     strong: np.ndarray  # `[F]` bool
 
     def rows(self, feature: int) -> slice:

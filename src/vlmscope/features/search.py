@@ -30,7 +30,7 @@ _SMALL = {"a", "an", "the", "of", "in", "on", "at", "is", "are", "to", "and", "o
 
 @dataclass(frozen=True)
 class Match:
-    """An answer of a search."""
+    """One result of a search."""
 
     feature: FeatureId
     relevance: float  # by words from 0 to 1; by activations in bits: how rarely it is so strong in an item

@@ -111,8 +111,10 @@ def modality_parts(
 
 
 def modality_metrics(table: pd.DataFrame) -> dict[str, float]:
-    """`layers/modality_<group>/layer_03`, shares of all features of the layer; of features of both modalities the 95 %
-    interval too, and their share of the firing at soft tokens and at words; `modality/meeting_layer` has most of them.
+    """Metrics of a `modality_table`: `layers/modality_<group>/layer_03`, shares of all features of the layer.
+
+    Of features of both modalities the 95 % interval too, and their share of the firing at soft tokens and at words;
+    `modality/meeting_layer` is the layer that has most of them.
     """
     layers, groups, _, shared = modality_parts(table)
     widths = np.sum(list(groups.values()), axis=0)
@@ -145,7 +147,7 @@ class StructurePass:
 
     @torch.no_grad()
     def add(self, inputs: Sequence[StudyInput], forward_tokens: int) -> None:
-        """Run the model on some inputs."""
+        """Run the model on inputs, with at most `forward_tokens` tokens in one forward."""
         for group in grouped(inputs, forward_tokens):
             self._forward(group)
 
@@ -366,8 +368,9 @@ def duplicate_shares(features: pd.DataFrame, twin: float) -> dict[str, list[floa
 def structure_metrics(
     features: pd.DataFrame, clusters: Sequence[Mapping[str, Any]], shares: Mapping[str, Sequence[float]]
 ) -> dict[str, float]:
-    """`monosemanticity/median` (over features that fire on two pictures or more) and by layer, `duplicates/<way>` of
-    `duplicate_shares` and by layer, and `clusters/<kind>/count`, `features_frac` and `largest`.
+    """Metrics of a `feature_table`, its `cluster_rows` and its `duplicate_shares`.
+
+    Monosemanticity (over features that fire on two pictures or more) and duplicates also by layer.
     """
     layers = features.layer.unique().tolist()
     metrics = {

@@ -90,7 +90,7 @@ class InputMaker:
         self.skipped: Counter[str] = Counter()  # by source
 
     def __call__(self, rows: Sequence[NumberedRow]) -> list[StudyInput]:
-        """The inputs of a batch of rows, in order; a `UserError` when more rows cannot be used than may be."""
+        """The inputs of a batch of rows, in order; a `UserError` when more than `max_skipped` rows cannot be used."""
         inputs: list[StudyInput] = []
         for row in rows:
             try:
@@ -171,7 +171,7 @@ class StudyPass:
             layer: LayerStudy(scope.transcoders[layer].config.n_features, n, m, window, scope.adapter.device, features)
             for layer, features in selected.items()
         }
-        self.positions = np.zeros(len(KINDS), dtype=np.int64)  # gone through, as `items` are
+        self.positions = np.zeros(len(KINDS), dtype=np.int64)  # counted so far, as `items` are
         self.items, self.own_seconds = 0, 0.0  # seconds without the model's forwards
         self.forwards: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # ids, kinds, valid positions
         self.waiting: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
@@ -283,7 +283,7 @@ class StudyPart:
         return load_tensors(folder / f"layer_{layer:02d}.safetensors")[0]
 
     def tables(self, name: str, schema: pa.Schema) -> Iterator[pa.Table]:
-        """What was seen between checkpoints: tables of "items", by id, or "geometry"."""
+        """Tables of "items", by id, or "geometry", one for each state that was written."""
         for number in range(0 if self.state is None else self.state["checkpoint"] + 1):
             yield read_table(self.folder / f"{name}_{number}.parquet", schema)
 

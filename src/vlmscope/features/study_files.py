@@ -158,7 +158,7 @@ class StudyItems:
         )  # fmt: skip
 
     def boxes(self, geometry: str) -> tuple[PatchBox, ...]:
-        """Where the soft tokens of an item's pictures lie."""
+        """The boxes of the soft tokens of an item's pictures."""
         numbers = self.geometries[geometry]["boxes"]
         return tuple(PatchBox(*numbers[i : i + 4]) for i in range(0, len(numbers), 4))
 

@@ -106,7 +106,7 @@ class Histogram(NamedTuple):
 
 
 def histogram(counts: np.ndarray) -> Histogram:
-    """What to draw of `[3, BINS]` counts, from the first bin that is not empty to the last."""
+    """The histogram of `[3, BINS]` counts, from the first bin that is not empty to the last."""
     total, edges = counts.sum(0), bin_edges()
     used = np.flatnonzero(total)
     if not len(used):
@@ -157,7 +157,11 @@ def guess(examples: Sequence[tuple[str, Sequence[Place]]], usual: Mapping[str, f
         peak = next(n for n, place in enumerate(places) if place.peak)
         peaks.append(places[peak])
         following += places[peak + 1 : peak + 2]
-    telling = _quoted(telling_words([caption for caption, _ in examples], usual))
+    # Words of most captions that few other inputs have, the most telling first.
+    shares = word_shares(caption for caption, _ in examples)
+    gains = {word: share - usual.get(word, 0.0) for word, share in shares.items() if share >= _SHARED}
+    words = sorted((word for word, gain in gains.items() if gain >= _RARER), key=lambda word: (-gains[word], word))
+    telling = _quoted(words[:_MOST])
     if sum(place.kind == IMAGE for place in peaks) * 2 > len(peaks):
         return f"on pictures where the text says {telling}" if telling else "on pictures of many kinds"
     after = _common(place for place in following if place.kind == ANSWER)
@@ -167,12 +171,6 @@ def guess(examples: Sequence[tuple[str, Sequence[Place]]], usual: Mapping[str, f
     if tokens := _common(place for place in peaks if place.kind != IMAGE):
         return f"at {_quoted(tokens)}"
     return f"at various words of inputs that say {telling}" if telling else "at various words"
-
-
-def telling_words(captions: Sequence[str], usual: Mapping[str, float]) -> list[str]:
-    """Words of most captions that few other inputs have, the most telling first."""
-    gains = {word: share - usual.get(word, 0.0) for word, share in word_shares(captions).items() if share >= _SHARED}
-    return sorted((word for word, gain in gains.items() if gain >= _RARER), key=lambda w: (-gains[w], w))[:_MOST]
 
 
 def _common(places: Iterable[Place]) -> list[str]:
@@ -206,7 +204,7 @@ def shown_token(token: str) -> str:
 
 
 def special(token: str) -> bool:
-    """A sign of the template, such as `<end_of_turn>`, rather than a word."""
+    """Whether a token is a sign of the template, such as `<end_of_turn>`, rather than a word."""
     return _SPECIAL.fullmatch(token) is not None
 
 
@@ -270,7 +268,7 @@ class FeaturePage:
 
     @property
     def labelled(self) -> bool:
-        """It has a label that was not scored, or whose score beats chance."""
+        """Whether it has a label that was not scored, or whose score beats chance."""
         return self.label is not None and (self.label.score is None or self.label.beats_chance)
 
     @property

@@ -102,7 +102,7 @@ def lay_out(nodes: Nodes, shown: np.ndarray, strength: np.ndarray, is_image: np.
         width = width_of(position)
         slots[position] = (edge + width / 2, width)
         edge += width
-    # Ends (logits or targets) have a row of their own, above the last layer.
+    # Ends (logits or targets) have a row of their own, above the other nodes of their layer.
     last_layer = nodes.layer[-1]
     above = int(last_layer) + int(last_layer < n_layers)
     every = range(-1, above + 1)

@@ -94,8 +94,11 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def ranges_of(results: Sequence[Reproduced]) -> dict[str, dict[str, Any]]:
-    """Experiment -> metric -> the values of all seeds, the stated range, and the range that they suggest."""
+def write_ranges(run_dir: Path, results: Sequence[Reproduced]) -> None:
+    """Write ranges.json, and ranges.yaml with blocks that can be pasted into the experiments.
+
+    By experiment and metric: the values of all seeds, the stated range, and the range that the values suggest.
+    """
     table: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(result.name for result in results):
         runs = [result for result in results if result.name == name and not result.problem]
@@ -111,12 +114,6 @@ def ranges_of(results: Sequence[Reproduced]) -> dict[str, dict[str, Any]]:
                 "suggested": list(suggested_range(values, halves, stated.share)) if values else [None, None],
                 "says": stated.says,
             }
-    return table
-
-
-def write_ranges(run_dir: Path, results: Sequence[Reproduced]) -> None:
-    """Write ranges.json, and ranges.yaml with blocks that can be pasted into the experiments."""
-    table = ranges_of(results)
     write_json(run_dir / "ranges.json", {"rule": RULE, "experiments": table})
     lines = [f"# {RULE}"]
     for name, metrics in table.items():

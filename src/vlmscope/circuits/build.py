@@ -1,6 +1,6 @@
-"""What task=circuit is made of: inputs, their graphs, and the supernodes that a declaration chooses.
+"""Parts of task=circuit: inputs, their graphs, and the supernodes that a declaration chooses.
 
-What a declaration names is opened before a model loads; its features are chosen once there are graphs.
+Files that a declaration names are opened before a model loads; its features are chosen once there are graphs.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ class Asked:
 
     @classmethod
     def from_side(cls, side: Side) -> Asked:
-        """A side of a pair, called by its answer."""
+        """A side of a pair, with its answer as the caption."""
         return cls(side.prompt, side.images, side.answer)
 
     def prepared(self, scope: Scope) -> ModelInputs:
-        """As the model takes it."""
+        """Inputs of the model."""
         return scope.inputs(self.prompt, list(self.pictures))
 
 
 def asked_of(where: str, inputs: InputSetConfig, prompts: Sequence[str], seed: int) -> list[Asked]:
-    """A set of inputs: every prompt of every picture; `prompts` are asked where the set names none."""
+    """Inputs of a set: every prompt with every picture; `prompts` are used where the set names none."""
     prompts = inputs.prompts or prompts
     if not prompts:
         raise UserError(f"{where}: what is asked? give prompts there, or prompt=")
@@ -111,8 +111,8 @@ def trace_all(
     """The graph of each input with its settings; the first one is written to the run folder."""
     graphs: list[AttributionGraph] = []
     each = zip(asked, settings, strict=True)
-    for inputs, how in tqdm(each, desc="trace", unit="input", total=len(asked), disable=len(asked) < 2):
-        pruned = trace(scope, inputs.prepared(scope), how, folder).pruned
+    for inputs, config in tqdm(each, desc="trace", unit="input", total=len(asked), disable=len(asked) < 2):
+        pruned = trace(scope, inputs.prepared(scope), config, folder).pruned
         if not graphs:
             save_graph(folder / "graph.safetensors", pruned)
         graphs.append(pruned.graph)
@@ -122,8 +122,8 @@ def trace_all(
 def trace_pairs(
     scope: Scope, pairs: Sequence[Pair], attribution: AttributionConfig, folder: Path
 ) -> list[AttributionGraph]:
-    """The graph of each original that explains its answer's logit minus its counterfactual's, which is what discovery
-    keeps; all with one name for this end.
+    """Graphs of the originals that explain the answer's logit minus the counterfactual's, which discovery keeps; this
+    end has the same name in all of them.
     """
     ends = [[answer_token(scope, side.answer) for side in (pair.original, pair.counterfactual)] for pair in pairs]
     settings = [replace(attribution, difference=[f"id:{token}" for token in both]) for both in ends]
@@ -134,9 +134,9 @@ def trace_pairs(
 
 
 def spread_answers(pairs: Sequence[Pair], count: int) -> list[Pair]:
-    """At most so many pairs, whose originals have as many different answers as can be; earlier ones first."""
+    """At most `count` pairs whose originals have as many different answers as possible; earlier pairs first."""
     seen: Counter[str] = Counter()
-    turns: list[int] = []
+    turns: list[int] = []  # of each pair: how many earlier pairs have its answer
     for pair in pairs:
         turns.append(seen[pair.original.answer])
         seen[pair.original.answer] += 1
@@ -145,8 +145,8 @@ def spread_answers(pairs: Sequence[Pair], count: int) -> list[Pair]:
 
 @dataclass
 class Sources:
-    """What supernodes are chosen from, by the supernode's key: graphs of named traces, labels of studies, tables of
-    clusters, and both sets of inputs of contrasts.
+    """Sources of supernodes, by the supernode's key: graphs of named traces, labels of studies, tables of clusters, and
+    both sets of inputs of contrasts.
     """
 
     graphs: dict[str, AttributionGraph] = field(default_factory=dict)
@@ -156,7 +156,7 @@ class Sources:
 
     @classmethod
     def open(cls, spec: CircuitSpecConfig, asked: Sequence[Asked], pairs: PairsConfig | None, seed: int) -> Sources:
-        """Open all that the supernodes name; contrasts that name no prompts ask those of `asked`."""
+        """Open the sources that the supernodes name; contrasts without prompts take those of `asked`."""
         sources = cls()
         prompts = list(dict.fromkeys(each.prompt for each in asked))
         for key, node in spec.supernodes.items():
@@ -251,17 +251,17 @@ def _choose(
         ]
         return _Choice(selectors.by_influence(tables, node), chosen)
     assert node.contrast is not None, "checked when the spec was read"
-    of, against = (
+    active, against = (
         role_means(scope, _aligned(scope, [each.prepared(scope) for each in asked]), node.where)
         for asked in sources.contrasts[key]
     )
     there = selectors.mean_influence(graphs, node.where)
-    members = selectors.by_contrast(scope.transcoders, of, against, node, there, node.contrast.confirmed)
-    return _Choice(members, str(node.contrast), means=of)
+    members = selectors.by_contrast(scope.transcoders, active, against, node, there, node.contrast.confirmed)
+    return _Choice(members, str(node.contrast), means=active)
 
 
 def _aligned(scope: Scope, inputs: Sequence[ModelInputs]) -> list[InputBatch]:
-    """Inputs that align as batches; those that do not, apart."""
+    """Batches of inputs that have the same length, soft tokens and patches."""
     groups: dict[tuple[int, bytes, tuple[object, ...]], list[ModelInputs]] = {}
     for each in inputs:
         groups.setdefault((len(each), each.is_image.tobytes(), tuple(each.patch_boxes)), []).append(each)

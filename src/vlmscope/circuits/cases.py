@@ -40,7 +40,7 @@ def answer_token(scope: Scope, word: str) -> int:
 def bystanders(
     scope: Scope, name: str, question: str, inputs: Sequence[ModelInputs], ids: Sequence[str], target: int = -1
 ) -> Cases:
-    """Prompts about something else, whatever they are answered; hits are answers `target`."""
+    """Prompts about something else, whatever the model answers; an answer `target` is a hit."""
     batch = scope.batch(list(inputs))
     base = base_run(scope, batch, ["free"])
     answer = base.logits.argmax(-1)
@@ -50,15 +50,15 @@ def bystanders(
 def right_cases(
     scope: Scope, config: CircuitConfig, name: str, concept: str, images: Sequence[Image.Image], modes: Collection[str]
 ) -> tuple[Cases, list[int], InputBatch]:
-    """A concept's test pictures that are answered rightly to a question (at least `config.least`), without target or
-    donors; the numbers of these pictures, and all pictures as a batch.
+    """Test pictures of a concept that are answered rightly under a question (at least `config.least`), without target
+    or donors; the numbers of these pictures; and all pictures as a batch.
     """
     question = config.questions[name]
     inputs = [scope.inputs(question.prompt, [image]) for image in images]
-    own = answer_token(scope, question.answers[concept])
+    right = answer_token(scope, question.answers[concept])
     everything = scope.batch(inputs)
     answers = scope.forward(everything).argmax(-1)
-    rows = torch.nonzero(answers == own).flatten()
+    rows = torch.nonzero(answers == right).flatten()
     kept = rows.tolist()
     if len(kept) < config.least:
         words = ", ".join(sorted({scope.vlm.tokenizer.decode([token]).strip() for token in answers.tolist()}))
@@ -90,13 +90,13 @@ def concept_cases(
     recipient, donor = config.concepts
     images = pictures(recipient, "test", count)
     donor_images = pictures(donor, "test", max(len(images), 1))
-    found = []
+    case_sets = []
     for name, question in config.questions.items():
         target = answer_token(scope, question.answers[donor])
         cases, rows, _ = right_cases(scope, config, name, recipient, images, modes)
         donors = [scope.inputs(question.prompt, [donor_images[row % len(donor_images)]]) for row in rows]
-        found.append(replace(cases, target=torch.full_like(cases.answer, target), donors=scope.batch(donors)))
-    return found
+        case_sets.append(replace(cases, target=torch.full_like(cases.answer, target), donors=scope.batch(donors)))
+    return case_sets
 
 
 def matrix_cases(
@@ -112,18 +112,18 @@ def matrix_cases(
     third: list[Cases] = []
     for number, (name, question) in enumerate(config.questions.items()):
         token = {concept: answer_token(scope, question.answers[concept]) for concept in images}
-        right = {concept: right_cases(scope, config, name, concept, of, modes) for concept, of in images.items()}
-        asked = {}
-        for concept, of in images.items() if number == 0 else ():
-            inputs = [scope.inputs(question.prompt, [image]) for image in of]
-            asked[concept] = bystanders(scope, "third", name, inputs, [f"{concept} {i}" for i in range(len(of))])
+        right = {concept: right_cases(scope, config, name, concept, shown, modes) for concept, shown in images.items()}
+        outside = {}
+        for concept, shown in images.items() if number == 0 else ():
+            inputs = [scope.inputs(question.prompt, [image]) for image in shown]
+            outside[concept] = bystanders(scope, "third", name, inputs, [f"{concept} {i}" for i in range(len(shown))])
         for recipient, donor in permutations(images, 2):
             tags = {"recipient": recipient, "donor": donor}
 
             def turned(cases: Cases, tags: Mapping[str, str] = tags, target: int = token[donor]) -> Cases:
                 return replace(cases, target=torch.full_like(cases.answer, target), tags=tags)
 
-            third += [turned(one) for concept, one in asked.items() if concept not in (recipient, donor)]
+            third += [turned(cases) for concept, cases in outside.items() if concept not in (recipient, donor)]
             if token[recipient] != token[donor]:
                 cases, rows, _ = right[recipient]
                 donors = right[donor][2].select([row % len(images[donor]) for row in rows])
@@ -135,10 +135,10 @@ def matrix_cases(
 
 def pairs_by_question(config: PairsConfig, split: str) -> dict[str, list[Pair]]:
     """The pairs of a split by question. Of a question whose answer differs in some pairs, only those count."""
-    found: dict[str, list[Pair]] = {}
+    groups: dict[str, list[Pair]] = {}
     for pair in load_pairs(config, split):
-        found.setdefault(pair.question, []).append(pair)
-    return {name: [p for p in some if p.moves] or some for name, some in found.items()}
+        groups.setdefault(pair.question, []).append(pair)
+    return {name: [pair for pair in pairs if pair.moves] or pairs for name, pairs in groups.items()}
 
 
 def subject_of_pairs(
@@ -215,27 +215,27 @@ def text_pairs(
     `pngs` are n small pictures, for reports.
     """
     answers = [whole_answers(scope, inputs, new_tokens) for inputs in sides]
-    found: list[TextPair] = []
+    pairs: list[TextPair] = []
     for row, ((ids, text), (other_ids, other_text)) in enumerate(zip(*answers, strict=True)):
-        lengths = {len(ids), len(other_ids), len(found[0].ids[0]) if found else len(ids)}
+        lengths = {len(ids), len(other_ids), len(pairs[0].ids[0]) if pairs else len(ids)}
         if (text, other_text) == (right[0][row], right[1][row]) and len(lengths) == 1:
             png = pngs[row] if pngs else b""
-            pair = TextPair(str(row), (sides[0][row], sides[1][row]), (ids, other_ids), (text, other_text), png)
-            found.append(pair)
-    return found
+            prompts = sides[0][row], sides[1][row]
+            pairs.append(TextPair(str(row), prompts, (ids, other_ids), (text, other_text), png))
+    return pairs
 
 
 def text_cases(scope: Scope, name: str, question: str, pairs: Sequence[TextPair], prompt: str = "") -> Cases:
     """The first sides; the second sides' whole answers are their targets.
 
-    A generated answer has the column `log_likelihood`: of a token of it, in nats, after the second side's prompt in the
-    unedited model. It is high where the answer is both fluent and true of that side.
+    Generated answers are scored by the column `log_likelihood`, the mean per token in nats after the second side's
+    prompt in the unedited model. It is high where the answer is both fluent and true of that side.
     """
     others = {pair.name: pair.sides[1] for pair in pairs}
 
     def score(ids: Sequence[str], answers: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         words = [without_special(scope.vlm.tokenizer, answer) for answer in answers]
-        return {"log_likelihood": log_likelihoods(scope, [others[one] for one in ids], words)}
+        return {"log_likelihood": log_likelihoods(scope, [others[name] for name in ids], words)}
 
     cases = bystanders(scope, name, question, [pair.sides[0] for pair in pairs], list(others))
     texts, targets = zip(*(pair.texts for pair in pairs), strict=True)

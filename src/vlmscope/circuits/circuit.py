@@ -1,7 +1,7 @@
 """A circuit: named supernodes, its file, the edges between its supernodes, and plans of edits made from it.
 
 A supernode is a set of features with the activations that they have when it is on. A circuit is stored as YAML (ids,
-evidence, positions, edges) beside a safetensors file (activations by role), so that it can be drawn, steered, patched
+evidence, positions, edges) next to a safetensors file (activations by role), so that it can be drawn, steered, patched
 and shared. Layout: `docs/formats.md`.
 
 Edges are direct effects, sums of the edges A of attribution graphs, which are not pruned:
@@ -62,7 +62,7 @@ class Circuit:
         return self.supernodes[name]
 
     def indices(self, name: str, limit: int | None = None) -> dict[int, Tensor]:
-        """Feature indices of a supernode by layer, best first; at most `limit` a layer."""
+        """Feature indices of a supernode by layer, best first; at most `limit` per layer."""
         table: dict[int, list[int]] = {}
         for member in self.node(name).features:
             table.setdefault(member.feature.layer, []).append(member.feature.index)
@@ -106,7 +106,7 @@ class Circuit:
 
 
 def labelled(circuit: Circuit, labels: Mapping[FeatureId, str]) -> Circuit:
-    """The circuit with its features' labels; one that has none in `labels` keeps what it is called."""
+    """The circuit with its features' labels; a feature that has none in `labels` keeps the one it has."""
     return replace(circuit, supernodes={name: with_labels(node, labels) for name, node in circuit.supernodes.items()})
 
 
@@ -212,7 +212,7 @@ def steer_plan(
         places: the T positions of the prompt.
         strength: 1 is the mean activation on the raised concept.
         question: whose levels are taken; the mean over all questions when None.
-        limit: at most so many features a layer and supernode.
+        limit: most features per layer and supernode.
         gate: the share of the suppressed supernode's level at which the edit acts in full; None acts everywhere.
     """
     roles = places.roles.tolist()
@@ -287,9 +287,9 @@ def supernode_mask(graph: AttributionGraph, node: Supernode) -> np.ndarray:
     """[N] bool, the graph's nodes that are members of a supernode at its positions."""
     nodes = graph.nodes
     mask = np.zeros(graph.n_nodes, dtype=bool)
-    wanted = {member.feature for member in node.features}
+    members = {member.feature for member in node.features}
     for place in nodes.of(NodeKind.FEATURE).tolist():
-        mask[place] = nodes.feature_id(place) in wanted
+        mask[place] = nodes.feature_id(place) in members
     if node.positions is not None:
         there = node.positions.mask(Places(graph.roles, graph.patch_boxes))
         mask[mask] = there[nodes.position[mask]]
@@ -297,7 +297,7 @@ def supernode_mask(graph: AttributionGraph, node: Supernode) -> np.ndarray:
 
 
 def groups_of(graph: AttributionGraph, supernodes: Sequence[Supernode], answers: int) -> Groups:
-    """The groups of a graph, with at most so many of the answers that it explains, the most probable first."""
+    """The groups of a graph, with at most `answers` of the answers that it explains, the most probable first."""
     kind = graph.nodes.kind
     inside = {node.name: supernode_mask(graph, node) for node in supernodes}
     claimed = np.any([*inside.values(), np.zeros(graph.n_nodes, dtype=bool)], axis=0)
@@ -327,9 +327,9 @@ def direct_edges(
 ) -> tuple[CircuitEdge, ...]:
     """All edges into supernodes and answers, also from what is around the circuit; means over graphs, at least one.
 
-    A graph in which a target is not active adds nothing to its sums, and counts for the mean all the same. A feature of
-    several supernodes counts for each. Edges of no weight are left out; edges among a supernode's own members are
-    there, from its name to itself.
+    A graph in which a target is not active adds nothing to its sums but counts for the mean. A feature of several
+    supernodes counts for each. Edges of no weight are left out; edges among a supernode's own members run from its name
+    to itself.
     """
     weights: dict[tuple[str, str], float] = {}
     totals: dict[str, float] = {}

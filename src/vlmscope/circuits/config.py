@@ -1,4 +1,4 @@
-"""Settings of circuits (of concepts, declared, discovered), of trials and of their report: records, free of torch."""
+"""Settings of circuits (of concepts, declared, discovered), of trials and of their report; free of torch."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class CircuitConfig:
     concepts: list[str]  # the recipient of interventions, then the donor
     questions: dict[str, QuestionConfig]  # asked of every picture
     third: str | None = None  # belongs to neither: what does the donor's circuit do to it?
-    pictures: int = 40  # training pictures a concept
-    graphs: int = 1  # a concept and question; a feature counts only if it has influence in one
-    per_layer: int = 16  # features a layer and concept
-    least: int = 1  # rightly answered test pictures of a recipient; fewer are no result
+    pictures: int = 40  # training pictures per concept
+    graphs: int = 1  # per concept and question; a feature counts only if it has influence in one
+    per_layer: int = 16  # features per layer and concept
+    least: int = 1  # rightly answered test pictures of a recipient; fewer are an error
     seed: int = 0  # of the pictures
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ class SettingConfig:
     positions: list[str] = field(default_factory=lambda: ["all"])  # or prompt, no_last, a role, each
     layers: list[str] = field(default_factory=lambda: ["all"])  # or no_last, 3, 0-3, 4-, each, 0-each, each-
     strength: list[float] = field(default_factory=list)  # instead of the trial's own
-    limit: list[int] = field(default_factory=list)  # features a layer (exchange) or in all
+    limit: list[int] = field(default_factory=list)  # features per layer (exchange) or in all
     matched: int = 1  # draws of matched features
     random_direction: int = 0  # draws of random directions of the same norm
     first: int | None = None  # cases of each question; all when null
@@ -186,12 +186,12 @@ class InputSetConfig:
     """Prompts with pictures: every prompt is asked of every picture."""
 
     concept: str | None = None  # pictures of a planet of Orrery's
-    images: list[str] = field(default_factory=list)  # files of one's own instead
+    images: list[str] = field(default_factory=list)  # the user's own files instead
     prompts: list[str] = field(default_factory=list)  # when empty, the run's `prompt=` or the spec's `inputs.prompts`
     pictures: int = 20  # of the concept
 
     def check(self, where: str) -> None:
-        """Refuse a set that says two things or none."""
+        """Refuse a set with two kinds of pictures, or with no inputs."""
         _refuse(self.concept is not None and bool(self.images), f"{where}: give a concept or images, not both")
         nothing = self.concept is None and not self.images and not self.prompts
         _refuse(nothing, f"{where}: it names no inputs; give a concept, images, or prompts for text alone")
@@ -255,7 +255,7 @@ class InfluenceConfig:
 
 @dataclass
 class ClusterConfig:
-    """Members of a cluster, by its number or name, of a task=structure run; `kind` is "firing" or "direction"."""
+    """Members of a cluster of a task=structure run, by its number or name; `kind` is "firing" or "direction"."""
 
     run: str
     cluster: Any
@@ -264,7 +264,7 @@ class ClusterConfig:
 
 @dataclass
 class PositionsConfig:
-    """Where in a prompt a supernode is meant: the union of positions by role (special, image, question, last, answer)
+    """Where in a prompt a supernode acts: the union of positions by role (special, image, question, last, answer)
     and of the soft tokens whose own part of the picture overlaps a box (left, top, right, bottom as fractions of it).
     """
 
@@ -272,7 +272,7 @@ class PositionsConfig:
     box: list[float] = field(default_factory=list)
 
     def check(self, where: str) -> None:
-        """Refuse positions that are none."""
+        """Refuse positions that are empty or not in a picture."""
         box = self.box
         for role in self.roles:
             check_choice(f"{where}.roles", role, (*ROLES, ANSWER))
@@ -286,7 +286,7 @@ class PositionsConfig:
 
 @dataclass
 class SupernodeConfig:
-    """A supernode: exactly one of the five ways to choose its features.
+    """A supernode, whose features are chosen in exactly one of five ways.
 
     The `name`, instead of the supernode's key, may be "auto": from labels, the cluster, or the words that its features
     write. Contrast and influence are measured at the supernode's `positions`, everywhere when None.
@@ -315,10 +315,10 @@ class SupernodeConfig:
         return [i for i in layers if not self.layers or self.layers[0] <= i <= self.layers[1]]
 
     def check(self, where: str) -> None:
-        """Refuse a supernode that nothing or several things choose, or a setting that makes no sense."""
-        given = [name for name in SELECTORS if getattr(self, name)]
-        what = f"{' and '.join(given)} are given" if given else "nothing chooses its features"
-        _refuse(len(given) != 1, f"{where}: {what}; give exactly one of {', '.join(SELECTORS)}")
+        """Refuse a supernode with no selector or several, and settings that make no sense."""
+        selectors = [name for name in SELECTORS if getattr(self, name)]
+        what = f"{' and '.join(selectors)} are given" if selectors else "nothing chooses its features"
+        _refuse(len(selectors) != 1, f"{where}: {what}; give exactly one of {', '.join(SELECTORS)}")
         check_least(where, self, count=1)
         ordered = not self.layers or (len(self.layers) == 2 and 0 <= self.layers[0] <= self.layers[1])
         _refuse(not ordered, f"{where}.layers={list(self.layers)}: give the first and the last layer, as in [2,5]")
@@ -344,7 +344,7 @@ class CircuitSpecConfig:
     """A circuit, declared (docs/circuits.md)."""
 
     name: str = "circuit"  # of the folder under `circuits/`
-    path: str | None = None  # a YAML file of one's own with these keys, instead of an option of the group
+    path: str | None = None  # the user's own YAML file with these keys, instead of an option of the group
     inputs: InputSetConfig | None = None  # traced when the run has no `prompt=`, `image=` or `task.rows=`
     supernodes: dict[str, SupernodeConfig] = field(default_factory=dict)
 

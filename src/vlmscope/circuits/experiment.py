@@ -58,7 +58,7 @@ class Declared:
             for called in setting.of or trials:
                 if called not in trials:
                     raise UserError(f"settings.{name}.of: no trial {called!r}; there are {', '.join(trials)}")
-                each = {f"{called}/{one}": replace(trials[called], features=one) for one in self.sets}
+                each = {f"{called}/{features}": replace(trials[called], features=features) for features in self.sets}
                 for operation, trial in (each if trials[called].features == EACH else {called: trials[called]}).items():
                     for cases in self.cases[setting.cases]:
                         yield from self._combined(operation, trial, cases, name, setting)
@@ -66,7 +66,7 @@ class Declared:
     def _combined(
         self, operation: str, trial: TrialConfig, cases: Cases, name: str, setting: SettingConfig
     ) -> Iterator[Trial]:
-        some = cases if setting.first is None else cases.select(range(min(setting.first, cases.batch.size)))
+        subset = cases if setting.first is None else cases.select(range(min(setting.first, cases.batch.size)))
         means = self.means(trial, cases) if callable(self.means) else self.means
         strength = self.settled.get(cases.question) if trial.strength is None else trial.strength
         if strength is None and not setting.strength:
@@ -74,32 +74,32 @@ class Declared:
         more = {key: getattr(setting, key) for key in ("matched", "random_direction", "new_tokens")}
         for axes in setting.combinations(strength):
             do = self.operation(trial, cases, axes["limit"])
-            yield Trial(operation, do, [some], [Setting(name, **axes, **more)], means)
+            yield Trial(operation, do, [subset], [Setting(name, **axes, **more)], means)
 
 
 def settle(
     scope: Scope, declared: Declared, trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig]
 ) -> Declared:
-    """The same with the strengths of trials that have `settle`: the least with most hits on the validation cases.
+    """Add the strengths of trials that have `settle`: of each, the least with most hits on the validation cases.
 
-    They run in the first setting of the trial, everywhere and without controls.
+    Validation runs in the first setting of the trial, at all positions and layers and without controls.
 
     Raises:
         UserError: there are no validation cases, or no setting runs the trial.
     """
-    found: dict[str, float] = {}
+    strengths: dict[str, float] = {}
     for name, trial in trials.items():
         if not trial.settle:
             continue
-        used = [one for one in settings.values() if name in (one.of or trials)]
+        used = [setting for setting in settings.values() if name in (setting.of or trials)]
         if not used or "validation" not in declared.cases:
             raise UserError(f"trials.{name}.settle: it needs a setting that runs {name}, and validation cases")
         first = replace(used[0], cases="validation", mode=used[0].mode[:1], strength=sorted(trial.settle), matched=0)
         first = replace(first, of=[name], positions=["all"], layers=["all"], random_direction=0)
         table = run_trials(scope, declared.trials(trials, {"settle": first}))
-        for question, of in table.groupby("question", sort=False):
-            found[str(question)] = float(of.groupby("strength").hit.mean().idxmax())
-    return replace(declared, settled=found)
+        for question, part in table.groupby("question", sort=False):
+            strengths[str(question)] = float(part.groupby("strength").hit.mean().idxmax())
+    return replace(declared, settled=strengths)
 
 
 def concept_operation(
@@ -130,22 +130,22 @@ def text_level(scope: Scope, pairs: Sequence[TextPair], count: int, steps: int) 
     """The `count` features of most estimated effect (of `steps`) on each token that differs within every pair, as an
     operation that sets their levels; and layer -> [F] mean activations in the prompts, by which controls are matched.
     """
-    differ = [{at for at, (a, b) in enumerate(zip(*pair.ids, strict=True)) if a != b} for pair in pairs]
-    found: list[FeatureId] = []
-    for at in sorted(set.intersection(*differ)):
-        a, b = ([pair.begun(scope, side, at) for pair in pairs] for side in (0, 1))
-        own, other = (
-            torch.tensor([pair.ids[side][at] for pair in pairs], device=scope.adapter.device) for side in (0, 1)
+    differ = [{place for place, (a, b) in enumerate(zip(*pair.ids, strict=True)) if a != b} for pair in pairs]
+    features: list[FeatureId] = []
+    for place in sorted(set.intersection(*differ)):
+        a, b = ([pair.begun(scope, side, place) for pair in pairs] for side in (0, 1))
+        right, other = (
+            torch.tensor([pair.ids[side][place] for pair in pairs], device=scope.adapter.device) for side in (0, 1)
         )
-        subject = pair_subject(scope, f"word {at}", a, b, own, other, least=1, answerable=False, modes=())
-        found += [member.feature for member in pair_effects(scope, subject, steps).ranked(count)]
-    if not found:
+        subject = pair_subject(scope, f"word {place}", a, b, right, other, least=1, answerable=False, modes=())
+        features += [member.feature for member in pair_effects(scope, subject, steps).ranked(count)]
+    if not features:
         raise UserError("no word differs within every training pair's answers, so no feature can be chosen")
     prompts, whole = (
         [scope.batch([pair.begun(scope, side, tokens) for pair in pairs]) for side in (0, 1)]
         for tokens in (0, len(pairs[0].ids[0]))
     )
-    level = Level(by_layer(scope.transcoders, found), (whole[0], whole[1]), prompts[0].length)
+    level = Level(by_layer(scope.transcoders, features), (whole[0], whole[1]), prompts[0].length)
     return level, mean_activations(scope, prompts, scope.transcoders.layers)
 
 
@@ -178,12 +178,12 @@ class PairSource:
 
         `modes` has, for each case set, those that it will be edited in.
         """
-        found: dict[str, list[Cases]] = {"test": [], "stays": [], "counterfactual": []}
+        case_sets: dict[str, list[Cases]] = {"test": [], "stays": [], "counterfactual": []}
         for question, pairs in pairs_by_question(self.pairs, "test").items():
             name = "test" if pairs[0].moves else "stays"
             subject = self.subject(question, pairs, modes.get(name, ("free",)))
             cases = pair_cases(self.scope, subject, pairs, name)
-            found[name].append(cases)
+            case_sets[name].append(cases)
             self._sides += [subject.batch, subject.other]
             self.accuracy[f"base/{question}/pairs"] = float(subject.size)
             for side, rate in zip(("original", "counterfactual", "both"), subject.accuracy, strict=True):
@@ -191,13 +191,13 @@ class PairSource:
             if name == "test" and "counterfactual" in modes:
                 base = base_run(self.scope, subject.other, modes["counterfactual"])
                 other = replace(cases, name="counterfactual", batch=subject.other, base=base, inputs=())
-                found["counterfactual"].append(replace(other, donors=None, donor_logits=None))
-        if not found["test"]:
+                case_sets["counterfactual"].append(replace(other, donors=None, donor_logits=None))
+        if not case_sets["test"]:
             raise UserError("no question's answer differs within a pair: there is nothing that could follow")
-        return found
+        return case_sets
 
     def subject(self, question: str, pairs: Sequence[Pair], modes: Collection[str] = ("free",)) -> PairSubject:
-        """The pairs that count, as `config` has it."""
+        """The pairs that count under `config`."""
         return subject_of_pairs(self.scope, question, pairs, self.config.least, self.config.answerable, modes)
 
     @cached_property
@@ -206,7 +206,7 @@ class PairSource:
 
     @cached_property
     def questions(self) -> list[str]:
-        """Those whose answers differ within training pairs, so that features can be chosen for them."""
+        """Questions whose answers differ within training pairs, so that features can be chosen for them."""
         return [name for name, pairs in self._training.items() if pairs[0].moves]
 
     def training(self, question: str) -> PairSubject:
@@ -218,7 +218,7 @@ class PairSource:
         return self._subjects[question]
 
     def effects(self, question: str) -> PairEffects:
-        """What each feature is estimated to do to a question's answers on its training pairs, which must differ."""
+        """Estimated effect of each feature on a question's answers on its training pairs, which must differ."""
         if question not in self._effects:
             subject = self.training(question)
             if not subject.moves:
@@ -249,11 +249,11 @@ class PairSource:
         if self.circuit is not None and (own or named in self.circuit.supernodes):
             nodes = [node for name, node in self.circuit.supernodes.items() if own or name == named]
             return self._by_layer(member for node in nodes for member in node.features[:limit]), tuple(nodes)
-        wanted = question if own else str(named)
-        if self.circuit is not None or wanted not in self.questions:
+        source = question if own else str(named)
+        if self.circuit is not None or source not in self.questions:
             there = ", ".join((ALL, OWN, EACH, *self.sets))
             raise UserError(f"trials: features={named}: no such set for question {question!r}; choose from {there}")
-        return self._by_layer(self.ranked(wanted)[: limit or self.config.features]), ()
+        return self._by_layer(self.ranked(source)[: limit or self.config.features]), ()
 
     def _by_layer(self, members: Iterable[CircuitFeature]) -> Features:
         return by_layer(self.scope.transcoders, [member.feature for member in members])
@@ -275,7 +275,7 @@ class PairSource:
             )
         train = self.training(cases.question)
         before, after = (donor_activations(self.scope, side, features) for side in (train.batch, train.other))
-        change = {layer: (some, (after[layer][1] - values).mean(0)) for layer, (some, values) in before.items()}
+        change = {layer: (chosen, (after[layer][1] - values).mean(0)) for layer, (chosen, values) in before.items()}
         return Shift(change, nodes)
 
     def transfer(self, question: str, fact: str, count: int) -> Iterator[Trial]:

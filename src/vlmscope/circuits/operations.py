@@ -1,4 +1,4 @@
-"""What trials do to activations: carry, move toward, shift, ablate, set to a mean level, exchange two supernodes.
+"""Operations of trials on activations: carry, move toward, shift, ablate, set to a mean level, exchange two supernodes.
 
 Each class is an `Operation` of `vlmscope.interventions.trials`. Carrying activations from a donor is an interchange
 intervention (Geiger et al., arXiv 2106.02997). Legend: B cases, T positions, n features of a layer.
@@ -53,17 +53,17 @@ class Carry:
         if chosen is None:
             assert strength == 1, "all features are carried at their own level"
             return {layer: self._whole(scope, cases, layer, code) for layer, code in donors.items()}
-        given = donor_activations(scope, donors, {layer: some for layer, some in chosen.items() if len(some)})
+        carried = donor_activations(scope, donors, {layer: rows for layer, rows in chosen.items() if len(rows)})
         if self.last:
             where = position_mask(roles, "last")
-            return {layer: set_features(f, strength * acts[:, -1:], where) for layer, (f, acts) in given.items()}
-        return at_supernodes(patch_plan(given, roles, strength, self.pooled), self.nodes, cases.batch.places)
+            return {layer: set_features(f, strength * acts[:, -1:], where) for layer, (f, acts) in carried.items()}
+        return at_supernodes(patch_plan(carried, roles, strength, self.pooled), self.nodes, cases.batch.places)
 
     def _whole(self, scope: Scope, cases: Cases, layer: int, code: SparseCode) -> WholeEdit:
         """Every feature of a layer set to what it is in the donors; only active ones are kept."""
         roles, width = cases.batch.roles, scope.transcoders[layer].config.n_features
         if self.last:
-            indices, values = (one[:, -1:].expand(-1, len(roles), -1) for one in (code.indices, code.values))
+            indices, values = (entries[:, -1:].expand(-1, len(roles), -1) for entries in (code.indices, code.values))
             return WholeEdit(SparseCode(indices, values), width, position_mask(roles, "last"))
         last = torch.from_numpy(roles == "last")
         generated = SparseCode(code.indices[:, last][:, 0], code.values[:, last][:, 0])
@@ -102,8 +102,8 @@ class Shift:
         """As `Operation.plan`."""
         everywhere = torch.ones(cases.batch.length, dtype=torch.bool)
         plan = {
-            layer: LayerEdit(found, strength * delta, delta.new_ones(len(found)), everywhere)
-            for layer, (found, delta) in self.change.items()
+            layer: LayerEdit(indices, strength * delta, delta.new_ones(len(indices)), everywhere)
+            for layer, (indices, delta) in self.change.items()
         }
         return at_supernodes(plan, self.nodes, cases.batch.places)
 
@@ -149,17 +149,17 @@ class Level:
         starts, ends = (donor_activations(scope, side, chosen) for side in self.sides)
         where = torch.ones(self.prompt, dtype=torch.bool)
         plan: dict[int, LayerEdit] = {}
-        for layer, (found, values) in starts.items():
+        for layer, (indices, values) in starts.items():
             start, end = values.mean(0), ends[layer][1].mean(0)  # [T + S, n] over S tokens of the answer
             value = (start + strength * (end - start)).clamp_min(0)
             steps = value[self.prompt :].unsqueeze(1)
-            edit = set_features(found, value[: self.prompt], where, steps if len(steps) else None)
+            edit = set_features(indices, value[: self.prompt], where, steps if len(steps) else None)
             if self.gate is not None and features is None:
-                own = torch.nonzero(start.sum(0) > end.sum(0)).flatten()
-                if not len(own):
+                fading = torch.nonzero(start.sum(0) > end.sum(0)).flatten()
+                if not len(fading):
                     continue
-                level = start[:, own]
-                edit = replace(edit, gate=Gate(found[own], level[: self.prompt], level[self.prompt :], self.gate))
+                level = start[:, fading]
+                edit = replace(edit, gate=Gate(indices[fading], level[: self.prompt], level[self.prompt :], self.gate))
             plan[layer] = edit
         return plan
 

@@ -86,8 +86,8 @@ def described(
         first = []
         for member in members[:shown]:
             top, bottom = top_and_bottom_logits(scope, member.feature)
-            own = evidence.get(member.feature, ())
-            first.append(replace(member, examples=own, top_logits=top, bottom_logits=bottom))
+            top_inputs = evidence.get(member.feature, ())
+            first.append(replace(member, examples=top_inputs, top_logits=top, bottom_logits=bottom))
         nodes.append(replace(circuit.supernodes[name], features=(*first, *members[shown:])))
     return nodes
 
@@ -114,14 +114,14 @@ def draw_diagram(
 
 
 def _at_pictures(node: Supernode) -> bool:
-    """Whether a supernode is meant at soft tokens alone."""
+    """Whether a supernode acts at soft tokens alone."""
     return node.positions is not None and not {*node.positions.roles} - {"image"}
 
 
 def _thumbnails(node: Supernode) -> list[np.ndarray]:
     """Pictures on which the first features are most active, one of each, none twice.
 
-    Where a supernode is meant at soft tokens their activations are shown; one meant at words of the question has none.
+    If a supernode acts at soft tokens, their activations are shown; one that acts at words of the question has none.
     """
     where = node.positions
     if where is not None and where.box is None and not {*where.roles} & {"image", "last", "answer"}:
@@ -137,8 +137,8 @@ def _thumbnails(node: Supernode) -> list[np.ndarray]:
 
 
 def _line(node: Supernode) -> str:
-    """What a supernode's strongest features are about, for its box: their commonest label, or the words that they
-    write or fire at.
+    """Text of a supernode's box: the commonest label of its features, or the words that the strongest of them write or
+    fire at.
     """
     labels = Counter(member.label.rsplit(" (", 1)[0] for member in node.features if member.label)
     if labels:
@@ -174,7 +174,7 @@ def write_page(
     metrics: Mapping[str, float],
     discovery: Discovery | None = None,
 ) -> None:
-    """Write report.html of a circuit, `nodes` being its described supernodes, beside its figures."""
+    """Write report.html of a circuit, `nodes` being its described supernodes, next to its figures."""
     title, text, numbers, details = f"Circuit: {name}", _summary(circuit, metrics), [], []
     if discovery is not None:
         title, text = f"Circuit found by pairs: the question {name}", f"{summary(discovery)} {text}"

@@ -58,7 +58,7 @@ class PairSubject:
 
     @property
     def moves(self) -> bool:
-        """Whether the two answers differ, in every pair: what is to follow. Else in none: what is to stay."""
+        """Whether the two answers differ in every pair, so that the answer should follow; else they differ in none."""
         return bool((self.tokens != self.other_tokens).all())
 
 
@@ -74,7 +74,7 @@ def pair_subject(
     answerable: bool = True,
     modes: Collection[str] = MODES,
 ) -> PairSubject:
-    """Run both sides of n pairs and keep, unless all are asked for, those that are answered rightly on both.
+    """Run both sides of n pairs; if `answerable`, keep only those that are answered rightly on both.
 
     Right answers [n] differ between the sides in all rows or in none. The originals' run is recorded for `modes`.
 
@@ -116,9 +116,9 @@ class PairEffects:
             total = table.sum(0)
             for index in total.abs().topk(min(count, len(total))).indices.tolist():
                 if total[index] != 0:
-                    at = int(table[:, index].abs().argmax())
-                    change, effect = float(self.change[layer][at, index]), float(total[index])
-                    feature = CircuitFeature(FeatureId(layer, index), self.roles[at], change, effect)
+                    role = int(table[:, index].abs().argmax())
+                    change, effect = float(self.change[layer][role, index]), float(total[index])
+                    feature = CircuitFeature(FeatureId(layer, index), self.roles[role], change, effect)
                     rows.append((abs(effect), feature))
         rows.sort(key=lambda row: (-row[0], row[1].feature))
         return [feature for _, feature in rows[:count]]
@@ -147,8 +147,8 @@ def pair_effects(scope: Scope, subject: PairSubject, steps: int = 5) -> PairEffe
                 place = (role_of[:, None] * transcoder.config.n_features + code.indices).flatten()
                 table = values.new_zeros(2, len(roles) * transcoder.config.n_features)
                 tables.append(table.index_add_(1, place, values.flatten(1)).view(2, len(roles), -1))
-            found = (tables[0] - tables[1]) / batch.size
-            effect[layer], change[layer] = found.to(torch.promote_types(transcoder.W_dec.dtype, torch.float32))
+            difference = (tables[0] - tables[1]) / batch.size
+            effect[layer], change[layer] = difference.to(torch.promote_types(transcoder.W_dec.dtype, torch.float32))
     return PairEffects(roles, effect, change)
 
 
@@ -182,8 +182,8 @@ def gap_gradients(scope: Scope, subject: PairSubject, steps: int, inputs: bool =
         sides, tokens = (subject.batch.select(rows), subject.other.select(rows)), subject.tokens[rows]
         sums: dict[int | str, Tensor] = {}
         for alpha in interpolation(steps):
-            found = _gradients(scope, between(*sides, alpha), tokens, subject.other_tokens[rows], inputs)
-            for name, gradient in found.items():
+            gradients = _gradients(scope, between(*sides, alpha), tokens, subject.other_tokens[rows], inputs)
+            for name, gradient in gradients.items():
                 sums[name] = sums.get(name, torch.zeros_like(gradient)) + gradient / steps
         parts.append(sums)
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -215,12 +215,12 @@ def _gradients(
         rows = torch.arange(len(tokens), device=logits.device)
         gaps = logits[rows, other_tokens] - logits[rows, tokens]
         leaves: dict[int | str, Tensor] = {**writes, **of_inputs}
-        found = torch.autograd.grad(gaps.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
-        return dict(zip(leaves, found, strict=True))
+        gradients = torch.autograd.grad(gaps.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(leaves, gradients, strict=True))
 
 
 def interpolation(steps: int) -> Sequence[float]:
-    """Where gradients are taken: the original alone for 1 step, else midpoints of `steps` equal parts."""
+    """Shares between the sides at which gradients are taken: 0 for 1 step, else midpoints of `steps` equal parts."""
     return [0.0] if steps == 1 else ((np.arange(steps) + 0.5) / steps).tolist()
 
 

@@ -96,9 +96,9 @@ def mean_influence(graphs: Sequence[AttributionGraph], positions: Positions | No
 
 def check_graph(graph: AttributionGraph, where: str, model: str, n_features: Mapping[int, int]) -> None:
     """Refuse a graph, called `where`, of another model or of other transcoders than those of these widths."""
-    of = str(graph.meta.get("model", ""))
-    if of and of != model:
-        raise UserError(f"{where} is a graph of the model {of}, not of {model}; give one of {model}")
+    traced = str(graph.meta.get("model", ""))
+    if traced and traced != model:
+        raise UserError(f"{where} is a graph of the model {traced}, not of {model}; give one of {model}")
     nodes = graph.nodes.of(NodeKind.FEATURE)
     for layer in np.unique(graph.nodes.layer[nodes]).tolist():
         largest = int(graph.nodes.index[nodes][graph.nodes.layer[nodes] == layer].max())
@@ -109,7 +109,7 @@ def check_graph(graph: AttributionGraph, where: str, model: str, n_features: Map
 
 
 def by_ids(ids: Iterable[str], known: Influence) -> list[CircuitFeature]:
-    """Features that are named, in that order."""
+    """The named features, in the order of naming."""
     return _members((FeatureId.parse(text) for text in dict.fromkeys(ids)), known)
 
 
@@ -118,16 +118,16 @@ def by_label(config: LabelConfig, labels: Labels, node: SupernodeConfig, known: 
 
     Labels that are no better than chance do not count.
     """
-    asked = stems(config.query)
+    query = stems(config.query)
     texts = labels.trusted()
     score = {
         feature: 1.0 if label.low is None else label.low
         for feature, label in texts.items()
-        if asked and asked <= stems(label.text)
+        if query and query <= stems(label.text)
     }
     if not score:
         words = sorted(set().union(*(stems(label.text) for label in texts.values())))
-        near = [hit for word in sorted(asked) for hit in get_close_matches(word, words, n=2)]
+        near = [hit for word in sorted(query) for hit in get_close_matches(word, words, n=2)]
         hint = f"did you mean {' or '.join(near)}?" if near else f"words that occur: {', '.join(words[:12])}"
         raise UserError(f"label query {config.query!r}: no label of {config.study} has these words; {hint}")
     ranked = sorted(score, key=lambda f: (-known.get(f, 0.0), -score[f], f))
@@ -139,16 +139,16 @@ def by_cluster(
 ) -> tuple[list[CircuitFeature], str]:
     """Members of a cluster, those of most influence first, and the cluster's name."""
     rows = [row for row in table.to_pylist() if row["kind"] == config.kind]
-    asked = str(config.cluster).strip()
-    hits = [row for row in rows if asked in (str(row["cluster"]), row["name"])]
+    query = str(config.cluster).strip()
+    hits = [row for row in rows if query in (str(row["cluster"]), row["name"])]
     if len(hits) > 1:
         numbers = ", ".join(str(row["cluster"]) for row in hits[:5])
-        raise UserError(f"cluster {asked!r}: {len(hits)} clusters of {config.run} are called so; give one of {numbers}")
+        raise UserError(f"cluster {query!r}: {len(hits)} clusters of {config.run} are called so; give one of {numbers}")
     if not hits:
         names = [row["name"] for row in rows if row["name"]]
-        near = get_close_matches(asked, names, n=2, cutoff=0.4)
+        near = get_close_matches(query, names, n=2, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {len(rows)}: 0 is {names[:1]}"
-        raise UserError(f"cluster {asked!r}: {config.run} has no such cluster by {config.kind}; {hint}")
+        raise UserError(f"cluster {query!r}: {config.run} has no such cluster by {config.kind}; {hint}")
     features = sorted(map(FeatureId.parse, hits[0]["features"]), key=lambda f: (-known.get(f, 0.0), f))
     return _members(features, known, node), hits[0]["name"]
 
@@ -173,12 +173,12 @@ def by_influence(
     means = mean_shares([{feature: share for feature, (share, _) in table.items()} for table in shares])
     roles = {feature: role for table in reversed(shares) for feature, (_, role) in table.items()}
     ranked = sorted((f for f in means if means[f] > 0 and node.layer_range([f.layer])), key=lambda f: (-means[f], f))
-    wanted = None if node.influence is None else node.influence.share
-    if wanted is None:
+    part = None if node.influence is None else node.influence.share
+    if part is None:
         ranked = ranked[: node.count]
     elif ranked:
         sums = np.cumsum([means[f] for f in ranked])
-        ranked = ranked[: int(np.searchsorted(sums, wanted * sums[-1] * (1 - 1e-12))) + 1]
+        ranked = ranked[: int(np.searchsorted(sums, part * sums[-1] * (1 - 1e-12))) + 1]
     return [CircuitFeature(f, roles[f], 0.0, means[f]) for f in ranked]
 
 
@@ -193,8 +193,8 @@ def _members(
 def _contrast(
     transcoders: TranscoderSet, layer: int, of: RoleMeans, against: RoleMeans, known: Influence
 ) -> tuple[Tensor, Callable[[int], CircuitFeature]]:
-    """Of a layer's features difference times write norm, [F], each at its role where that is largest; and what makes a
-    member of a feature, with its role and difference there.
+    """Scores [F] of a layer's features, difference times write norm at the role where that is largest; and a function
+    that makes a member of a feature's index, with its role and its difference there.
     """
     roles = [role for role in of.by_role if role in against.by_role]
     gaps = torch.stack([of.by_role[role][layer] - against.by_role[role][layer] for role in roles])
@@ -255,7 +255,7 @@ def contrast_circuit(
         transcoders: whose features are compared.
         means: concept -> question -> role means on its training pictures; exactly two concepts, the same questions.
         influence: concept -> influence of features in graphs of its pictures.
-        per_layer: how many features a layer, concept and question; questions may share them.
+        per_layer: features per layer, concept and question; questions may share them.
         model: the model's name, by which a circuit of another one is refused.
     """
     first, second = means
@@ -266,8 +266,8 @@ def contrast_circuit(
         confirmed = candidates = 0
         for layer in transcoders.layers:
             picks: list[list[CircuitFeature]] = []
-            for question, own in means[concept].items():
-                score, member_of = _contrast(transcoders, layer, own, means[other][question], influence[concept])
+            for question, active in means[concept].items():
+                score, member_of = _contrast(transcoders, layer, active, means[other][question], influence[concept])
                 chosen, seen = _confirmed(score, member_of, per_layer)
                 picks.append(chosen)
                 confirmed, candidates = confirmed + len(chosen), candidates + seen
@@ -280,8 +280,8 @@ def contrast_circuit(
     levels: dict[str, dict[str, dict[int, Tensor]]] = {}
     for concept, by_question in means.items():
         levels[concept] = {}
-        for question, own in by_question.items():
-            levels[concept] |= mean_levels(supernodes[concept].features, own, question)
+        for question, active in by_question.items():
+            levels[concept] |= mean_levels(supernodes[concept].features, active, question)
     return Circuit(supernodes, levels, model=model, n_features=transcoders.widths), metrics
 
 

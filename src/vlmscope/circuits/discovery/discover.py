@@ -132,7 +132,7 @@ class Discovery:
         )
 
     def to_circuit(self, model: str = "", n_features: Mapping[int, int] | None = None) -> Circuit:
-        """One supernode a position role, `<question>_<role>`, which is meant at that role alone."""
+        """One supernode per position role, `<question>_<role>`, which acts at that role alone."""
         groups: dict[str, list[CircuitFeature]] = {}
         for member in self.features():
             groups.setdefault(member.role, []).append(member)
@@ -235,7 +235,7 @@ def discover(
 def _rankings(
     runner: Runner, effects: np.ndarray, traced: GraphScores, change: np.ndarray, settings: DiscoveryConfig
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Scores [N] and orders [N] by method; EAP-IG's are always there, as other things rest on them."""
+    """Scores [N] and orders [N] by method; EAP-IG's are always there, as edges and stability need them."""
     scores = {"eap_ig": effects.mean(0), "graph": traced.nodes.mean(0), "activation": change}
     orders = {name: order_of(values) for name, values in scores.items()}
     # A graph leaves most nodes without a score: these follow in the order of their change.
@@ -245,9 +245,9 @@ def _rankings(
         scores["greedy"] = np.empty(len(runner.nodes))
         scores["greedy"][orders["greedy"]] = -np.arange(len(runner.nodes), dtype=float)
     orders["random"] = random_order(runner.nodes, orders["eap_ig"], settings.seed)
-    asked = {*settings.methods, "eap_ig"}
-    orders = {name: order for name, order in orders.items() if name in asked}
-    return {name: values for name, values in scores.items() if name in asked}, orders
+    names = {*settings.methods, "eap_ig"}
+    orders = {name: order for name, order in orders.items() if name in names}
+    return {name: values for name, values in scores.items() if name in names}, orders
 
 
 def _curves(
@@ -280,13 +280,13 @@ def _smallest_circuit(
         kept = [judging.kept(rows) for rows in (members, *alike)]
         without = [judging.without(rows[nodes.is_feature[rows]]) for rows in (members, *alike)]
         for rates, circuits in ((test, kept), (ablated, without)):
-            own, *controls = (faithfulness(judging.run(each, mode), *ends, settings.seed) for each in circuits)
-            control = float(np.mean([rate.value for rate in controls])) if controls else None
-            rates[mode] = replace(own, control=control)
+            rate, *controls = (faithfulness(judging.run(each, mode), *ends, settings.seed) for each in circuits)
+            control = float(np.mean([each.value for each in controls])) if controls else None
+            rates[mode] = replace(rate, control=control)
     share, groups = judging.share(members), {}
     for layer, role in sorted({(int(nodes.layer[row]), int(nodes.role[row])) for row in members.tolist()}):
-        there = (nodes.layer[members] == layer) & (nodes.role[members] == role)
-        groups[layer, nodes.roles[role]] = share - judging.share(members[~there])
+        group = (nodes.layer[members] == layer) & (nodes.role[members] == role)
+        groups[layer, nodes.roles[role]] = share - judging.share(members[~group])
     train = faithfulness(choosing.run(choosing.kept(members)), *choosing.ends(), settings.seed)
     return SmallestCircuit(by, members, cuts[by], train, test, ablated, pruned.losses, groups)
 
@@ -324,14 +324,14 @@ def _stability(
 def _feature_change(runner: Runner) -> np.ndarray:
     """[N], mean change of activation of features, summed over the positions of their role."""
     sides, transcoders = runner.sides, runner.scope.transcoders
-    nothing = sides.clean.entering.new_zeros(len(sides.roles))
+    zeros = sides.clean.entering.new_zeros(len(sides.roles))
 
     def tables() -> Iterator[tuple[int, Tensor, Tensor]]:
         for layer in transcoders.layers:
             change = sides.changes(transcoders, layer).mean(0)
-            yield layer, nothing, change.new_zeros(len(nothing), change.shape[1]).index_add_(0, sides.role_of, change)
+            yield layer, zeros, change.new_zeros(len(zeros), change.shape[1]).index_add_(0, sides.role_of, change)
 
-    return runner.nodes.read(nothing, tables())
+    return runner.nodes.read(zeros, tables())
 
 
 def named_circuit(scope: Scope, discovery: Discovery, answers: Sequence[str]) -> Circuit:
@@ -345,7 +345,7 @@ def named_circuit(scope: Scope, discovery: Discovery, answers: Sequence[str]) ->
 
 
 def by_answer(circuit: Circuit, answers: Sequence[str], words: Mapping[FeatureId, str]) -> Circuit:
-    """A supernode a position role, and of the features at the last position one for each answer that they write.
+    """A supernode per position role and, of the features at the last position, one for each answer that they write.
 
     The `NAMED` answers whose features have the most influence get one; features that write no such answer (`words` has
     what each writes) stay with their role.

@@ -71,8 +71,8 @@ def pair_edges(
     """
     # These are gradients of -m.
     gradients = gap_gradients(scope, sides.subject.pairs, steps).writes
-    runner, wanted = Runner(scope, sides, nodes), set(targets.tolist())
-    number = {key: row for key, row in nodes.rows().items() if row in wanted}
+    runner, chosen = Runner(scope, sides, nodes), set(targets.tolist())
+    number = {key: row for key, row in nodes.rows().items() if row in chosen}
     return [
         _edges_of_pair(runner, row, number, {layer: -gradient[row] for layer, gradient in gradients.items()})
         for row in range(min(count, sides.subject.pairs.size))
@@ -81,7 +81,7 @@ def pair_edges(
 
 @torch.no_grad()
 def _edges_of_pair(runner: Runner, row: int, number: Mapping[Key, int], writes: Mapping[int, Tensor]) -> PairEdges:
-    """Into the feature nodes of `number`, with gradients of m [T, d] where each layer writes."""
+    """Edges of one pair into the feature nodes of `number`, with gradients of m [T, d] where each layer writes."""
     scope, sides, nodes, subject = runner.scope, runner.sides, runner.nodes, runner.sides.subject
     dtype = torch.float64 if scope.adapter.dtype == torch.float64 else torch.float32
     clean, corrupt = (build_replacement(scope, inputs[row], dtype) for inputs in (subject.originals, subject.others))
@@ -106,10 +106,10 @@ def _edges_of_pair(runner: Runner, row: int, number: Mapping[Key, int], writes: 
         node += [name for _, name in mine]
         change.append(features.activation[which])
         # Slopes of features at positions, each as the only slot of a code.
-        at, transcoder = features.position[which], scope.transcoders[layer]
-        there = {layer + ahead: writes[layer + ahead][at] for ahead in range(transcoder.config.writes)}
+        position, transcoder = features.position[which], scope.transcoders[layer]
+        local = {layer + ahead: writes[layer + ahead][position] for ahead in range(transcoder.config.writes)}
         code = SparseCode(features.index[which][:, None], features.activation[which][:, None])
-        slope.append(code_slopes(transcoder, code, there, layer)[:, 0])
+        slope.append(code_slopes(transcoder, code, local, layer)[:, 0])
     changes = torch.cat([*change, whole.errors.new_tensor([values[0] - values[1]])]).double().numpy(force=True)
     sources, groups = _groups(whole, columns, nodes, role_of)
 

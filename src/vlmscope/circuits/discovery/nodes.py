@@ -108,13 +108,13 @@ class Nodes:
         number, errors [.., R] and features [.., R, F].
         """
         out = np.zeros((*embeddings.shape[:-1], len(self)))
-        mine = self.kind == Kind.EMBEDDING
-        out[..., mine] = embeddings.double().cpu().numpy()[..., self.role[mine]]
+        rows = self.kind == Kind.EMBEDDING
+        out[..., rows] = embeddings.double().cpu().numpy()[..., self.role[rows]]
         for layer, errors, features in layers:
-            mine = (self.layer == layer) & (self.kind == Kind.ERROR)
-            out[..., mine] = errors.double().cpu().numpy()[..., self.role[mine]]
-            mine = (self.layer == layer) & self.is_feature
-            out[..., mine] = features.double().cpu().numpy()[..., self.role[mine], self.index[mine]]
+            rows = (self.layer == layer) & (self.kind == Kind.ERROR)
+            out[..., rows] = errors.double().cpu().numpy()[..., self.role[rows]]
+            rows = (self.layer == layer) & self.is_feature
+            out[..., rows] = features.double().cpu().numpy()[..., self.role[rows], self.index[rows]]
         return out
 
 
@@ -175,7 +175,7 @@ class Sides:
 
 @torch.no_grad()
 def measure(scope: Scope, subject: CircuitSubject) -> Sides:
-    """Run both sides once and keep what circuits are made of."""
+    """Run both sides once, unedited, and keep the values of all nodes."""
     positions = subject.pairs.batch.roles.tolist()
     roles = tuple(dict.fromkeys(positions))
     role_of = torch.tensor([roles.index(role) for role in positions], device=scope.adapter.device)
@@ -306,15 +306,15 @@ def graph_scores(
 
 
 def _numbers(graph: AttributionGraph, nodes: Nodes, rows: dict[tuple[int, int, int, int], int]) -> np.ndarray:
-    """[graph nodes] int64: the number of each, `ANSWER` for ends, below that for what is no node."""
+    """[graph nodes] int64: the number of each node, `ANSWER` for ends, `REST` for what is no node."""
     kinds = {NodeKind.TOKEN: Kind.EMBEDDING, NodeKind.FEATURE: Kind.FEATURE, NodeKind.ERROR: Kind.ERROR}
     table, role_of = graph.nodes, [nodes.roles.index(role) for role in graph.roles.tolist()]
     out = np.full(len(table), REST, dtype=np.int64)
     out[table.ends()] = ANSWER
-    for kind, ours in kinds.items():
+    for kind, node_kind in kinds.items():
         for place in table.of(kind).tolist():
-            index = int(table.index[place]) if ours == Kind.FEATURE else -1
-            key = (int(ours), int(table.layer[place]), role_of[table.position[place]], index)
+            index = int(table.index[place]) if node_kind == Kind.FEATURE else -1
+            key = (int(node_kind), int(table.layer[place]), role_of[table.position[place]], index)
             out[place] = rows.get(key, REST)
     return out
 

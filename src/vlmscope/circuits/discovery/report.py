@@ -1,4 +1,4 @@
-"""What discovery leaves in a run folder: discovery.json, tables, figures, metrics and sections of a page."""
+"""Outputs of discovery in a run folder: discovery.json, tables, figures, metrics and sections of a page."""
 
 from __future__ import annotations
 
@@ -153,7 +153,8 @@ def _draw(discovery: Discovery, folder: Path) -> None:
         dose_response(lines, folder / f"{name}.png", xlabel, ylabel, log_x=True)
     groups = discovery.circuit.groups
     layers = sorted({layer for layer, _ in groups})
-    roles = [role for role in discovery.nodes.roles if any(role == there for _, there in groups)]
+    present = {role for _, role in groups}
+    roles = [role for role in discovery.nodes.roles if role in present]
     matrix = np.full((len(layers), len(roles)), np.nan)
     for (layer, role), loss in groups.items():
         matrix[layers.index(layer), roles.index(role)] = round(loss, 4) + 0.0
@@ -183,11 +184,8 @@ def sections(discovery: Discovery, folder: Path) -> tuple[list[Section], list[Se
     them.
     """
     circuit, stability, edges = discovery.circuit, discovery.stability, discovery.edges
-    cards = [
-        Card(
-            "nodes of the circuit", len(circuit.members), f"of {len(discovery.nodes):,}; cut from: {NAMES[circuit.by]}"
-        )
-    ]
+    origin = f"of {len(discovery.nodes):,}; cut from: {NAMES[circuit.by]}"
+    cards = [Card("nodes of the circuit", len(circuit.members), origin)]
     for mode, rate in circuit.test.items():
         detail = f"95 % interval {rate.ci_low:.0%} to {rate.ci_high:.0%}; matched features {_control(rate)}"
         cards.append(Card(f"faithfulness, {label(mode)}", Percent(rate.value), detail))
@@ -201,12 +199,7 @@ def sections(discovery: Discovery, folder: Path) -> tuple[list[Section], list[Se
     ]
     marks = [
         ("picture", "Faithfulness over circuit size", "faithfulness_*", "On test pairs, with 95 % intervals."),
-        (
-            "table",
-            "Areas under and beside the curves",
-            "areas.parquet",
-            "CMD: area between curve and 1, 0 is best.",
-        ),
+        ("table", "Areas under and beside the curves", "areas.parquet", "CMD: area between curve and 1, 0 is best."),
         ("table", "First members", "members.parquet", "EAP-IG is in logits. All members are in discovery.json."),
         ("picture", "Where the circuit is", "groups_*", "Layer -1 is what enters the model."),
     ]

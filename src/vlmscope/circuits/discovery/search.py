@@ -40,8 +40,8 @@ from vlmscope.models.base import INJECTIONS
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode, TranscoderSet
 
-FINER = 1.1  # sizes that are looked at grow by this factor
-SHRINK = 0.6  # share of members that a round of the greedy elimination leaves
+FINER = 1.1  # ratio of successive sizes that are tried
+SHRINK = 0.6  # share of members that a round of the greedy elimination keeps
 NEIGHBOURS = 8  # candidates, nearest in change, of which a matched feature is drawn
 
 
@@ -83,7 +83,7 @@ def _written(
 ) -> Tensor:
     """What a layer writes, [B, T, d]; what its features write to later layers waits in `ahead_of`."""
     transcoder, clean, corrupt = transcoders[layer], sides.clean, sides.corrupt
-    # Live activations of kept features, beside the counterfactual's of all others.
+    # Live activations of kept features, next to the counterfactual's of all others.
     live, other, role = transcoder.encode(x), corrupt.codes[layer], sides.role_of[:, None]
     mask = kept.features[layer]
     inside = _mix(mask[role, live.indices], live.values, torch.zeros_like(live.values))
@@ -128,17 +128,17 @@ class Runner:
         """Masks in which each node has its weight [N]."""
         nodes, n_roles = self.nodes, len(self.nodes.roles)
 
-        def table(mine: np.ndarray, *shape: int) -> Tensor:
-            columns = (nodes.role[mine], nodes.index[mine])[: len(shape)]
+        def table(chosen: np.ndarray, *shape: int) -> Tensor:
+            columns = (nodes.role[chosen], nodes.index[chosen])[: len(shape)]
             places = tuple(torch.from_numpy(column).long().to(weights.device) for column in columns)
-            rows = torch.from_numpy(np.flatnonzero(mine)).to(weights.device)
+            rows = torch.from_numpy(np.flatnonzero(chosen)).to(weights.device)
             return weights.new_full(shape, rest).index_put(places, weights[rows])
 
         errors, features = {}, {}
         for layer, width in self.scope.transcoders.widths.items():
-            here = nodes.layer == layer
-            errors[layer] = table(here & (nodes.kind == Kind.ERROR), n_roles)
-            features[layer] = table(here & nodes.is_feature, n_roles, width)
+            inside = nodes.layer == layer
+            errors[layer] = table(inside & (nodes.kind == Kind.ERROR), n_roles)
+            features[layer] = table(inside & nodes.is_feature, n_roles, width)
         return Kept(table(nodes.kind == Kind.EMBEDDING, n_roles), errors, features)
 
     @torch.no_grad()
@@ -184,7 +184,9 @@ class Runner:
 
 
 def fewest(sizes: Sequence[int], reaches: Callable[[int], bool]) -> int:
-    """The first of ascending sizes from which on `reaches` is taken to hold, by bisection; the last if none does."""
+    """The first of ascending sizes at which `reaches` holds, by bisection, as if it held for all larger ones; the last
+    if none does.
+    """
     return sizes[bisect_left(range(len(sizes) - 1), True, key=lambda place: reaches(sizes[place]))]
 
 

@@ -87,12 +87,9 @@ class Tower(NamedTuple):
 
 
 _SIGLIP = Tower(
-    "encoder.layers",
-    "self_attn",
-    "embeddings.patch_embedding",
-    "embeddings.position_embedding.weight",
+    "encoder.layers", "self_attn", "embeddings.patch_embedding", "embeddings.position_embedding.weight",
     norm="post_layernorm",
-)
+)  # fmt: skip
 # Towers whose attention can be recorded, because the modules call transformers' attention interface.
 TOWERS = {
     # CLIP's norm is of the class token alone.
@@ -106,10 +103,10 @@ TOWERS = {
         "attention",
         "embeddings.patch_embeddings.projection",
         "embeddings.position_embeddings",
-        1,
-        "embeddings.cls_token",
-        "layernorm",
-    ),
+        n_class=1,
+        class_token="embeddings.cls_token",
+        norm="layernorm",
+    ),  # fmt: skip
     "qwen2_5_vl_vision": Tower("blocks", "attn", "patch_embed.proj"),
     "qwen3_vl_vision": Tower("blocks", "attn", "patch_embed.proj", "pos_embed.weight"),
     "siglip_vision_model": _SIGLIP,

@@ -45,7 +45,7 @@ def build_orrery(config: OrreryConfig, vocab_size: int, seed: int) -> Any:
     import torch
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-    ids = {token: number for number, token in enumerate(SPECIAL)}
+    ids = {token: number for number, token in enumerate(SPECIAL)}  # as `build_tokenizer` numbers them
     kinds = ["full_attention" if i in config.global_layers else "sliding_attention" for i in range(config.n_layers)]
     text = {
         "vocab_size": vocab_size,

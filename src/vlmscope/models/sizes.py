@@ -91,8 +91,9 @@ def soft_tokens(adapter: Adapter) -> int | None:
     config, patches = adapter.model.config, n_patches(adapter)
     if not adapter.has_vision:
         return 0
-    if getattr(config, "mm_tokens_per_image", None):
+    if getattr(config, "mm_tokens_per_image", None):  # Gemma 3
         return int(config.mm_tokens_per_image)
+    # Patches per soft token: InternVL's ratio of sides, or Idefics3's factor.
     ratio = getattr(config, "downsample_ratio", None)
     shrink = round(1 / float(ratio) ** 2) if ratio else int(getattr(config, "scale_factor", 1)) ** 2
     return None if patches is None else patches // shrink

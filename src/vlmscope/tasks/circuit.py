@@ -126,17 +126,18 @@ def check_source(cfg: AppConfig, spec: CircuitSpecConfig | None) -> None:
         if declares:
             raise UserError("task.load= brings a circuit and circuit_spec= declares one; leave one of them out")
         return
+    if declares:
+        return
     if spec is None and cfg.pairs is None:
         raise UserError(
             "no circuit: find one with pairs=planet, declare one with circuit_spec=red_mars or circuit_spec=file "
             "circuit_spec.path=my.yaml, or load one with task.load=/run/circuits/name"
         )
-    if not declares and cfg.pairs is None:
+    if cfg.pairs is None:
         raise UserError(
             "the circuit_spec has no supernodes; docs/circuits.md shows how to declare them; pairs=planet finds some"
         )
-    if not declares and cfg.pairs is not None:
-        check_choosing(cfg.pairs)
+    check_choosing(cfg.pairs)
 
 
 def traced_inputs(cfg: AppConfig, spec: CircuitSpecConfig | None) -> list[Asked]:

@@ -43,11 +43,6 @@ class _Side(NamedTuple):
     prompt: str = ""
     images: tuple[str, ...] = ()
 
-    @property
-    def pictures(self) -> str:
-        """The pictures' names."""
-        return ", ".join(Path(image).stem for image in self.images) or "no picture"
-
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write comparison.safetensors, graph.json, nodes.csv, edges.csv and the figures."""
@@ -90,11 +85,9 @@ def _sides(cfg: AppConfig) -> tuple[_Side, _Side]:
         raise UserError("nothing to compare with: give task.second=RUN, or task.second_prompt= or task.second_image=")
     if task.second is None and task.second_prompt is None and cfg.prompt is None:
         raise UserError("no prompt for the second graph: give task.second_prompt=, or prompt= for both")
-    first = second = _Side(None, cfg.prompt or "", tuple(cfg.image or ()))
-    if task.second_prompt is not None:
-        second = second._replace(prompt=task.second_prompt)
-    if images is not None:
-        second = second._replace(images=tuple(images))
+    first = _Side(None, cfg.prompt or "", tuple(cfg.image or ()))
+    prompt = first.prompt if task.second_prompt is None else task.second_prompt
+    second = _Side(None, prompt, first.images if images is None else tuple(images))
     return (
         first if task.first is None else _Side(graph_file(task.first)),
         second if task.second is None else _Side(graph_file(task.second)),
@@ -108,7 +101,7 @@ def _names(given: list[str], first: _Side, second: _Side) -> list[str]:
             raise UserError(f"task.names={given}: give two different names, such as task.names=[mars,earth]")
         return list(given)
     sides = (first, second)
-    candidates = [side.pictures for side in sides]
+    candidates = [", ".join(Path(image).stem for image in side.images) or "no picture" for side in sides]
     if first.file or second.file:
         candidates = [side.file.parent.name if side.file else side.prompt for side in sides]
     for names in (candidates, [side.prompt for side in sides]):

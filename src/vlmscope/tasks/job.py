@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import logging
 import math
@@ -36,9 +35,9 @@ _LOG = logging.getLogger(__name__)
 
 @contextmanager
 def claimed(folder: Path, key: str = "hydra.run.dir") -> Iterator[None]:
-    """Keep other runs out of a folder while this one writes there, and remove what killed ones left in it.
+    """Keep other runs out of a folder while this one writes there, and remove leftovers of killed runs.
 
-    The lock is the kernel's, so it ends with the process, however that ends; the file goes too when the work is done.
+    The kernel's lock ends with the process, however that ends; the lock file is removed when the work is done.
     `key` is the setting that names the folder.
     """
     path = folder / ".lock"
@@ -52,7 +51,7 @@ def claimed(folder: Path, key: str = "hydra.run.dir") -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # while it is locked: who waits for this one sees that it is gone
+            path.unlink(missing_ok=True)  # while locked, so that a waiting process sees that it is gone
 
 
 def _locked(path: Path, key: str) -> IO[str]:
@@ -82,7 +81,7 @@ def _locked(path: Path, key: str) -> IO[str]:
 
 @contextmanager
 def together(place: Place, task: Task, cfg: AppConfig, run_dir: Path) -> Iterator[tuple[AppConfig, Path]]:
-    """The configuration for this process and rank 0's run folder, inside the group of all processes."""
+    """Join the group of all processes; yield this process's configuration and rank 0's run folder."""
     if not task.ranks:
         remove_empty(run_dir)
         raise UserError(
@@ -93,7 +92,7 @@ def together(place: Place, task: Task, cfg: AppConfig, run_dir: Path) -> Iterato
     device = _device(place, cfg.model.device)
     with ExitStack() as held, opened(place, device, cfg.trainer.rank_timeout) as meeting:
         refusal = ""
-        if place.main:  # before any other knows the folder
+        if place.main:  # before the other ranks learn the folder
             try:
                 held.enter_context(claimed(run_dir))
             except UserError as error:
@@ -102,24 +101,24 @@ def together(place: Place, task: Task, cfg: AppConfig, run_dir: Path) -> Iterato
         if refusal:
             raise UserError(refusal)
         shared = Path(meeting.from_main("run_dir", str(run_dir)))
-        if shared.resolve() != run_dir.resolve():  # their names hold the time, and Hydra has made one for each process
+        if shared.resolve() != run_dir.resolve():  # names hold the time, and Hydra made one per process
             remove_empty(run_dir)
         if not shared.is_dir():
             raise UserError(f"process {place.rank} does not see the run folder {shared}; choose one on a shared disk")
-        yield dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, device=device)), shared
+        yield replace(cfg, model=replace(cfg.model, device=device)), shared
 
 
 def work_along(task: Task, cfg: AppConfig, context: RunContext, rank: int) -> None:
-    """The task on a process that is not rank 0: nothing is printed, and what is logged goes into `run.rank<N>.log`."""
+    """Run the task on a process that is not rank 0: it prints nothing and logs into `run.rank<N>.log`."""
     root = logging.getLogger()
     console = list(root.handlers)
     name = context.run_dir / f"run.rank{rank}.log"
     file = logging.FileHandler(name, delay=True, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root.handlers = [file]
-    logging.captureWarnings(True)
+    logging.captureWarnings(True)  # they would go to stderr, which all processes share
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), suppress(NotMainRank):
+        with open(os.devnull, "w") as null, redirect_stdout(null), suppress(NotMainRank):
             task.run(cfg, context)
     finally:
         logging.captureWarnings(False)
@@ -144,21 +143,15 @@ def _device(place: Place, device: str) -> str:
 
 
 def remove_empty(run_dir: Path) -> None:
-    """Hydra makes a folder for every run; one that a task left empty, and its empty parent, would only be litter."""
-    with suppress(OSError):  # another process may be at it too
+    """Remove the folder that Hydra made for a run, and its parent, where the task left them empty."""
+    with suppress(OSError):  # not empty, or removed by another process
         for folder in (run_dir, run_dir.parent):
             folder.rmdir()
 
 
-def _flat_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Metrics as JSON numbers. JSON has no NaN or infinity: such a value is written as null."""
-    numbers = {key: float(value) for key, value in metrics.items()}
-    return {key: value if math.isfinite(value) else None for key, value in numbers.items()}
-
-
 @contextmanager
 def _log_file(run_dir: Path) -> Iterator[None]:
-    """What is logged also goes into run.log in the run folder."""
+    """Also write the log to run.log in the run folder."""
     handler = logging.FileHandler(run_dir / "run.log", delay=True, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.handleError = lambda record: None  # a full disk must not print a traceback for each line
@@ -173,7 +166,7 @@ def _log_file(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def _enough_memory(task: Task) -> Iterator[None]:
-    """Memory that runs out is the user's to mend: one line that says what to lower.
+    """Turn running out of memory into one line that says what to lower.
 
     Raises:
         UserError: it ran out, on the CPU or a GPU.
@@ -195,7 +188,7 @@ def run_job(cfg: Any) -> None:
     """One job, called by Hydra with the composed configuration.
 
     Raises:
-        UserError: a launcher was chosen, and Hydra uses none without `-m`.
+        UserError: a launcher was chosen, which Hydra ignores without `-m`.
     """
     hydra = HydraConfig.get()
     launcher = hydra.runtime.choices["hydra/launcher"]
@@ -226,15 +219,15 @@ def run_job(cfg: Any) -> None:
 
 
 def _recorded_run(cfg: Any, app_cfg: AppConfig, task: Task, own_cfg: AppConfig, context: RunContext) -> None:
-    """Run the task with `own_cfg`; `app_cfg`, as it was composed from `cfg`, is what is written down."""
+    """Run the task with `own_cfg`, and record `app_cfg`, which was composed from `cfg`."""
     hydra, run_dir, overrides = HydraConfig.get(), context.run_dir, context.overrides
-    # Not by way of OmegaConf: a prompt that holds `${` would be taken for an interpolation.
+    # Not with OmegaConf, which would take `${` in a prompt for an interpolation.
     resolved = task.settings(app_cfg)
     write_yaml(run_dir / "config.yaml", resolved)
     write_yaml(run_dir / OVERRIDES, list(overrides))
     in_sweep = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
     parent = sweep.parent_id() if in_sweep and app_cfg.tracking.enabled else None
-    # The folder of a sweep's job is a bare number, which says nothing where runs are compared.
+    # The folder of a sweep's job is a bare number, of no use where runs are compared.
     name = sweep.job_name(job_settings(overrides), run_dir.name) if in_sweep else run_dir.name
     study = run_label(cfg, hydra.runtime.choices)
     if not in_sweep:
@@ -252,8 +245,9 @@ def _recorded_run(cfg: Any, app_cfg: AppConfig, task: Task, own_cfg: AppConfig, 
 
 
 def _record(metrics: Mapping[str, float], tracked: TrackedRun, run_dir: Path) -> None:
-    """Write and log what a task returned, and print where it is."""
+    """Write and log the metrics of a task, and print its folder."""
     tracked.log_metrics(metrics)
-    write_json(run_dir / "metrics.json", _flat_metrics(metrics))
+    # JSON has no NaN or infinity: such a value becomes null.
+    write_json(run_dir / "metrics.json", {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()})
     tracked.log_artifacts(run_dir)
     print(run_dir, flush=True)

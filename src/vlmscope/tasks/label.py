@@ -115,8 +115,9 @@ def label_by_explainer(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     """Label the features that the user names."""
     from tqdm import tqdm
 
+    from vlmscope.config.wiring import load_model
     from vlmscope.core.records import FeatureId
-    from vlmscope.features.explainers import explain
+    from vlmscope.features.explainers import Endpoint, LocalExplainer, explain
     from vlmscope.features.labels import set_path, write_labels
     from vlmscope.features.proposals import judged
 
@@ -126,7 +127,12 @@ def label_by_explainer(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     features = [FeatureId.parse(text) for text in task.features]
     for feature in features:
         study.check(feature)
-    explainer = chosen_explainer(cfg)
+    if task.explainer == "local":
+        explainer: Explainer = LocalExplainer(load_model(cfg))
+    elif task.url and task.name_at_url:
+        explainer = Endpoint(task.url, task.name_at_url, task.key_variable)
+    else:
+        raise UserError("add task.url=http://host/v1 and task.name_at_url=MODEL, the service and its model")
     path = set_path(study.path, task.set_name or explainer.name)
     labels = labels_so_far(cfg, study, path, explainer.name)
     for feature in tqdm(features, desc="labels", unit="feature"):
@@ -135,19 +141,6 @@ def label_by_explainer(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
         write_labels(path, list(labels.items()))  # after each feature: an answer costs money
     print_labels([(feature, labels[feature]) for feature in features])
     return metrics_of([labels[feature] for feature in features], "label")
-
-
-def chosen_explainer(cfg: AppConfig) -> Explainer:
-    """The explainer that `task.explainer=` names."""
-    from vlmscope.config.wiring import load_model
-    from vlmscope.features.explainers import Endpoint, LocalExplainer
-
-    task: Config = cfg.task
-    if task.explainer == "local":
-        return LocalExplainer(load_model(cfg))
-    if not task.url or not task.name_at_url:
-        raise UserError("add task.url=http://host/v1 and task.name_at_url=MODEL, the service and its model")
-    return Endpoint(task.url, task.name_at_url, task.key_variable)
 
 
 def labels_so_far(cfg: AppConfig, study: StudyFolder, path: Path, name: str) -> dict[FeatureId, Label]:

@@ -1,8 +1,8 @@
-"""What would this model need? Parameters, memory, one graph, training: sizes and least time, without any weights.
+"""Needs of a model without its weights: parameters, memory, one graph, training: sizes and least times.
 
-Counts follow the code that would run: exact are parameters, what is recorded of a forward, a graph's rows, columns and
-nodes, and what training keeps; the edges of a graph are those that causal attention can carry, with rows evenly over
-layers and positions; buffers inside a forward and inside a step are estimates. Times are bounds from below, by the
+Counts follow the code that would run. Exact: parameters, the recorded state of a forward, a graph's rows, columns and
+nodes, and the tensors that training keeps. Edges of a graph are those that causal attention can carry, with rows spread
+evenly over layers and positions. Buffers inside a forward and a step are estimates. Times are lower bounds by the
 roofline (Williams, Waterman and Patterson 2009): the slowest of arithmetic, memory, link and network.
 Legend: T positions, d width, k active features of a position, F features of a layer; n tokens of a step on one host.
 """
@@ -46,7 +46,7 @@ class Machine(NamedTuple):
     network: float | None = None
 
 
-# By NVIDIA's datasheets of the GPU and of its DGX. float32 is that of the plain units, not TF32; half precision that of
+# GPUs by NVIDIA's datasheets of the GPU and of its DGX. float32 is of the plain units, not TF32; half precision of
 # the tensor cores without sparsity. The link is half of the datasheet's NVLink (PCIe for L4), which counts both
 # directions; the network is one adapter a GPU (ConnectX-7, 400 Gbit/s; ConnectX-6, 200 Gbit/s). The CPU: measured with
 # torch 2.13, one thread, best of 12, matmul of 2048 x 2048 and copy of 128 MiB.
@@ -60,7 +60,7 @@ MACHINES = {
 
 
 class Work(NamedTuple):
-    """Operations in a dtype, and bytes that go through memory, the host's link and the network between hosts."""
+    """Operations in a dtype, and bytes through memory, the host's link and the network between hosts."""
 
     flops: float = 0.0
     moved: float = 0.0
@@ -70,7 +70,7 @@ class Work(NamedTuple):
 
 
 def least_time(work: Work, machine: Machine) -> tuple[float, str]:
-    """The roofline: seconds that the work takes at least, and which of the four rates bounds them."""
+    """The roofline: least seconds for the work, and which of the four rates bounds them."""
     if work.networked and machine.network is None:
         raise UserError(f"no network between hosts is known of {machine.name}; plan one host")
     rate = {"float64": machine.float64, "float32": machine.float32}.get(work.dtype, machine.half)
@@ -84,7 +84,7 @@ def least_time(work: Work, machine: Machine) -> tuple[float, str]:
 
 @dataclass
 class TrainingPlan:
-    """A run that trains on each token once."""
+    """A training run that sees each token once."""
 
     gpus: int = 8  # of a host
     hosts: int = 1
@@ -158,7 +158,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 
 def _line(key: str, number: float | tuple[float, str]) -> str:
-    """A number of the tables by the name of its metric; a time with what bounds it."""
+    """A line of the tables, its unit by the name of the metric; a time with its bound."""
     name = f"  {key.rpartition('/')[2].replace('_', ' '):<32}"
     if isinstance(number, tuple):
         return f"{name}{number[0]:>16.3g}  bound by {number[1]}"
@@ -168,7 +168,7 @@ def _line(key: str, number: float | tuple[float, str]) -> str:
 
 
 def transcoder_numbers(d_model: int, n_features: int, skip: bool, activation: str) -> int:
-    """Of W_enc, W_dec [F, d], b_enc [F], b_dec [d], a skip path [d, d], and JumpReLU's thresholds [F]."""
+    """Parameters: W_enc, W_dec [F, d], b_enc [F], b_dec [d], a skip path [d, d], and JumpReLU's thresholds [F]."""
     numbers = 2 * n_features * d_model + n_features + d_model
     return numbers + d_model**2 * skip + n_features * (activation == "jumprelu")
 
@@ -215,7 +215,7 @@ def graph_sizes(
     below = np.arange(n_layers)[:, None]
 
     def edges(features: float, shared: int) -> float:
-        """Of all rows, where a position has so many columns of features in a layer, and a layer `shared` of its own."""
+        """Edges of all rows, with `features` columns per position and layer, and `shared` ones per layer."""
         per_feature = seen * (1 + below * (features + 1)) + below * (1 + shared) + 1
         per_logit = t + n_layers * (t * (features + 1) + 1 + shared)
         return float(per_feature.mean() * rows + per_logit * config.max_logits)
@@ -291,7 +291,7 @@ def plan_graph(
 
 
 def layer_work(n: int, d: int, arch: TranscoderArchConfig, encoder_dtype: str = "float32") -> dict[str, Work]:
-    """What one layer's transcoder takes in one step on n tokens; a tensor is read and written once.
+    """Work of one layer's transcoder in one step on n tokens; each tensor is read and written once.
 
     The encoder's product is dense; what follows the choice of features touches k rows a token: a bag and a gradient of
     the decoder, the gradient of the values, a gradient of the encoder, each gradient of [F, d] written whole.
@@ -315,25 +315,25 @@ def layer_work(n: int, d: int, arch: TranscoderArchConfig, encoder_dtype: str = 
 def rank_memory(
     layout: Layout, rank: int, d: int, arch: TranscoderArchConfig, plan: TrainingPlan, dtype: str, encoder_dtype: str
 ) -> dict[str, int]:
-    """Bytes on a rank's device beside the frozen model, by part; the last three pass.
+    """Bytes on a rank's device besides the frozen model, by part; the last three are temporary.
 
     The set is gathered, to validate and to save, on the device of a single rank; of several, on the CPU.
     """
-    own, n, share = len(layout.layers(rank)), ceil(plan.step_tokens / layout.hosts), plan.step_tokens / layout.world
+    layers, n, share = len(layout.layers(rank)), ceil(plan.step_tokens / layout.hosts), plan.step_tokens / layout.world
     f, encoder, captured = arch.expansion_factor * d, BYTES[encoder_dtype], 2 * d * BYTES[dtype]
     weights = _FLOAT * transcoder_numbers(d, f, arch.skip, arch.activation)
     # All layers of the own share, what is sent, received and joined; alone, with padding and then without.
-    exchange = ceil(share) * (2 * layout.n_layers - own) + 2 * n * own
+    exchange = ceil(share) * (2 * layout.n_layers - layers) + 2 * n * layers
     # Of the layer in work: pre-activations, where a mask chooses also that and a copy; ten tensors [n, d]; in half
     # precision copies of weights and inputs.
     work = n * f * (encoder + (0 if arch.activation == "topk" else 1 + encoder)) + 10 * n * d * _FLOAT
     work += encoder * (f * (d + 1) + n * d) if encoder != _FLOAT else 0
     batches = plan.pool_batches + (plan.pool_batches > 1)  # those of the pool, and the step's
     return {
-        "weights": weights * own,
-        "gradients": weights * own,
-        "moments": 2 * weights * own,
-        "pool": batches * n * (captured * own + 1),
+        "weights": weights * layers,
+        "gradients": weights * layers,
+        "moments": 2 * weights * layers,
+        "pool": batches * n * (captured * layers + 1),
         "exchange": captured * (exchange if layout.world > 1 else 2 * n * layout.n_layers),
         "work": work,
         "gathered": weights * (layout.n_layers if layout.world == 1 else 1),
@@ -358,7 +358,7 @@ def plan_training(cfg: AppConfig, adapter: Adapter) -> dict[str, float | tuple[f
     forward = forward_elements(adapter, share, ceil(pictures), recorded=False) * BYTES[dtype]
     memory = [{"model": model, **rank_memory(layout, rank, d, arch, plan, dtype, half)} for rank in ranks]
     peaks = []
-    for parts in memory:  # what stays, and the largest of what passes
+    for parts in memory:  # all that stays, and the largest temporary part
         passing = [forward, parts["exchange"], parts["work"], parts["gathered"]]
         peaks.append(sum(parts.values()) - sum(passing[1:]) + max(passing))
     captured = 2 * d * BYTES[dtype]  # bytes of a layer's input and output at one token

@@ -1,16 +1,16 @@
 """Layers and batches over several processes: layout, agreement, and the exchange of activations.
 
 Ranks (processes) are numbered host by host. Within a host each layer belongs to one rank, in contiguous runs whose
-sizes differ by one at most; every host has the same division. The ranks that own the same layers on different hosts are
+sizes differ by at most one; every host has the same division. Ranks that own the same layers on different hosts are
 peers.
 
-Within a host each rank runs the frozen model on its share of the batch, whole rows in their order, and sends every
-other rank the activations of the layers which that rank owns. Between peers go sums for the loss, gradients, and which
-features fired. Everything is sent as tensors, so nothing is pickled. Alone, nothing is sent.
+Within a host each rank runs the frozen model on its share of the batch, whole rows in order, and sends every other rank
+the activations of the layers that it owns. Peers exchange sums for the loss, gradients, and which features fired. All
+messages are tensors, so nothing is pickled. A single process sends nothing.
 
-Besides the `torch.distributed` group the processes of a launch share its key-value store. There they agree on the run
-folder, and the first that fails says so, which makes it the one that prints; a watch in each process sees it and ends
-the process where waiting for the failed one would not.
+Next to the `torch.distributed` group the processes of a launch share its key-value store. There they agree on the run
+folder, and count failures: the first process to fail is the one that prints, and a thread in each other process ends it
+if it is still waiting for the failed one.
 """
 
 from __future__ import annotations
@@ -42,6 +42,15 @@ from vlmscope.models.base import Adapter
 from vlmscope.training.batches import ENDED, Batch, Forward, LayerActivations, OwnPart, collect, forwards
 from vlmscope.training.layer_trainer import Total
 
+_PICTURES = "pixel_values"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# torchrun and srun pass on a signal that the terminal or SLURM also sent to every process, so each gets it twice.
+_SAME_SIGNAL_SECONDS = 1.0
+_MEETING_SECONDS = 300  # for the processes to find each other at the start
+_GRACE_SECONDS = 15  # for a process to end by itself after another has failed
+_FAILED = "vlmscope/failed"
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -64,7 +73,7 @@ class Layout:
 
     @property
     def hosts(self) -> int:
-        """How many hosts."""
+        """The number of hosts."""
         return self.world // self.per_host
 
     def host(self, rank: int) -> int:
@@ -72,11 +81,11 @@ class Layout:
         return rank // self.per_host
 
     def layers(self, rank: int) -> list[int]:
-        """The layers that a rank owns, ascending; the first ranks of a host have one more where it does not divide."""
-        each, more = divmod(self.n_layers, self.per_host)
+        """The layers that a rank owns, ascending; a remainder goes to the first ranks of a host, one layer each."""
+        each, remainder = divmod(self.n_layers, self.per_host)
         local = rank % self.per_host
-        first = local * each + min(local, more)
-        return list(range(first, first + each + (local < more)))
+        first = local * each + min(local, remainder)
+        return list(range(first, first + each + (local < remainder)))
 
     def members(self, host: int) -> list[int]:
         """The ranks of a host."""
@@ -91,35 +100,32 @@ class Layout:
         return next(rank for rank in self.members(host) if layer in self.layers(rank))
 
 
-_PICTURES = "pixel_values"
-
-
 def share(batch: Batch, part: int, parts: int, soft_token: int | None) -> list[Forward]:
-    """Part number `part` of `parts`: consecutive rows; together the parts are the batch. It may be empty.
+    """Part number `part` of `parts` of a batch, in consecutive rows; it may be empty.
 
-    Rows of a forward can be parted when every tensor but the pictures has the shape [B, T, ..] of the tokens, and every
-    picture takes the same number of tokens, so that it is known whose it is. Otherwise the forward stays whole.
+    Rows of a forward can be separated if every tensor but the pictures has the shape [B, T, ..] of the tokens, and all
+    pictures have the same number of tokens, so that each belongs to a known row. Otherwise the forward stays whole.
     """
-    given = forwards(batch)
-    pictures = [_pictures(forward, soft_token) for forward in given]
+    whole = forwards(batch)
+    pictures = [_pictures(forward, soft_token) for forward in whole]
     units = [(n, row) for n, counts in enumerate(pictures) for row in range(1 if counts is None else len(counts))]
     cuts = np.linspace(0, len(units), parts + 1).round().astype(int)
-    mine = units[cuts[part] : cuts[part + 1]]
-    taken = []
-    for n in sorted({n for n, _ in mine}):
-        forward, counts = given[n], pictures[n]
+    own_units = units[cuts[part] : cuts[part + 1]]
+    own_forwards = []
+    for n in sorted({n for n, _ in own_units}):
+        forward, counts = whole[n], pictures[n]
         if counts is not None:
-            rows = [row for m, row in mine if m == n]
+            rows = [row for m, row in own_units if m == n]
             first, last = rows[0], rows[-1] + 1
             begin, end = sum(counts[:first]), sum(counts[:last])
             images = {_PICTURES: forward[_PICTURES][begin:end]} if end > begin else {}
             forward = {k: tensor[first:last] for k, tensor in forward.items() if k != _PICTURES} | images
-        taken.append(forward)
-    return taken
+        own_forwards.append(forward)
+    return own_forwards
 
 
 def _pictures(forward: Forward, soft_token: int | None) -> Sequence[int] | None:
-    """How many pictures each row has; None when the rows cannot be parted."""
+    """The number of pictures of each row; None if the rows cannot be separated."""
     ids: Tensor = forward["input_ids"]
     if any(tensor.shape[:2] != ids.shape for name, tensor in forward.items() if name != _PICTURES):
         return None
@@ -134,60 +140,49 @@ def _pictures(forward: Forward, soft_token: int | None) -> Sequence[int] | None:
     return (tokens // each).tolist()
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# torchrun and srun pass on a signal that the terminal or SLURM sent to every process: the same one comes twice.
-_SAME_SIGNAL_SECONDS = 1.0
-
-
 class AgreedStop(pl.Callback):
     """Ctrl-C or SIGTERM among processes that train together: all stop after the same step.
 
-    Each process may be told at another moment, or only one is, and one that stopped at once would leave the others
-    waiting. So a signal is noted, and after each step the processes ask each other; then all `save` and raise
-    `KeyboardInterrupt`, or `Terminated` when one got SIGTERM. A second signal ends the process at once.
+    Signals may reach the processes at different moments, or only one of them, and one that stopped at once would leave
+    the others waiting. So a signal is recorded, and after each step the processes compare; then all `save` and raise
+    `KeyboardInterrupt`, or `Terminated` if one got SIGTERM. A second signal ends the process at once.
     """
 
     def __init__(self, save: Callable[[Any], None]) -> None:
         self.save = save
-        self.told: dict[int, float] = {}  # when each signal first came
+        self.arrivals: dict[int, float] = {}  # when each signal first came
         self._before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """From here on signals are noted."""
+        """Record signals from now on."""
         self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Ask whether any process was told."""
-        interrupted, terminated = joint_sum([float(number in self.told) for number in _SIGNALS])
+        """Stop if any process got a signal."""
+        interrupted, terminated = joint_sum([float(number in self.arrivals) for number in _SIGNALS])
         if interrupted or terminated:
             self.save(pl_module)
             raise Terminated if terminated else KeyboardInterrupt
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Signals do again what they did before."""
+        """Restore the handlers of signals."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Signals do again what they did before."""
+        """Restore the handlers of signals."""
         self.on_train_end(trainer, pl_module)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.told and now - min(self.told.values()) > _SAME_SIGNAL_SECONDS:
+        if self.arrivals and now - min(self.arrivals.values()) > _SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
-        self.told.setdefault(number, now)
-
-
-_MEETING_SECONDS = 300  # to find each other when the processes start
-_GRACE_SECONDS = 15  # for a process to end by itself after another has failed
-_FAILED = "vlmscope/failed"
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out")
+        self.arrivals.setdefault(number, now)
 
 
 class Meeting:
-    """The store that the processes of a launch share; rank 0 (with torchrun: its agent) keeps it."""
+    """The key-value store of a launch, which rank 0 (with torchrun: its agent) serves."""
 
     _open: Meeting | None = None
 
@@ -195,8 +190,8 @@ class Meeting:
         self.place, self.store = place, store
 
     @classmethod
-    def of(cls, place: Place) -> Meeting:
-        """The meeting of this process, which lasts until it ends; RankLost if the others do not come in time."""
+    def join(cls, place: Place) -> Meeting:
+        """This process's connection, which stays open until it ends; RankLost if the others do not connect in time."""
         if cls._open is None:
             os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.address, str(place.port)
             wait = timedelta(seconds=_MEETING_SECONDS)
@@ -211,29 +206,29 @@ class Meeting:
         return cls._open
 
     def from_main(self, name: str, text: str) -> str:
-        """Rank 0's `text`, for all."""
+        """Rank 0's `text`, on every rank."""
         if self.place.main:
             self.store.set(f"vlmscope/{name}", text)
             return text
         return self.store.get(f"vlmscope/{name}").decode()
 
     def wait_for_failures(self) -> None:
-        """Wait until every process has failed too, so that it hears who was first, but not for ever."""
+        """Wait, for a limited time, until every process has failed too and knows which one was first."""
         end = time.monotonic() + _GRACE_SECONDS
         while self.store.add(_FAILED, 0) < self.place.world and time.monotonic() < end:
             time.sleep(0.1)
 
 
 def first_to_fail(place: Place) -> bool:
-    """Say that this process has failed; whether no other had before, or that can no longer be known."""
+    """Report that this process has failed; True if it is the first, or if the store no longer answers."""
     try:
-        return Meeting.of(place).store.add(_FAILED, 1) == 1
+        return Meeting.join(place).store.add(_FAILED, 1) == 1
     except (RankLost, RuntimeError):
         return True
 
 
 def see_off(place: Place) -> None:
-    """After a failure: rank 0, which may keep the store, lets the others hear of it before it ends."""
+    """After a failure, keep rank 0, which may serve the store, until the others have read of it."""
     if place.main and Meeting._open is not None:
         with suppress(RuntimeError):
             Meeting._open.wait_for_failures()
@@ -243,9 +238,9 @@ def see_off(place: Place) -> None:
 def opened(place: Place, device: str, timeout_minutes: float) -> Iterator[Meeting]:
     """The `torch.distributed` group of all processes around the work: NCCL on GPUs, else gloo.
 
-    `device` is where the model computes; RankLost when another process ended, or did not answer in time.
+    `device` is the model's. RankLost if another process ended, or did not answer in time.
     """
-    meeting = Meeting.of(place)
+    meeting = Meeting.join(place)
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -274,24 +269,24 @@ def opened(place: Place, device: str, timeout_minutes: float) -> Iterator[Meetin
 
 
 def _watch(store: Any, done: threading.Event, rank: int) -> None:
-    """End this process some time after another has failed: it may be waiting for that one where nothing interrupts."""
+    """End this process some time after another has failed: it may wait for that one in a call without a timeout."""
     while not done.wait(1.0):
         try:
             failed = store.add(_FAILED, 0)
         except RuntimeError:
-            failed = 1  # the keeper of the store is gone, and with it rank 0
+            failed = 1  # the server of the store has ended, and with it rank 0
         if failed and not done.wait(_GRACE_SECONDS):
             print(f"process {rank} stops, since another has failed", file=sys.stderr, flush=True)
             os._exit(1)
 
 
 def own_share() -> Share:
-    """The part of a stream of data that is this process's among those that train together."""
+    """This process's part of a stream of data, among those that train together."""
     return Share.of(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else WHOLE
 
 
 def joint_sum(values: Sequence[float]) -> list[float]:
-    """The sums of the processes' values, for all of them; every one has to ask at the same point of its work."""
+    """The sums of values over all processes, on each of them; all must call it at the same point of their work."""
     if not dist.is_initialized():
         return list(values)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -301,7 +296,7 @@ def joint_sum(values: Sequence[float]) -> list[float]:
 
 
 class _Total(torch.autograd.Function):
-    """Sum over hosts in value; the gradient is that of the own part."""
+    """Sum over hosts in value; the gradient is that of this host's part."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
@@ -315,7 +310,7 @@ class _Total(torch.autograd.Function):
 
 
 class Ranks:
-    """One process of a layout; `device` is where tensors to be sent must lie."""
+    """One process of a layout; tensors to be sent must be on `device`."""
 
     def __init__(self, layout: Layout, rank: int = 0, device: torch.device | str = "cpu") -> None:
         self.layout, self.rank, self.device = layout, rank, torch.device(device)
@@ -323,7 +318,7 @@ class Ranks:
         self._host_group: Any = None
         self._peer_group: Any = None
         if layout.world > 1:
-            # Every process has to make every group, in the same order.
+            # Every process must create every group, in the same order.
             hosts = [dist.new_group(layout.members(host)) for host in range(layout.hosts)]
             owners = [dist.new_group(layout.peers(local)) for local in range(layout.per_host)]
             self._host_group, self._peer_group = hosts[layout.host(rank)], owners[rank % layout.per_host]
@@ -335,7 +330,7 @@ class Ranks:
 
     @classmethod
     def current(cls, adapter: Adapter, per_host: int | None = None) -> Ranks:
-        """The process group that is open, or a single process; `per_host` None: all ranks are one host."""
+        """The open process group, or a single process; `per_host` None: all ranks are one host."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls.single(adapter.n_layers)
         world = dist.get_world_size()
@@ -349,7 +344,7 @@ class Ranks:
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes its layers: those of the first host do."""
+        """Whether this process writes its layers, as those of the first host do."""
         return self.layout.host(self.rank) == 0
 
     @property
@@ -360,7 +355,7 @@ class Ranks:
         return lambda value: _Total.apply(value, self._peer_group)  # pyright: ignore[reportReturnType]
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors of one dtype by their sums over hosts, in one message."""
+        """Replace tensors, all of one dtype, by their sums over hosts, in one message."""
         if self.layout.hosts == 1 or not tensors:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -374,7 +369,7 @@ class Ranks:
             dist.all_reduce(torch.zeros(1, device=self.device))
 
     def by_layer(self, values: Mapping[int, float]) -> dict[int, float]:
-        """One number a layer from the layers' owners of a host, for all of its ranks."""
+        """Combine one number per layer from the layers' owners within a host, for all of its ranks."""
         if self.layout.per_host == 1:
             return dict(values)
         vector = torch.zeros(self.layout.n_layers, dtype=torch.float64, device=self.device)
@@ -387,8 +382,8 @@ class Ranks:
         """The activations of this rank's layers at all tokens of its host, from the joint batch or its own part."""
         if self.layout.world == 1:
             return collect(adapter, batch)
-        own = isinstance(batch, OwnPart)
-        part = batch if own else share(batch, self.rank, self.layout.world, adapter.soft_token_id())
+        is_part = isinstance(batch, OwnPart)
+        part = batch if is_part else share(batch, self.rank, self.layout.world, adapter.soft_token_id())
         return self._exchange(collect(adapter, part) if part else _nothing(adapter))
 
     def _exchange(self, own: LayerActivations) -> LayerActivations:
@@ -399,53 +394,50 @@ class Ranks:
         if not any(sizes):
             raise UserError(f"no process has a token of this batch any more; {ENDED}")
         members = self.layout.members(self.layout.host(self.rank))
-        kind, width = own.by_layer[0][0].dtype, own.by_layer[0][0].shape[1]
+        x, device = own.by_layer[0][0], own.is_image.device
         received: dict[int, Tensor] = {}
         images: dict[int, Tensor] = {}
-        waiting: list[dist.P2POp] = []
-        keep: list[Tensor] = []  # a message must live until it is sent
-        for other in members:
-            if other == self.rank:
-                received[other], images[other] = _packed(own, self.layers), own.is_image
+        operations: list[dist.P2POp] = []
+        sent: list[Tensor] = []  # a message must live until it is sent
+        for rank in members:
+            if rank == self.rank:
+                received[rank], images[rank] = _packed(own, self.layers), own.is_image
                 continue
-            received[other] = torch.empty(
-                len(self.layers), 2, sizes[other], width, dtype=kind, device=own.is_image.device
-            )
-            images[other] = torch.empty(sizes[other], dtype=torch.bool, device=own.is_image.device)
+            received[rank] = torch.empty(len(self.layers), 2, sizes[rank], x.shape[1], dtype=x.dtype, device=device)
+            images[rank] = torch.empty(sizes[rank], dtype=torch.bool, device=device)
             if own.n_tokens:
-                keep += [_packed(own, self.layout.layers(other)), own.is_image.contiguous()]
-                waiting += [dist.P2POp(dist.isend, _bytes(message), other) for message in keep[-2:]]
-            if sizes[other]:
-                waiting += [dist.P2POp(dist.irecv, _bytes(m), other) for m in (received[other], images[other])]
-        for work in dist.batch_isend_irecv(waiting) if waiting else []:
+                sent += [_packed(own, self.layout.layers(rank)), own.is_image.contiguous()]
+                operations += [dist.P2POp(dist.isend, _bytes(message), rank) for message in sent[-2:]]
+            if sizes[rank]:
+                operations += [dist.P2POp(dist.irecv, _bytes(m), rank) for m in (received[rank], images[rank])]
+        for work in dist.batch_isend_irecv(operations) if operations else []:
             work.wait()
-        del keep
-        joined = torch.cat([received[other] for other in members], dim=2)
+        del sent
+        joined = torch.cat([received[rank] for rank in members], dim=2)
         by_layer = {layer: (joined[n, 0], joined[n, 1]) for n, layer in enumerate(self.layers)}
         first = sum(sizes[: members[0]])
-        return LayerActivations(by_layer, torch.cat([images[other] for other in members]), first, sum(sizes))
+        return LayerActivations(by_layer, torch.cat([images[rank] for rank in members]), first, sum(sizes))
 
     def all_tokens(self, batch: LayerActivations) -> dict[int, tuple[Tensor, Tensor]]:
         """The tokens of a batch from all hosts, in the order of the batch, for this rank's layers."""
         if self.layout.hosts == 1:
             return batch.by_layer
-        found = {}
+        by_layer = {}
         for layer, pair in batch.by_layer.items():
-            # Rows of other hosts stay zero, so the sum puts every row in its place, exactly.
-            places = [one.new_zeros(batch.joint_tokens, one.shape[1]) for one in pair]
-            for place, one in zip(places, pair, strict=True):
-                place[batch.first : batch.first + batch.n_tokens] = one
-            self.add_up(places)
-            found[layer] = (places[0], places[1])
-        return found
+            # Rows of other hosts stay zero here, so a sum gathers all rows exactly.
+            joint = [local.new_zeros(batch.joint_tokens, local.shape[1]) for local in pair]
+            for tensor, local in zip(joint, pair, strict=True):
+                tensor[batch.first : batch.first + batch.n_tokens] = local
+            self.add_up(joint)
+            by_layer[layer] = (joint[0], joint[1])
+        return by_layer
 
     def to_main(self, tensors: Mapping[str, Tensor], layer: int) -> None:
-        """Fill `tensors` on rank 0 with those of the layer's owner on the first host."""
+        """Copy `tensors` of the layer's owner on the first host into those of rank 0."""
         owner = self.layout.owner(layer)
         if owner == 0 or self.rank not in (0, owner):
             return
-        for name in sorted(tensors):
-            tensor = tensors[name]
+        for _, tensor in sorted(tensors.items()):
             if self.rank == owner:
                 dist.send(_bytes(tensor.detach().contiguous()), 0)
             else:
@@ -456,18 +448,18 @@ class Ranks:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """A contiguous tensor as bytes, which every backend sends as they are: [..] -> [n]."""
+    """A contiguous tensor as bytes, which every backend sends unchanged: [..] -> [n]."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
 def _packed(own: LayerActivations, layers: Sequence[int]) -> Tensor:
-    """Inputs and outputs of some layers in one message [layers, 2, N, d]."""
+    """Inputs and outputs of `layers` in one message [layers, 2, N, d]."""
     return torch.stack([torch.stack(own.by_layer[layer]) for layer in layers])
 
 
 def _nothing(adapter: Adapter) -> LayerActivations:
-    """Activations of no token."""
-    kind = next(iter(adapter.model.parameters())).dtype
-    none = torch.empty(0, adapter.d_model, dtype=kind, device=adapter.device)
-    by_layer = dict.fromkeys(range(adapter.n_layers), (none, none))
+    """Activations of zero tokens."""
+    dtype = next(iter(adapter.model.parameters())).dtype
+    empty = torch.empty(0, adapter.d_model, dtype=dtype, device=adapter.device)
+    by_layer = dict.fromkeys(range(adapter.n_layers), (empty, empty))
     return LayerActivations(by_layer, torch.empty(0, dtype=torch.bool, device=adapter.device))

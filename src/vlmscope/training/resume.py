@@ -1,12 +1,12 @@
 """Checkpoints without pickle: safetensors for every tensor, JSON for the rest, replaced atomically.
 
 `<folder>/step_00000200/` holds a file for each part of the module (for transcoders `layer_07.safetensors`, written by
-the layer's owner: parameters, coordinates, clocks, moments) and, written last and by rank 0 alone, `complete.json` with
-settings and origin: a folder without it is no checkpoint. Only after that are older folders removed, so a whole one
-always stands. Since layers are files, any number of ranks can go on.
+the layer's owner: parameters, coordinates, clocks, moments) and, written last and only by rank 0, `complete.json` with
+settings and origin: a folder without it is incomplete. Older folders are removed after that, so a complete one always
+exists. Since each layer is a file, any number of ranks can resume.
 
-A module takes part by counting its optimiser steps in `steps_done`, by drawing its data from the step number, so that
-a resumed run continues with the very next batch, by telling when it is `committing` a step, and by naming its parts.
+A module counts its optimiser steps in `steps_done`, draws its data from the step number, so that a resumed run
+continues with the next batch, sets `committing` while it changes its state, and names its parts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MARKER = "complete.json"
 
 
 class Resumable(Protocol):
-    """A Lightning module that checkpoints are made of; `counters` names what it counts beside its tensors."""
+    """A Lightning module with checkpoints; `counters` names the integers to save next to its tensors."""
 
     steps_done: int
     committing: bool
@@ -41,16 +41,16 @@ class Resumable(Protocol):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Exists before fitting, so that a checkpoint can be loaded into it."""
+        """The optimiser, which exists before fitting so that a checkpoint can be loaded into it."""
         ...
 
     def parts(self) -> Mapping[str, nn.Module]:
-        """The parts of the module that this process writes, by the name of their files."""
+        """The parts of the module that this process writes, by file name."""
         ...
 
 
-class _Heard(pl.Callback):
-    """Puts back the handler of Ctrl-C, which Lightning ignores while it shuts down: a second one is to be heard."""
+class _RestoreCtrlC(pl.Callback):
+    """Restores the handler of Ctrl-C, since Lightning ignores a second one while it shuts down."""
 
     def __init__(self, handler: Any) -> None:
         self.handler = handler
@@ -66,10 +66,10 @@ def fit_or_interrupt(trainer: pl.Trainer, module: pl.LightningModule, batches: A
     Lightning turns both into `SystemExit(1)` and leaves Ctrl-C ignored, which would lose exit codes 130 and 143.
     """
     handler = signal.getsignal(signal.SIGINT)
-    trainer.callbacks.insert(0, _Heard(handler))  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.callbacks.insert(0, _RestoreCtrlC(handler))  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with warnings.catch_warnings():
-            # Batches are made from the step number in this process on purpose; the last is a matter within Lightning.
+            # Batches are made in this process on purpose, from the step number; LeafSpec is internal to Lightning.
             warnings.filterwarnings("ignore", message=".*num_workers.*|.*IterableDataset.*|.*LeafSpec.*")
             trainer.fit(module, batches)
     except SystemExit as end:
@@ -79,7 +79,7 @@ def fit_or_interrupt(trainer: pl.Trainer, module: pl.LightningModule, batches: A
 
 
 class Checkpoints(pl.Callback):
-    """Writes a checkpoint after every N-th step (0: never) and the last, and (with one process) when interrupted."""
+    """Writes a checkpoint after every N-th step (0: never) and the last, and in a single process on an interrupt."""
 
     def __init__(
         self,
@@ -90,20 +90,20 @@ class Checkpoints(pl.Callback):
         origin: Mapping[str, Any],
         ranks: Ranks | None = None,
     ) -> None:
-        """`settings` and `origin` are what decides the result, by name: a run resumes only with the same."""
+        """`settings` and `origin` decide the result, by name: a run resumes only with the same."""
         self.folder, self.every, self.last = Path(folder), every, last
         self.settings, self.origin = plain(settings), plain(origin)
         self.ranks = ranks if ranks is not None else Ranks.single(1)
-        self.stands: int | None = None  # the step that this run has written or gone on from
+        self.saved_step: int | None = None  # that this run has written or restored
 
     def newest(self) -> Path | None:
-        """The folder of the newest whole checkpoint."""
+        """The folder of the newest complete checkpoint."""
         return max((marker.parent for marker in self.folder.glob(f"step_*/{_MARKER}")), default=None)
 
     def save(self, module: Resumable) -> None:
-        """Write this rank's parts; when every rank has, the marker."""
+        """Write this rank's parts and, after those of all ranks, the marker."""
         folder = self.folder / f"step_{module.steps_done:08d}"
-        if self.stands == module.steps_done:  # known to every rank without a look at a disk that may lag behind
+        if self.saved_step == module.steps_done:  # not looked up on disk, where ranks may see different states
             return
         if self.ranks.writes:
             for name, part in module.parts().items():
@@ -116,41 +116,41 @@ class Checkpoints(pl.Callback):
             write_json(folder / _MARKER, {**counters, "settings": self.settings, "origin": self.origin})
             self._remove_others(folder)
         self.ranks.barrier()
-        self.stands = module.steps_done
+        self.saved_step = module.steps_done
 
-    def _remove_others(self, folder: Path | None) -> None:
-        for other in self.folder.glob("step_*"):
-            if other != folder:
-                (other / _MARKER).unlink(missing_ok=True)
-                shutil.rmtree(other, ignore_errors=True)
+    def _remove_others(self, kept: Path | None) -> None:
+        for folder in self.folder.glob("step_*"):
+            if folder != kept:
+                (folder / _MARKER).unlink(missing_ok=True)  # first, so that a half-removed folder is incomplete
+                shutil.rmtree(folder, ignore_errors=True)
 
     def restart(self) -> None:
-        """Remove the checkpoints of an earlier run in this folder, so that none is found when this one resumes."""
+        """Remove the checkpoints of an earlier run in this folder, from which this run must never resume."""
         if self.ranks.main:
             self._remove_others(None)
 
     def restore(self, module: Resumable) -> bool:
-        """Load the newest whole checkpoint into `module`; False when there is none.
+        """Load the newest complete checkpoint into `module`; False if there is none.
 
-        One that was written with other settings, another model or other data is refused, each by name.
+        UserError if it was written with other settings, another model or other data; the message names them.
         """
         folder = self.newest()
         if folder is None:
             return False
         marker = read_json(folder / _MARKER)
-        # A setting that an older version did not know is as it was; one that this version does not know is gone.
+        # A setting that is new since the checkpoint counts as unchanged, and one that no longer exists is ignored.
         then = {name: marker["settings"].get(name, value) for name, value in self.settings.items()}
         now = self.settings
-        if self.ranks.main:  # all ranks have the same origin, and the main one has looked
+        if self.ranks.main:  # only the main rank's origin is compared
             then, now = then | marker["origin"], now | self.origin
         refuse_other(str(self.folder), then, now, "train into a new run folder")
         for name, part in module.parts().items():
             load_part(folder / f"{name}.safetensors", part, module.optimizer)
         for name in module.counters:
             setattr(module, name, int(marker[name]))
-        self.stands = module.steps_done
+        self.saved_step = module.steps_done
         if self.ranks.main:
-            self._remove_others(folder)  # half ones, and older ones that a kill left
+            self._remove_others(folder)  # incomplete ones, and older ones left after a kill
         return True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -160,7 +160,7 @@ class Checkpoints(pl.Callback):
             self.save(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Ctrl-C or a damaged picture keeps what was learnt, unless it came in the middle of a change of the state.
+        """Save on Ctrl-C or a damaged picture, unless it came in the middle of a change of the state.
 
         Several ranks save when they have agreed to stop (`vlmscope.training.ranks`).
         """
@@ -169,12 +169,12 @@ class Checkpoints(pl.Callback):
             self.save(pl_module)
 
     def check_space(self, module: nn.Module) -> None:
-        """Refuse to begin what the disk cannot hold: the new checkpoint beside the old one, and the finished set."""
+        """UserError unless the disk has room for the new checkpoint next to the old one, and for the finished set."""
         if not self.ranks.main:
             return
         # Parameters and two moments, in float32; the finished set at most as large as the parameters.
-        own = sum(4 * p.numel() for p in module.parameters())
-        needed = own * self.ranks.layout.n_layers / len(self.ranks.layers) * (3 * (1 if self.newest() else 2) + 1)
+        local = sum(4 * p.numel() for p in module.parameters())
+        needed = local * self.ranks.layout.n_layers / len(self.ranks.layers) * (3 * (1 if self.newest() else 2) + 1)
         place = next(folder for folder in (self.folder, *self.folder.resolve().parents) if folder.exists())
         free = shutil.disk_usage(place).free
         if free < needed:
@@ -185,26 +185,26 @@ class Checkpoints(pl.Callback):
 
 
 class OneFileCheckpoints(Checkpoints):
-    """The same as one file, `<folder>/checkpoint.safetensors`, for a module of one part that one process trains."""
+    """The same in one file, `<folder>/checkpoint.safetensors`, for a module with one part and one process."""
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """The checkpoint's file."""
         return self.folder / "checkpoint.safetensors"
 
     def save(self, module: Resumable) -> None:
-        """Write the module with its step count and the run's origin."""
-        if self.stands == module.steps_done:
+        """Write the module with its step count, settings and origin."""
+        if self.saved_step == module.steps_done:
             return
         (part,) = module.parts().values()
         state = part_state(part, module.optimizer)
         metadata = {"steps_done": str(module.steps_done), "origin": json.dumps(self.settings | self.origin)}
         with atomic_path(self.path) as temporary:
             save_file(state, temporary, metadata=metadata)
-        self.stands = module.steps_done
+        self.saved_step = module.steps_done
 
     def restore(self, module: Resumable) -> bool:
-        """Load the file into `module`; False when there is none."""
+        """Load the file into `module`; False if there is none."""
         if not self.path.is_file():
             return False
         (part,) = module.parts().values()
@@ -212,19 +212,19 @@ class OneFileCheckpoints(Checkpoints):
             metadata = file.metadata()
         refuse_other(str(self.path), json.loads(metadata["origin"]), self.settings | self.origin)
         load_part(self.path, part, module.optimizer)
-        module.steps_done = self.stands = int(metadata["steps_done"])
+        module.steps_done = self.saved_step = int(metadata["steps_done"])
         return True
 
 
 def part_state(part: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything that the coming steps of a part depend on: parameters, buffers and the optimiser's moments."""
+    """The state that the coming steps of a part depend on: parameters, buffers and the optimiser's moments."""
     state: dict[str, Tensor] = {}
     stored: set[int] = set()
     for name, tensor in part.state_dict().items():
-        own = tensor.detach().contiguous()
-        # Tied weights are one tensor: safetensors refuses to store shared memory twice.
-        state[f"module.{name}"] = own.clone() if own.data_ptr() in stored and own.numel() else own
-        stored.add(own.data_ptr())
+        value = tensor.detach().contiguous()
+        # safetensors refuses to store shared memory twice, as that of tied weights.
+        state[f"module.{name}"] = value.clone() if value.data_ptr() in stored and value.numel() else value
+        stored.add(value.data_ptr())
     for name, parameter in part.named_parameters():
         for moment, value in optimizer.state.get(parameter, {}).items():
             state[f"optimizer.{moment}.{name}"] = torch.as_tensor(value).contiguous()
@@ -232,11 +232,12 @@ def part_state(part: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, T
 
 
 def load_part(path: Path, part: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore what `part_state` gave."""
+    """Load a file of `part_state` into the part and its optimiser."""
     try:
         state = load_file(path)
-        own = {name.removeprefix("module."): t for name, t in state.items() if name.startswith("module.")}
-        part.load_state_dict(own)
+        part.load_state_dict(
+            {name.removeprefix("module."): t for name, t in state.items() if name.startswith("module.")}
+        )
     except (SafetensorError, RuntimeError, OSError) as error:
         if is_out_of_memory(error):
             raise

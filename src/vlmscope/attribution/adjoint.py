@@ -1,4 +1,4 @@
-"""The linear adjoint of the local replacement model: rows of edges, batched over targets, without autograd.
+"""Rows of edges by the linear adjoint of the local replacement model, batched over targets, without autograd.
 
 A target reads the residual stream at one position by a vector g. Going down, with G the gradient at the stream,
     leaving     edge G . v into the soft token's column;  G <- c G
@@ -11,7 +11,7 @@ that the frozen patterns let a target see are carried.
 
 Total effects of all sources on what a graph explains need no row of a feature. With active features responding
 linearly, a change delta of sources moves the targets by `J_t (I - J)^-1 delta`, J the direct effects between features,
-J_t those on the targets. Its transpose is the sweep above with one addition: at each MLP the gradient also goes on
+J_t those on the targets. Its transpose is the sweep above with one addition: at each MLP the gradient also passes
 through the features that the layer reads,
     G <- G + s3 * sum_f (dt / da_f) W_enc[f],    dt / da_f = sum over the layers that f writes to of (s4 * G) . W_dec[f]
 
@@ -34,7 +34,7 @@ from vlmscope.replacement import FrozenLayer, LayerFeatures, ReplacementModel
 
 @dataclass(frozen=True)
 class Columns:
-    """Where each source has its column in a row of edges, before nodes are chosen.
+    """The column of each source in a row of edges, before nodes are chosen.
 
     First T embeddings; then for each layer its bias (column `start[layer]`), its active features (`n_features[layer]`,
     by position, index) and its T errors; `start[L]` is the number of columns. A target of layer t reads the columns
@@ -73,22 +73,15 @@ class Columns:
         return np.concatenate(spans).astype(np.int64)
 
 
-def _columns_of(replacement: ReplacementModel) -> Columns:
-    counts = np.array([len(features) for features in replacement.features], dtype=np.int64)
-    widths = 1 + counts + replacement.n_positions
-    start = replacement.n_positions + np.concatenate([[0], np.cumsum(widths)])
-    return Columns(start, counts, replacement.n_positions)
-
-
 # Vectors of all layers are kept when they fit into this many bytes, else gathered again for each batch.
 CACHE_BYTES = 1 << 30
 
 
 class LayerSources(NamedTuple):
-    """What the sources of one layer write into the stream at its MLP, write-scaled.
+    """What the sources of one layer write into the stream at its MLP, write scale applied.
 
-    `vectors [T, K + 2, d]`: of features (zero where a position has fewer), error, decoder bias. `columns [T, K + 1]` of
-    features and error; padding points at the scratch column after the last.
+    `vectors [T, K + 2, d]` of features (zero where a position has fewer), error and decoder bias; `columns [T, K + 1]`
+    of features and error. Padding points at the scratch column after the last.
     """
 
     vectors: Tensor
@@ -96,22 +89,24 @@ class LayerSources(NamedTuple):
 
 
 class SourceVectors:
-    """The sources of all layers, kept once gathered if that takes at most `cache_bytes`."""
+    """The sources of each layer by its number, kept once gathered if all take at most `cache_bytes`."""
 
     def __init__(self, replacement: ReplacementModel, cache_bytes: float = CACHE_BYTES) -> None:
         self.replacement = replacement
-        self.columns: Columns = _columns_of(replacement)
+        n_features = np.array([len(features) for features in replacement.features], dtype=np.int64)
+        widths = 1 + n_features + replacement.n_positions
+        start = replacement.n_positions + np.concatenate([[0], np.cumsum(widths)])
+        self.columns = Columns(start, n_features, replacement.n_positions)
         self._cache: dict[int, LayerSources] | None = {} if sum(self.layer_bytes()) <= cache_bytes else None
 
     def layer_bytes(self) -> list[int]:
-        """Memory of each layer's sources."""
+        """Bytes of each layer's sources."""
         errors = self.replacement.errors
         element, (n_layers, positions, width) = errors.element_size(), errors.shape
-        writers = [self._writers_at_a_position(layer) for layer in range(n_layers)]
-        return [positions * ((most + 2) * width * element + (most + 1) * 8) for most in writers]
+        counts = [self._writers_at_a_position(layer) for layer in range(n_layers)]
+        return [positions * ((count + 2) * width * element + (count + 1) * 8) for count in counts]
 
-    def of(self, layer: int) -> LayerSources:
-        """One layer's sources."""
+    def __getitem__(self, layer: int) -> LayerSources:
         if self._cache is None:
             return self._gather(layer)
         if layer not in self._cache:
@@ -121,9 +116,10 @@ class SourceVectors:
     def _gather(self, layer: int) -> LayerSources:
         replacement = self.replacement
         positions, width = replacement.errors.shape[1:]
-        most = self._writers_at_a_position(layer)
-        vectors = replacement.errors.new_zeros(positions, most + 2, width)
-        columns = torch.full((positions, most + 1), -1, dtype=torch.int64, device=vectors.device)
+        count = self._writers_at_a_position(layer)
+        vectors = replacement.errors.new_zeros(positions, count + 2, width)
+        # Column -1 is the scratch column of a sweep's rows.
+        columns = torch.full((positions, count + 1), -1, dtype=torch.int64, device=vectors.device)
         first = 0
         for lower in self._writers(layer):
             features = replacement.features[lower]
@@ -138,12 +134,12 @@ class SourceVectors:
         return LayerSources(vectors, columns)
 
     def _writers(self, layer: int) -> list[int]:
-        """The layers whose features write at a layer's MLP: itself, and lower ones of a cross-layer set."""
-        return [low for low in range(layer + 1) if self.replacement.features[low].reaches(layer - low)]
+        """The layers whose features write at a layer's MLP: the layer itself, and lower ones of a cross-layer set."""
+        return [lower for lower in range(layer + 1) if self.replacement.features[lower].reaches(layer - lower)]
 
     def _writers_at_a_position(self, layer: int) -> int:
         """K of a layer."""
-        return sum(most_at_a_position(self.replacement.features[low]) for low in self._writers(layer))
+        return sum(most_at_a_position(self.replacement.features[lower]) for lower in self._writers(layer))
 
 
 def most_at_a_position(features: LayerFeatures) -> int:
@@ -152,7 +148,7 @@ def most_at_a_position(features: LayerFeatures) -> int:
 
 
 def numbers_and_slots(features: LayerFeatures) -> tuple[Tensor, Tensor]:
-    """`[n]` int64 each: the numbers of a layer's active features, and their places among those of their position."""
+    """Numbers of a layer's active features, and their places among those of their position, `[n]` int64 each."""
     offsets = torch.tensor(features.offsets, device=features.position.device)
     number = torch.arange(len(features), device=features.position.device)
     return number, number - offsets[features.position]
@@ -167,7 +163,7 @@ class Sweep:
     out: Tensor
 
     @property
-    def at(self) -> Tensor | slice:
+    def index(self) -> Tensor | slice:
         """The positions as an index: a slice where they follow each other, which reads without a copy."""
         return _index(self.positions)
 
@@ -179,9 +175,9 @@ class Adjoint:
         self.replacement = replacement
         self.sources = SourceVectors(replacement) if sources is None else sources
         self.columns: Columns = self.sources.columns
-        # [L, T, T]: does any head of a layer let a query see a key?
+        # [L, T, T]: whether any head of a layer lets a query see a key.
         self._sees = torch.stack([(pattern > 0).any(dim=0) for pattern in replacement.state.patterns])
-        # Whether a column may get edges at more than one layer.
+        # Features of a cross-layer set get edges at more than one layer.
         self._crosses = any(features.w_later for features in replacement.features)
 
     @torch.no_grad()
@@ -227,16 +223,11 @@ class Adjoint:
         self._descend(layer, sweep)
         return sweep.out[:, :width]
 
-    def target_rows(self, targets: Targets, some: slice) -> Tensor:
-        """Edges into some of what a graph explains."""
-        position = torch.from_numpy(targets.positions[some]).to(targets.vectors.device)
-        return self.stream_rows(
-            targets.layer,
-            targets.vectors[some],
-            position,
-            targets.constants[some],
-            after_attention=targets.after_attention,
-        )
+    def target_rows(self, targets: Targets, batch: slice) -> Tensor:
+        """Edges into a batch of targets."""
+        position = torch.from_numpy(targets.positions[batch]).to(targets.vectors.device)
+        vectors, constants = targets.vectors[batch], targets.constants[batch]
+        return self.stream_rows(targets.layer, vectors, position, constants, after_attention=targets.after_attention)
 
     def _begin(self, vectors: Tensor, position: Tensor, width: int) -> Sweep:
         """A sweep that holds each target's vector at its own position."""
@@ -247,16 +238,16 @@ class Adjoint:
 
     def _descend(self, layer: int, sweep: Sweep) -> None:
         """Go from the stream before `layer` down to the embeddings."""
-        for below in range(layer - 1, -1, -1):
-            self._leaving(below, sweep)
-            self._mlp(below, sweep)
-            self._attention(below, sweep)
+        for lower in range(layer - 1, -1, -1):
+            self._leaving(lower, sweep)
+            self._mlp(lower, sweep)
+            self._attention(lower, sweep)
         self._read_tokens(self.replacement.state.embeddings, sweep)
 
     def _read_tokens(self, written: Tensor, sweep: Sweep) -> None:
         """Add the edges of what tokens write into the stream here, `written [T, d]`."""
-        edges = torch.bmm(sweep.gradient, written[sweep.at][:, :, None])[:, :, 0]
-        sweep.out[:, sweep.at] += edges.T
+        edges = torch.bmm(sweep.gradient, written[sweep.index][:, :, None])[:, :, 0]
+        sweep.out[:, sweep.index] += edges.T
 
     def _leaving(self, layer: int, sweep: Sweep) -> None:
         frozen = self.replacement.layers[layer]
@@ -266,12 +257,13 @@ class Adjoint:
             sweep.gradient = sweep.gradient * frozen.stream_scale
 
     def _mlp(self, layer: int, sweep: Sweep) -> None:
-        sources = self.sources.of(layer)
-        edges = torch.bmm(sweep.gradient, sources.vectors[sweep.at].transpose(1, 2))  # [S, B, K + 2]
-        columns, edges_in = sources.columns[sweep.at].flatten(), edges[:, :, :-1].transpose(0, 1).flatten(1)
+        sources = self.sources[layer]
+        edges = torch.bmm(sweep.gradient, sources.vectors[sweep.index].transpose(1, 2))  # [S, B, K + 2]
+        columns, edges_in = sources.columns[sweep.index].flatten(), edges[:, :, :-1].transpose(0, 1).flatten(1)
         if self._crosses:
             edges_in = edges_in + sweep.out[:, columns]
-        sweep.out[:, columns] = edges_in  # padding collides in the scratch column, which nobody reads
+        # Only padding repeats a column, the scratch one, which nobody reads: assignment does without `index_add_`.
+        sweep.out[:, columns] = edges_in
         sweep.out[:, self.columns.bias(layer)] += edges[:, :, -1].sum(0)
         skip = self.replacement.features[layer].w_skip
         if skip is not None:
@@ -282,9 +274,9 @@ class Adjoint:
     def _attention(self, layer: int, sweep: Sweep) -> None:
         frozen = self.replacement.layers[layer]
         seen = self._sees[layer, sweep.positions].any(0)
-        seen[sweep.positions] = True
+        seen[sweep.positions] = True  # the residual stream passes each position, whatever the pattern
         below = torch.nonzero(seen)[:, 0]
-        above, keys = sweep.at, _index(below)
+        above, keys = sweep.index, _index(below)
         scaled = frozen.attn_out_scale[above, None] * sweep.gradient
         values = _value_gradient(frozen, scaled, above, keys)
         if frozen.value_scale is not None:
@@ -306,8 +298,9 @@ def _index(positions: Tensor) -> Tensor | slice:
 
 
 def _value_gradient(frozen: FrozenLayer, scaled: Tensor, above: Tensor | slice, below: Tensor | slice) -> Tensor:
-    """Back through output projection and pattern: `[S, B, d]` at queries `above` to `[S', B, Hkv * D]` at keys
-    `below`.
+    """Go back through output projection and pattern, from queries `above` to keys `below`.
+
+    `scaled [S, B, d]` gives `[S', B, Hkv * D]`.
     """
     n_above, n_targets, _ = scaled.shape
     n_heads, n_kv_heads = frozen.pattern.shape[0], frozen.n_kv_heads
@@ -340,8 +333,8 @@ class Readers(NamedTuple):
 def target_readers(replacement: ReplacementModel, targets: Targets, *, total: bool, summed: bool = False) -> Readers:
     """Readers of what a graph explains, by autograd through the frozen model run forwards.
 
-    A second way to the edges from tokens beside the adjoint. `total`: active features respond (total effect) or stay
-    (the graph's own edges, direct effect). `summed`: one reader of the sum of all targets, in one backward pass.
+    A second implementation of the edges from tokens, next to the adjoint. `total`: active features respond (total
+    effect) or stay (direct effect, the graph's edges). `summed`: one reader of the sum of all targets, in one pass.
     """
     state = replacement.state
     tokens = torch.zeros_like(state.embeddings, requires_grad=True)
@@ -365,12 +358,12 @@ class TotalAdjoint(Adjoint):
     def _mlp(self, layer: int, sweep: Sweep) -> None:
         super()._mlp(layer, sweep)
         vectors, columns = self._readers(layer)
-        # Complete by now: what a feature writes to, its own layer and later ones, lies above.
-        effects = sweep.out[:, columns[sweep.at].flatten()].view(len(sweep.out), -1, columns.shape[1])
-        sweep.gradient = torch.baddbmm(sweep.gradient, effects.transpose(0, 1), vectors[sweep.at])
+        # These columns are complete: a feature writes to its own layer and later ones, which were swept before.
+        effects = sweep.out[:, columns[sweep.index].flatten()].view(len(sweep.out), -1, columns.shape[1])
+        sweep.gradient = torch.baddbmm(sweep.gradient, effects.transpose(0, 1), vectors[sweep.index])
 
     def _readers(self, layer: int) -> tuple[Tensor, Tensor]:
-        """What carries an effect of one activation on into the stream: `[T, K, d]`, padded with zeros, and columns."""
+        """What an effect on one activation reads from the stream, `[T, K, d]` padded with zeros, and its columns."""
         features, frozen = self.replacement.features[layer], self.replacement.layers[layer]
         n_positions, width = frozen.mlp_in_scale.shape
         vectors = frozen.mlp_in_scale.new_zeros(n_positions, most_at_a_position(features), width)
@@ -382,10 +375,10 @@ class TotalAdjoint(Adjoint):
         return vectors, columns
 
 
-def total_effects(adjoint: Adjoint, targets: Targets, some: slice = slice(None)) -> Tensor:
-    """The total effect of each source on each of some targets, times the source, `[B, columns]`; 0 above the targets.
+def total_effects(adjoint: Adjoint, targets: Targets, batch: slice = slice(None)) -> Tensor:
+    """The total effect of each source on each target of a batch, times the source, `[B, columns]`.
 
-    That is what scaling a source by 1 + x moves, over x.
+    Scaling a source by 1 + x moves a target by x times that. Columns above the targets are 0.
     """
-    rows = TotalAdjoint(adjoint.replacement, adjoint.sources).target_rows(targets, some)
+    rows = TotalAdjoint(adjoint.replacement, adjoint.sources).target_rows(targets, batch)
     return torch.nn.functional.pad(rows, (0, adjoint.columns.total - rows.shape[1]))

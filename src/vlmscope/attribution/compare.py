@@ -1,4 +1,4 @@
-"""Graphs of one model laid on one another: two compared, many averaged (docs/graphs.md).
+"""Comparison of two graphs of one model, and the mean of many (docs/graphs.md).
 
 Nodes of two graphs are the same node by these rules:
 
@@ -19,7 +19,7 @@ the same positions, else `role`. A node made of several has the sum of their inf
 
 What counts is what pruning kept in at least one graph; its weights and shares are read from the whole graphs, so that a
 node which just missed the cut of one is not taken for absent there. Only the edges between nodes of the union are
-looked at, a block of rows at a time, so that graphs of many millions of edges need no second copy.
+read, a block of rows at a time, so that graphs of many millions of edges need no second copy.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _SHIFT = 32  # an edge is the integer `target << 32 | source`
 
 
 class NodeKey(NamedTuple):
-    """What makes a node the same; `place` is a position, a role, or None for a node that stands nowhere.
+    """Key that equal nodes share; `place` is a position, a role, or None for a node without a position.
 
-    `token` is a feature's index or a token's id, `image` and `box` are of a soft token, `name` of an end.
+    `token` is a feature's index or a token's id; `image` and `box` belong to a soft token, `name` to an end.
     """
 
     layer: int
@@ -69,18 +69,19 @@ def choose_match(match: str, graphs: Sequence[AttributionGraph]) -> str:
     return "position" if same else "role"
 
 
-def _check_same_model(first: AttributionGraph, other: AttributionGraph, names: Sequence[str]) -> None:
-    models = [(graph.meta.get("model") or "a model without a name", graph.n_layers) for graph in (first, other)]
+def _check_same_model(first: AttributionGraph, second: AttributionGraph, names: Sequence[str]) -> None:
+    models = [
+        f"{graph.meta.get('model') or 'a model without a name'} ({graph.n_layers} layers)" for graph in (first, second)
+    ]
     if models[0] != models[1]:
-        (one, layers), (two, other_layers) = models
         raise UserError(
-            f"{names[0]} is a graph of {one} ({layers} layers), {names[1]} of {two} ({other_layers} layers): "
+            f"{names[0]} is a graph of {models[0]}, {names[1]} of {models[1]}: "
             "features of two models are not the same; give graphs of one"
         )
 
 
 def places(graph: AttributionGraph, match: str) -> list[int | str]:
-    """The place of each position under a rule."""
+    """The place of each position under the rule `match`."""
     count = len(graph.tokens)
     match match:
         case "position":
@@ -112,7 +113,7 @@ def node_keys(graph: AttributionGraph, match: str) -> list[NodeKey]:
             case NodeKind.LOGIT:
                 key = key._replace(place=key.place if spread else None, token=index, name=names[node])
             case NodeKind.TARGET:
-                # The name of a feature that is explained says where it fires; that may differ between prompts.
+                # A feature's name says where it fires, which may differ between prompts.
                 key = key._replace(place=None, token=index, name=names[node] if index < 0 else "")
         keys.append(key)
     return keys
@@ -120,7 +121,7 @@ def node_keys(graph: AttributionGraph, match: str) -> list[NodeKey]:
 
 @dataclass(frozen=True)
 class Layout:
-    """The nodes and edges that remain; `numbers` gives a node's row, `edges [E]` the sorted edge integers."""
+    """The nodes and edges of a union; `numbers` gives a node's row, `edges [E]` the sorted edge integers."""
 
     match: str
     numbers: dict[NodeKey, int]
@@ -148,21 +149,21 @@ class Layout:
 class Union:
     """The kept nodes and edges of graphs that are added one after another, and how many graphs keep each.
 
-    A soft token or an end is drawn where it was first seen, and called what it was called there.
+    A soft token or an end has the place and the label of the first graph that keeps it.
     """
 
     def __init__(self, match: str) -> None:
         self.match = match
         self._numbers: dict[NodeKey, int] = {}
-        self._drawn: list[tuple[int | str | None, str]] = []  # of each number: place and label
+        self._drawn: list[tuple[int | str | None, str]] = []  # place and label of each number
         self._counts: list[int] = []
         self._edges = np.empty(0, np.int64)
         self._edge_counts = np.empty(0, np.int64)
-        self._texts: dict[int | str, list[str]] = {}  # what stands at each place
+        self._texts: dict[int | str, list[str]] = {}  # the tokens at each place
         self._image: dict[int | str, bool] = {}  # whether only soft tokens do
 
     def add(self, pruned: PrunedGraph) -> None:
-        """Take in what pruning kept of a graph."""
+        """Add what pruning kept of a graph."""
         graph = pruned.graph
         place_of = places(graph, self.match)
         for position, place in enumerate(place_of):
@@ -180,8 +181,8 @@ class Union:
                 position = int(graph.nodes.position[node])
                 self._drawn.append((place_of[position] if position >= 0 else None, _label(graph, node, key)))
                 self._counts.append(0)
-        for seen in set(number[number >= 0].tolist()):
-            self._counts[seen] += 1
+        for kept_number in set(number[number >= 0].tolist()):  # several nodes of a graph may share a number
+            self._counts[kept_number] += 1
         kept = np.flatnonzero(pruned.edge_mask)
         new = np.unique(number[graph.targets_of(kept)] << _SHIFT | number[graph.indices[kept]])
         edges, inverse = np.unique(np.concatenate([self._edges, new]), return_inverse=True)
@@ -189,14 +190,14 @@ class Union:
         self._edges, self._edge_counts = edges, np.bincount(inverse, counted, len(edges)).astype(np.int64)
 
     def layout(self, min_count: int = 1) -> Layout:
-        """What at least `min_count` graphs keep; an edge needs both of its ends. Sources stand before targets."""
+        """Nodes and edges that at least `min_count` graphs keep, sources before targets; an edge needs both ends."""
         order = sorted(self._texts) if self.match in ("position", "from_end") else list(self._texts)
         column = {place: number for number, place in enumerate(order)} | {None: -1}
 
         def rank(key: NodeKey) -> tuple[Any, ...]:
             left_top = (key.box[1], key.box[0]) if key.box else ()
-            at = column[self._drawn[self._numbers[key]][0]]
-            return key.layer, _RANK.index(NodeKind(key.kind)), at, key.token, key.image, left_top, key.name
+            place, _ = self._drawn[self._numbers[key]]
+            return key.layer, _RANK.index(NodeKind(key.kind)), column[place], key.token, key.image, left_top, key.name
 
         chosen = sorted((key for key, number in self._numbers.items() if self._counts[number] >= min_count), key=rank)
         old = np.array([self._numbers[key] for key in chosen], np.int64)
@@ -212,8 +213,8 @@ class Union:
         )
         renamed = np.full(len(self._numbers), -1, np.int64)
         renamed[old] = np.arange(len(old))
-        often = self._edges[self._edge_counts >= min_count]
-        targets, sources = renamed[often >> _SHIFT], renamed[often & ((1 << _SHIFT) - 1)]
+        frequent = self._edges[self._edge_counts >= min_count]
+        targets, sources = renamed[frequent >> _SHIFT], renamed[frequent & ((1 << _SHIFT) - 1)]
         inside = (targets >= 0) & (sources >= 0)
         edges = np.sort(targets[inside] << _SHIFT | sources[inside])
         numbers = {key: number for number, key in enumerate(chosen)}
@@ -240,17 +241,18 @@ def _cell(graph: AttributionGraph, position: int) -> str:
     """`1: 2,3` for the soft token of picture 1 in row 2 and column 3, all from 1."""
     picture, box = int(graph.image_index[position]), graph.patch_boxes[position]
     assert box is not None, f"position {position} is no soft token"
-    boxes = [b for b, at in zip(graph.patch_boxes, graph.image_index, strict=True) if b is not None and at == picture]
-    row = sorted({b.top for b in boxes}).index(box.top) + 1
-    column = sorted({b.left for b in boxes}).index(box.left) + 1
+    images = zip(graph.patch_boxes, graph.image_index, strict=True)
+    boxes = [patch for patch, image in images if patch is not None and image == picture]
+    row = sorted({patch.top for patch in boxes}).index(box.top) + 1
+    column = sorted({patch.left for patch in boxes}).index(box.left) + 1
     return f"{picture + 1}: {row},{column}"
 
 
 def project(pruned: PrunedGraph, layout: Layout) -> dict[str, np.ndarray]:
-    """What one graph has of a layout's M nodes and E edges.
+    """Values of one graph at a layout's M nodes and E edges.
 
-    Of the whole graph `share`, `activation` (NaN where absent) `[M]`, `weights` and `edge_share` `[E]`, float64; bool
-    `kept`, `present` `[M]` and `edge_kept` `[E]`.
+    From the whole graph `share`, `activation` (NaN where absent) `[M]`, `weights` and `edge_share` `[E]`, float64; from
+    it and its pruning bool `present`, `kept` `[M]` and `edge_kept` `[E]`.
     """
     graph = pruned.graph
     number = np.array([layout.numbers.get(key, -1) for key in node_keys(graph, layout.match)], np.int64)
@@ -266,21 +268,21 @@ def project(pruned: PrunedGraph, layout: Layout) -> dict[str, np.ndarray]:
     np.fmax.at(activation, number[shown], graph.nodes.activation[shown].astype(np.float64))
 
     def find(targets: np.ndarray, sources: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where edges between numbered nodes stand in the layout, and which are there; -1 is nowhere."""
-        wanted = targets << _SHIFT | np.maximum(sources, 0)
-        at = np.minimum(np.searchsorted(layout.edges, wanted), max(e - 1, 0))
-        return at, (targets >= 0) & (sources >= 0) & (layout.edges[at] == wanted if e else False)
+        """Places in the layout of edges between numbered nodes (-1: none), and a mask of the edges that it has."""
+        codes = targets << _SHIFT | np.maximum(sources, 0)
+        place = np.minimum(np.searchsorted(layout.edges, codes), max(e - 1, 0))
+        return place, (targets >= 0) & (sources >= 0) & (layout.edges[place] == codes if e else False)
 
     weights, edge_share, per_edge = np.zeros(e), np.zeros(e), flow.per_edge / total
     for rows in row_blocks(graph, rows_of(graph, number >= 0)):
         signed, absolute = take_rows(graph, graph.weights, rows), absolute_rows(graph, rows)
         row = np.repeat(rows, np.diff(signed.indptr))
-        at, hit = find(number[row], number[signed.indices])
-        weights += np.bincount(at[hit], signed.data[hit], e)
-        edge_share += np.bincount(at[hit], absolute.data[hit] * per_edge[row[hit]], e)
+        place, hit = find(number[row], number[signed.indices])
+        weights += np.bincount(place[hit], signed.data[hit], e)
+        edge_share += np.bincount(place[hit], absolute.data[hit] * per_edge[row[hit]], e)
     edges = np.flatnonzero(pruned.edge_mask)
-    at, hit = find(number[graph.targets_of(edges)], number[graph.indices[edges]])
-    edge_kept[at[hit]] = True
+    place, hit = find(number[graph.targets_of(edges)], number[graph.indices[edges]])
+    edge_kept[place[hit]] = True
     return {
         "share": np.bincount(number[inside], flow.nodes[inside], m) / total,
         "kept": kept,
@@ -302,10 +304,9 @@ def compare(
     union.add(first)
     union.add(second)
     layout = union.layout()
-    a, b = project(first, layout), project(second, layout)
-    common = layout.common(first.graph, names, [graph.prompt for graph in graphs])
-    both: dict[str, Any] = {name: np.stack([a[name], b[name]]) for name in a}
-    return GraphComparison(**common, **both)
+    parts = project(first, layout), project(second, layout)
+    both: dict[str, Any] = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+    return GraphComparison(**layout.common(first.graph, names, [graph.prompt for graph in graphs]), **both)
 
 
 def aggregate(
@@ -315,10 +316,11 @@ def aggregate(
     min_present: float = 0.0,
     each: Callable[[Iterator[PrunedGraph]], Iterator[PrunedGraph]] = iter,
 ) -> AggregateGraph:
-    """Mean of many graphs, files or run folders; read twice, one at a time, so that memory holds one and the result.
+    """Mean of many graphs, files or run folders.
 
-    What pruning kept in a smaller share of the graphs than `min_present` is left out. `each` wraps each of the two
-    passes, for a progress bar; match=auto looks at the first two graphs.
+    Graphs are read twice, one at a time, so that memory holds one and the result. What pruning kept in a smaller share
+    of the graphs than `min_present` is left out. `each` wraps each of the two passes, for a progress bar; match=auto
+    depends on the first two graphs.
     """
     if not graphs:
         raise UserError("no graphs to aggregate; give the folders of task=trace runs")
@@ -337,6 +339,7 @@ def aggregate(
         _check_same_model(head[0], pruned.graph, (names[0], name))
         union.add(pruned)
         prompts.append(pruned.graph.prompt)
+    # 0.07 * 100 is a little above 7 in floating point.
     layout = union.layout(max(1, int(np.ceil(min_present * len(graphs) - 1e-9))))
     sums: dict[str, Any] = {}
     for pruned in each(map(loaded, graphs)):
@@ -357,7 +360,7 @@ def aggregate(
 
 
 def graph_file(place: str | Path) -> Path:
-    """The graph's file in a run folder, or the file itself."""
+    """The graph file of a run folder, or the file itself."""
     path = Path(place)
     file = path / GRAPH_FILE if path.is_dir() else path
     if not file.is_file():
@@ -367,7 +370,7 @@ def graph_file(place: str | Path) -> Path:
 
 
 def write_tables(folder: str | Path, merged: Merged, labels: Mapping[FeatureId, str] | None = None) -> None:
-    """Write `nodes.csv` and `edges.csv`: what differs most (of a comparison), or matters most, comes first.
+    """Write `nodes.csv` and `edges.csv`, the largest difference (of a comparison) or share (of a mean) first.
 
     With `labels` nodes have a last column `label`.
     """
@@ -404,7 +407,7 @@ def write_tables(folder: str | Path, merged: Merged, labels: Mapping[FeatureId, 
     if labels:
         ids = map(FeatureId, table.layer.tolist(), table.index.tolist())
         is_feature = table.kind == NodeKind.FEATURE
-        nodes["label"] = [labels.get(each, "") if named else "" for each, named in zip(ids, is_feature, strict=True)]
+        nodes["label"] = [labels.get(name, "") if known else "" for name, known in zip(ids, is_feature, strict=True)]
     for name, columns, size in (("nodes", nodes, share), ("edges", edges, edge_share)):
         rows = pd.DataFrame(columns).iloc[np.argsort(-np.abs(size), kind="stable")]
         write_text(Path(folder) / f"{name}.csv", rows.to_csv(index=False, float_format="%.6g", lineterminator="\n"))

@@ -17,13 +17,13 @@ _CHOICES = {
     "patch_baseline": ("grey", "mean"),
     "patch_rule": ("frozen", "gradient"),
 }
-_IN_CACHE = 1 << 18  # numbers
+_IN_CACHE = 1 << 18  # numbers of a gradient that fit into a core's cache
 _FEATURE = re.compile(r"(L\d+/\d+)(?:@(\w+))?", re.ASCII)
 _HEAD = re.compile(r"L(\d+)H(\d+)(?:@(\w+)(?::(\w+))?)?", re.ASCII)
 
 
 def parse_feature(text: str) -> tuple[str, str]:
-    """`L5/123@17` as the feature's id and where it is looked at, "max" by default."""
+    """Read `L5/123@17` as the feature's id and its position, "max" by default."""
     match = _FEATURE.fullmatch(text.strip())
     if match is None:
         raise UserError(f"attribution.feature={text!r}: write L<layer>/<index>@<max, last or a position>: L5/123@max")
@@ -31,7 +31,7 @@ def parse_feature(text: str) -> tuple[str, str]:
 
 
 def parse_head(text: str) -> tuple[int, int, str, str]:
-    """`L5H2@17:4` as layer, head, query and key; by default "last" and "max" (the key most looked at)."""
+    """Read `L5H2@17:4` as layer, head, query and key; by default "last" and "max" (the key with most attention)."""
     match = _HEAD.fullmatch(text.strip())
     if match is None:
         raise UserError(
@@ -78,7 +78,7 @@ class AttributionConfig:
     # targets swept at once, at most (None: see `targets_at_once`); up to rounding it does not change the graph
     batch_size: int | None = None
     update_every: int = 256  # rows between two rankings by influence
-    # what making and pruning the graph may take beside the frozen model, in 10^9 bytes: the batches get smaller, and
+    # memory for making and pruning the graph next to the frozen model, in 10^9 bytes: the batches get smaller, and
     # edges that do not fit go to a file. No bound when None
     memory_gb: float | None = None
     # "float32" or "float64", of the sweep and of the stored weights; "model" takes the model's, which must be one of
@@ -122,17 +122,18 @@ class AttributionConfig:
     @property
     def asked(self) -> str:
         """What is explained: "logits" for the top logits, else the name of the setting that asks for something else."""
-        asked = [name for name in _QUESTIONS if getattr(self, name)]
-        if len(asked) > 1:
-            raise UserError(f"attribution.{asked[0]} and attribution.{asked[1]}: a graph explains one; leave one out")
-        return asked[0] if asked else "logits"
+        questions = [name for name in _QUESTIONS if getattr(self, name)]
+        if len(questions) > 1:
+            first, second = questions[:2]
+            raise UserError(f"attribution.{first} and attribution.{second}: a graph explains one; leave one out")
+        return questions[0] if questions else "logits"
 
     def targets_at_once(self, n_positions: int, width: int) -> int:
-        """`batch_size`, by default as many as keep a batch's gradient `[positions, targets, width]` in a core's cache,
-        but 64 to 512.
+        """`batch_size`, or as many targets as keep their gradient in a core's cache, between 64 and 512.
 
-        Small prompts are bound by the number of calls, wide ones by memory: one thread, of 64, 256 and 512 at once the
-        best was 512 (21 ms, 64: 36 ms) at 8 positions of width 64, and 64 at 16 positions of width 256.
+        The gradient is `[positions, targets, width]`. Small prompts are bound by the number of calls, wide ones
+        by memory: of 64, 256 and 512 targets the best on one thread was 512 (21 ms, 64: 36 ms) at 8 positions of width
+        64, and 64 at 16 positions of width 256.
         """
         return self.batch_size or min(max(_IN_CACHE // (n_positions * width), 64), 512)
 

@@ -1,13 +1,13 @@
-"""From targets to the edges of a graph: storage, rows, the choice of features that get a row, and assembly.
+"""The edges of a graph: storage, rows, the choice of features that get a row, and assembly.
 
 Rows are computed in batches over columns (`vlmscope.attribution.adjoint`), compressed as they come, and kept in memory
 or in anonymous temporary files. When not all features get a row, the most influential ones do, by one of two rankings:
 `influence`     through the rows known so far, which is exact for those rows (every column counts in a row's sum). Rows
-                of features that have not been visited are not known yet, so the ranking is refreshed every few rows, as
-                in circuit-tracer;
+                of features that have not been visited are unknown, so the ranking is refreshed every few rows, as in
+                circuit-tracer;
 `total_effect`  by what scaling a feature does to the targets when all others respond, known before any row.
-Features without a row of their own stay in the graph as one LEFT_OUT source a layer: the edge is their signed sum (so
-that rows still sum to their targets), and the sum of their |edges| is kept beside it (so that influence is not lost).
+Features without a row of their own stay in the graph as one LEFT_OUT source per layer: the edge is their signed sum (so
+that rows still sum to their targets), stored with the sum of their |edges| (so that influence is not lost).
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Memory:
 
 
 class Disk(Memory):
-    """Arrays that are anonymous files in a folder, mapped into memory: the system reads and drops pages as needed.
+    """Arrays in anonymous files in a folder, mapped into memory: the system reads and drops pages as needed.
 
-    A file takes room on the disk and goes with its last array, however the program ends. Its room is reserved when it
-    is made, so that a full disk is an error then and not a crash in the middle.
+    A file disappears with its last array, however the program ends. Its room is reserved when it is made, so that a
+    full disk is an error then and not a crash in the middle.
     """
 
     on_disk = True
@@ -85,7 +85,7 @@ class RowChunk:
     """Rows of one batch of targets of one layer, as CSR over the columns of `vlmscope.attribution.adjoint`."""
 
     layer: int  # layer of the targets, L for logits
-    targets: np.ndarray  # `[B]` int64, rows of the feature table, or numbers of ends
+    targets: np.ndarray  # `[B]` int64, rows of the feature table or numbers of ends
     counts: np.ndarray  # `[B]` int64, edges of each row
     indices: np.ndarray  # int32, columns, ascending in a row
     weights: np.ndarray  # float, edges; exact zeros are not stored
@@ -94,23 +94,23 @@ class RowChunk:
     values: np.ndarray  # `[B]` float64, the targets' own affine values
 
 
-def _chunk(layer: int, targets: np.ndarray, rows: torch.Tensor, values: torch.Tensor, dtype: str) -> RowChunk:
+def _compress(layer: int, targets: np.ndarray, rows: torch.Tensor, values: torch.Tensor, dtype: str) -> RowChunk:
     absolute = rows.abs().sum(1, dtype=torch.float64)
-    # A row without any edge has nothing to be incomplete of: its residual is its target alone.
-    short = (values.double() - rows.sum(1, dtype=torch.float64)).abs()
-    residual = short / torch.where(absolute > 0, absolute, 1.0)
+    gap = (values.double() - rows.sum(1, dtype=torch.float64)).abs()
+    # The residual of a row without edges is its target alone.
+    residual = gap / torch.where(absolute > 0, absolute, 1.0)
     dense = rows.cpu().numpy()
-    # Places in the flat rows: a third of the time of a two-dimensional `nonzero`.
     present = dense != 0
     counts = np.count_nonzero(present, axis=1)
-    place = np.flatnonzero(present)
-    weights = dense.reshape(-1)[place]
-    place -= np.repeat(np.arange(len(dense)) * dense.shape[1], counts)
+    # Columns by way of the flat rows: a third of the time of a two-dimensional `nonzero`.
+    columns = np.flatnonzero(present)
+    weights = dense.reshape(-1)[columns]
+    columns -= np.repeat(np.arange(len(dense)) * dense.shape[1], counts)
     return RowChunk(
         layer=layer,
         targets=targets,
         counts=counts,
-        indices=place.astype(np.int32),
+        indices=columns.astype(np.int32),
         weights=weights.astype(dtype, copy=False),
         absolute=absolute.cpu().numpy(),
         residual=residual.cpu().numpy(),
@@ -119,7 +119,7 @@ def _chunk(layer: int, targets: np.ndarray, rows: torch.Tensor, values: torch.Te
 
 
 def feature_chunks(adjoint: Adjoint, targets: np.ndarray, batch_size: int, dtype: str) -> Iterator[RowChunk]:
-    """Rows of some features of the feature table, by layer and position: a batch carries few positions."""
+    """Rows of `targets` of the feature table, by layer and position, so that a batch carries few positions."""
     first = np.concatenate([[0], np.cumsum(adjoint.columns.n_features)])
     ordered = np.sort(targets)
     for layer in range(adjoint.columns.n_layers):
@@ -128,56 +128,56 @@ def feature_chunks(adjoint: Adjoint, targets: np.ndarray, batch_size: int, dtype
         for begin in range(0, len(mine), batch_size):
             batch = mine[begin : begin + batch_size]
             which = torch.from_numpy(batch - first[layer]).to(features.position.device)
-            # No name for the rows here: they would stay while the next ones are made.
-            yield _chunk(layer, batch, adjoint.feature_rows(layer, which), features.pre_activation[which], dtype)
+            # The rows have no name here: a name would keep them in memory while the next ones are made.
+            yield _compress(layer, batch, adjoint.feature_rows(layer, which), features.pre_activation[which], dtype)
 
 
 def target_chunk(adjoint: Adjoint, targets: Targets, dtype: str, batch_size: int | None = None) -> RowChunk:
-    """The rows of what the graph explains, `batch_size` swept at once."""
+    """Rows of the ends, `batch_size` swept at once."""
     size, chunks = batch_size or len(targets), []
     for begin in range(0, len(targets), size):
-        some = slice(begin, begin + size)
-        rows = adjoint.target_rows(targets, some)
-        chunks.append(_chunk(targets.layer, begin + np.arange(len(rows)), rows, targets.values[some], dtype))
+        batch = slice(begin, begin + size)
+        rows = adjoint.target_rows(targets, batch)
+        chunks.append(_compress(targets.layer, begin + np.arange(len(rows)), rows, targets.values[batch], dtype))
     names = [field.name for field in fields(RowChunk) if field.name != "layer"]
-    return RowChunk(targets.layer, **{name: np.concatenate([getattr(c, name) for c in chunks]) for name in names})
+    return RowChunk(
+        targets.layer, **{name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in names}
+    )
 
 
 class RowStore:
-    """Keeps the edges of rows as they come: as they are in memory, or one after another on a disk."""
+    """Keeps the edges of rows as they come: unchanged in memory, or one after another on disk."""
 
     def __init__(self, storage: Memory, most_edges: int, dtype: str) -> None:
-        """Make room for at most so many edges; in memory, none is reserved."""
-        self._taken = 0
-        self._arrays = (
-            (storage.zeros(most_edges, "int32"), storage.zeros(most_edges, dtype)) if storage.on_disk else None
-        )
+        """Reserve room for `most_edges` on disk; in memory none is reserved."""
+        self._used = 0
+        self._arrays = [storage.zeros(most_edges, kind) for kind in ("int32", dtype)] if storage.on_disk else None
 
     def keep(self, chunk: RowChunk) -> RowChunk:
-        """The same rows with their edges where they are kept."""
+        """The same rows with their edges in this store."""
         if self._arrays is None:
             return chunk
-        indices, weights = (array[self._taken : self._taken + len(chunk.indices)] for array in self._arrays)
+        indices, weights = (array[self._used : self._used + len(chunk.indices)] for array in self._arrays)
         indices[:], weights[:] = chunk.indices, chunk.weights
-        self._taken += len(indices)
+        self._used += len(indices)
         return replace(chunk, indices=indices, weights=weights)
 
 
-_BITS = 17  # of a float64 that one histogram tells apart
-_SORTED = 1 << 17  # at most so many values are sorted
+_BITS = 17  # bits of a float64 that one histogram tells apart
+_SORTED = 1 << 17  # most values that are sorted at once
 
 Blocks = Callable[[], Iterator[np.ndarray]]
 
 
 class Cut(NamedTuple):
-    """Where a smallest set ends: it holds every value above `value`, and the first `ties` of those equal to it."""
+    """The end of a smallest set, which holds every value above `value` and the first `ties` of those equal to it."""
 
     value: float
     ties: int
 
 
 def smallest_set(values: np.ndarray, share: float) -> np.ndarray:
-    """Mask of the fewest `values [n]` (>= 0) whose sum reaches `share` of the total; of equals the first."""
+    """Mask of the fewest `values [n]` (>= 0) whose sum reaches `share` of the total; of equal ones the first."""
     cut = find_cut(lambda: iter([values]), len(values), share)
     mask = values > cut.value
     mask[np.flatnonzero(values == cut.value)[: cut.ties]] = True
@@ -185,7 +185,7 @@ def smallest_set(values: np.ndarray, share: float) -> np.ndarray:
 
 
 def cumulative_share(values: np.ndarray) -> np.ndarray:
-    """For each of `values [n]` the share of the total held by it and all before it in descending order."""
+    """For each of `values [n]` the share of the total that it and all larger values hold; of equal ones the earlier."""
     order = np.argsort(-values, kind="stable")
     sums = np.cumsum(values[order])
     out = np.empty(len(values))
@@ -194,13 +194,13 @@ def cumulative_share(values: np.ndarray) -> np.ndarray:
 
 
 def find_cut(blocks: Blocks, count: int, share: float) -> Cut:
-    """Where the fewest of `count` values (>= 0, float64) end whose sum reaches `share` of the total.
+    """The cut of the fewest of `count` values (>= 0, float64) whose sum reaches `share` of the total.
 
     `blocks` makes the values anew, in blocks, in the same order each time. Positive floats are ordered as their bits
-    are, so a histogram of sums over the leading bits finds the narrow range in which the last value lies that is
-    needed; only that range is sorted, or cut up again when it still holds too many. Zeros are never needed.
+    are, so a histogram of sums over the leading bits finds the narrow range that holds the smallest value needed; only
+    that range is sorted, or divided again when it still holds too many. Zeros are never needed.
     """
-    # A share of 1 would stop early by rounding.
+    # A sum of floats may reach the total before its last value.
     if share >= 1.0:
         return Cut(0.0, 0)
     low, shift, above, target = 0, 63, 0.0, None
@@ -231,7 +231,7 @@ def find_cut(blocks: Blocks, count: int, share: float) -> Cut:
 
 
 def _within(values: np.ndarray, low: int, shift: int) -> np.ndarray:
-    """The values whose bits begin as `low` does, above the last `shift`."""
+    """The values whose bits agree with `low` above the last `shift`."""
     if shift == 63:
         return values
     return values[values.view(np.int64) >> shift == low >> shift]
@@ -247,7 +247,7 @@ def _histogram(blocks: Blocks, low: int, parent: int, shift: int) -> tuple[np.nd
         if not len(values):
             continue
         key = (values.view(np.int64) >> shift) - (low >> shift)
-        # The bins in use lie close together; the rest of the histogram need not be touched.
+        # The bins in use lie close together; `bincount` from 0 would write the whole histogram.
         first, last = int(key.min()), int(key.max()) + 1
         key -= first
         sums[first:last] += np.bincount(key, weights=values)
@@ -286,9 +286,9 @@ def select_rows(
     store: RowStore,
     dtype: str,
 ) -> list[RowChunk]:
-    """Rows of all features below the ends if they fit into `config.max_nodes`, else of those ranked highest.
+    """Rows of all features below the ends if `config.max_nodes` allows, else of those ranked highest.
 
-    Which ones does not depend on `batch_size`, but for rounding: rows are ranked anew after `config.update_every`.
+    Up to rounding the choice does not depend on `batch_size`: features are ranked again every `config.update_every`.
     """
     columns = adjoint.columns
     n_features = int(columns.n_features[: ends.layer].sum())
@@ -306,16 +306,16 @@ def select_rows(
         share = targets.weights / np.where(ends.absolute > 0, ends.absolute, 1.0)
         scores = np.zeros(columns.total)
         for begin in range(0, len(targets), batch_size):
-            some = slice(begin, begin + batch_size)
-            scores += share[some] @ total_effects(adjoint, targets, some).abs().double().numpy(force=True)
+            batch = slice(begin, begin + batch_size)
+            scores += share[batch] @ total_effects(adjoint, targets, batch).abs().double().numpy(force=True)
         return rows(ranked(scores)[: config.max_nodes])
     chunks: list[RowChunk] = []
     visited = np.zeros(n_features, dtype=bool)
     while (room := config.max_nodes - int(visited.sum())) > 0:
         order = ranked(_partial_influence(columns, ends, chunks, targets.weights))
-        some = order[~visited[order]][: min(room, config.update_every)]
-        chunks += rows(some)
-        visited[some] = True
+        chosen = order[~visited[order]][: min(room, config.update_every)]
+        chunks += rows(chosen)
+        visited[chosen] = True
     return chunks
 
 
@@ -334,15 +334,16 @@ class Edges:
 def _lay_out(
     replacement: ReplacementModel, columns: Columns, kept: np.ndarray, targets: Targets, dtype: str
 ) -> tuple[np.ndarray, NodeTable]:
-    """Number the nodes: which node each column belongs to, `[columns]` int32 (-1 above the targets), and their table.
+    """Number the nodes: the node of each column, `[columns]` int32 (-1 above the targets), and the node table.
 
-    `kept [n]` bool says which features have a row; activations and targets are left at 0.
+    `kept [n]` bool marks the features that have a row; activations and targets are left at 0.
     """
     table, positions = replacement.feature_activations, columns.n_positions
-    node_of_column = np.full(columns.total, -1, dtype=np.int32)
-    node_of_column[:positions] = np.arange(positions)
     every = np.arange(positions)
+    node_of_column = np.full(columns.total, -1, dtype=np.int32)
+    node_of_column[:positions] = every
     ids = np.array(replacement.inputs.input_ids, dtype=np.int64)
+    # Kind, layer, positions and indices of consecutive nodes.
     parts: list[tuple[int, int, np.ndarray, np.ndarray]] = [(NodeKind.TOKEN, -1, every, ids)]
     none = np.array([-1])
     first, node = 0, positions
@@ -363,7 +364,7 @@ def _lay_out(
             parts.append((NodeKind.LEFT_OUT, layer, none, none))
             rest += 1
         first, node = first + count, rest
-    if targets.layer < columns.n_layers:  # of the layer that holds the targets only what it adds to them itself
+    if targets.layer < columns.n_layers:  # the targets' own layer has only the bias that it adds to them
         parts.append((NodeKind.BIAS, targets.layer, none, none))
         node_of_column[columns.bias(targets.layer)] = node
     parts.append((targets.kind, targets.layer, targets.positions, targets.token_ids))
@@ -392,7 +393,7 @@ def assemble(
 ) -> Edges:
     """Put the rows in node order, merge left-out columns, and fill the node table.
 
-    The `chunks` of rows of features are used up, so that memory does not hold them twice.
+    `chunks`, the rows of features, is emptied on the way, so that memory does not hold the edges twice.
     """
     table = replacement.feature_activations
     kept = np.zeros(len(table), dtype=bool)
@@ -430,14 +431,14 @@ def _place(
     indices: np.ndarray,
     weights: np.ndarray,
 ) -> None:
-    """Write a chunk's edges, over nodes, where the rows of its nodes `rows [B]` lie in the graph."""
+    """Write a chunk's edges, with nodes for columns, into the graph's rows of its nodes `rows [B]`."""
     sources, values = node_of_column[chunk.indices], chunk.weights
     begins = np.concatenate([[0], np.cumsum(chunk.counts)])
     if (nodes.kind == NodeKind.LEFT_OUT).any():
         merged = sparse.csr_matrix((values.copy(), sources, begins), shape=(len(rows), len(nodes)))
         merged.sum_duplicates()
         sources, values, begins = merged.indices, merged.data, merged.indptr
-    # Runs of rows that follow each other in both are copied at once.
+    # Rows that are consecutive in the chunk and in the graph are copied at once.
     shift = indptr[rows] - begins[:-1]
     firsts = np.flatnonzero(np.diff(shift, prepend=shift[0] - 1))
     for first, last in zip(firsts, [*firsts[1:], len(rows)], strict=True):
@@ -449,9 +450,9 @@ def _place(
 def _left_out_mass(
     node_of_column: np.ndarray, table: NodeTable, chunks: list[RowChunk], nodes_of: list[np.ndarray], n_layers: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`[N, L]`: per row the sum of |edges| from each layer's left-out features, `[N, 0]` when there are none.
+    """The sum of |edges| from each layer's left-out features, `[N, L]`, or `[N, 0]` when there are none.
 
-    And per row of the chunks how many edges are left when these are merged.
+    And the number of edges of each row of the chunks once these are merged.
     """
     n_nodes = len(table)
     counts = np.concatenate([chunk.counts for chunk in chunks])

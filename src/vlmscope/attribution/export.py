@@ -1,9 +1,9 @@
 """Files of graphs: exact ones in safetensors, and `graph.json` for viewers (docs/formats.md, docs/graphs.md).
 
 `graph.safetensors` holds a graph, whole and pruned, bit for bit; `comparison.safetensors` and `aggregate.safetensors`
-hold merged graphs. `graph.json` is valid against the schema of Neuronpedia's and circuit-tracer's viewers; what they do
-not know is in extra keys: `vlmscope` at the top, `modality`, `patch` and shares at nodes and links. In a comparison a
-link weighs what the first graph has more than the second, in an aggregate the mean. String ids exist only here.
+hold merged graphs. `graph.json` is valid against the schema of Neuronpedia's and circuit-tracer's viewers; what the
+schema lacks is in extra keys: `vlmscope` at the top, `modality`, `patch` and shares at nodes and links. A link's weight
+is the first graph's minus the second's in a comparison, and the mean in an aggregate. String ids exist only here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Labels = Mapping[FeatureId, str] | None
 
 GRAPH_FILE = "graph.safetensors"
 FORMAT, VERSION = "vlmscope.graph", "2"
-# Version 1 had no weights of what is explained: they were the probabilities.
+# Version 1 had no target weights: they were the probabilities.
 _READ = ("1", VERSION)
 _MERGED_FORMATS = {"vlmscope.comparison": GraphComparison, "vlmscope.aggregate": AggregateGraph}
 _MERGED_VERSION = "1"
@@ -67,7 +67,7 @@ _FEATURE_TYPES = {
 
 
 def save_graph(path: str | Path, pruned: PrunedGraph) -> None:
-    """Write a graph and its pruning, atomically."""
+    """Write a graph with its pruning, atomically."""
     graph = pruned.graph
     arrays = {f"node_{name}": getattr(graph.nodes, name) for name in _NODE_FIELDS}
     arrays |= {name: getattr(graph, name) for name in _GRAPH_ARRAYS}
@@ -92,15 +92,15 @@ def load_graph(path: str | Path) -> PrunedGraph:
             roles=np.array(words["roles"]),
             target_weights=arrays.get("target_weights"),
         )
-        own: dict[str, Any] = {name: arrays[name] for name in _PRUNED_ARRAYS}
-        own |= {name: words[name] for name in _THRESHOLDS}
-        pruned = PrunedGraph(graph=graph, scores=GraphScores(**words["scores"]), **own)
+        pruning: dict[str, Any] = {name: arrays[name] for name in _PRUNED_ARRAYS}
+        pruning |= {name: words[name] for name in _THRESHOLDS}
+        pruned = PrunedGraph(graph=graph, scores=GraphScores(**words["scores"]), **pruning)
         _check_lengths(pruned)
         return pruned
 
 
 def _check_lengths(pruned: PrunedGraph) -> None:
-    """Raise a `ValueError` for arrays of different graphs, which would be read past their ends later on."""
+    """Raise a `ValueError` for arrays of different graphs, which would be read past their ends later."""
     graph = pruned.graph
     n, e = len(graph.nodes), len(graph.indices)
     by_node = [*vars(graph.nodes).values(), graph.residual, graph.indptr[1:], pruned.node_mask, pruned.influence]
@@ -154,7 +154,7 @@ def _load(
 
 
 def node_id(graph: AttributionGraph, node: int) -> str:
-    """The id of a node, unique in its graph: only features and logits begin with a number."""
+    """The id of a node, unique in its graph: only those of features and logits begin with a number."""
     table = graph.nodes
     layer, position = int(table.layer[node]), int(table.position[node])
     if table.kind[node] == NodeKind.TARGET:
@@ -163,7 +163,7 @@ def node_id(graph: AttributionGraph, node: int) -> str:
 
 
 def source_id(kind: NodeKind, layer: int, position: int, index: int) -> str:
-    """The id of a node that these fields tell from all others of its graph: any but a TARGET."""
+    """The id of a node of any kind but TARGET; these fields identify it in its graph."""
     match kind:
         case NodeKind.TOKEN:
             return f"E_{index}_{position}"
@@ -179,7 +179,7 @@ def source_id(kind: NodeKind, layer: int, position: int, index: int) -> str:
             # The viewers put logits one layer above the last, as circuit-tracer does.
             return f"{layer + 1}_{index}_{position}"
         case NodeKind.TARGET:
-            raise AssertionError("targets are told apart by their number")
+            raise AssertionError("targets have ids by their number")
 
 
 def merged_ids(merged: Merged) -> list[str]:
@@ -189,7 +189,7 @@ def merged_ids(merged: Merged) -> list[str]:
         kind, layer, column = NodeKind(int(nodes.kind[node])), int(nodes.layer[node]), max(int(nodes.position[node]), 0)
         if kind == NodeKind.TARGET:
             ids.append(f"TARGET_{node}_{layer}_{column}")
-        elif nodes.image[node] >= 0:  # the cells of two pictures can stand in one column
+        elif nodes.image[node] >= 0:  # cells of two pictures may share a column
             ids.append(f"E_soft{node}_{column}")
         else:
             ids.append(source_id(kind, layer, column, int(nodes.index[node])))
@@ -200,9 +200,9 @@ def merged_ids(merged: Merged) -> list[str]:
 def graph_to_json(
     pruned: PrunedGraph, slug: str, scan: str, labels: Labels = None, extra: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The pruned graph as the viewers' JSON; the edges that it keeps become links with exactly their weights.
+    """The pruned graph as the viewers' JSON; kept edges become links with exactly their weights.
 
-    `slug` is the graph's name and `scan` the model's; `extra` goes under the key `vlmscope`.
+    `slug` is the graph's name, `scan` the model's; `extra` joins the values under the key `vlmscope`.
     """
     graph, table = pruned.graph, pruned.graph.nodes
     names = {node: node_id(graph, node) for node in np.flatnonzero(pruned.node_mask).tolist()}
@@ -214,9 +214,8 @@ def graph_to_json(
     nodes, first_end = [], int(table.ends()[0])
     for node, name in names.items():
         position, value = int(table.position[node]), _number(table.activation[node])
-        record = _viewer_node(
-            table, node, name, _label(graph, node, first_end, labels or {}), value, pruned.cumulative[node]
-        )
+        label = _label(graph, node, first_end, labels or {})
+        record = _viewer_node(table, node, name, label, value, pruned.cumulative[node])
         record["is_target_logit"] = node == first_end
         nodes.append({**record, "modality": None, **(where[position] if position >= 0 else {})})
     edges = np.flatnonzero(pruned.edge_mask)
@@ -236,7 +235,7 @@ def graph_to_json(
         },
         "pruning_settings": {"node_threshold": pruned.node_threshold, "edge_threshold": pruned.edge_threshold},
     }
-    own = {
+    details = {
         "tokens": [
             {"token": token, "role": str(role), **place}
             for token, role, place in zip(graph.tokens, graph.roles, where, strict=True)
@@ -248,7 +247,7 @@ def graph_to_json(
         "target_weights": [float(weight) for weight in graph.end_weights],
         **(extra or {}),
     }
-    return _body(metadata, nodes, links, own)
+    return _body(metadata, nodes, links, details)
 
 
 def merged_to_json(merged: Merged, slug: str, labels: Labels = None) -> dict[str, Any]:
@@ -263,9 +262,8 @@ def merged_to_json(merged: Merged, slug: str, labels: Labels = None) -> dict[str
     nodes = []
     for node, name in enumerate(ids):
         value = float(values[node]) if np.isfinite(values[node]) else None
-        record = _viewer_node(
-            table, node, name, _merged_label(table, node, value, labels or {}), value, cumulative[node]
-        )
+        label = _merged_label(table, node, value, labels or {})
+        record = _viewer_node(table, node, name, label, value, cumulative[node])
         column = int(table.position[node])
         record["is_target_logit"] = bool(table.kind[node] in ENDS and value == best)
         record["modality"] = None if column < 0 else "image" if merged.column_is_image[column] else "text"
@@ -274,39 +272,40 @@ def merged_to_json(merged: Merged, slug: str, labels: Labels = None) -> dict[str
         if isinstance(merged, GraphComparison):
             activations = [None if np.isnan(value) else float(value) for value in merged.activation[:, node]]
             kept = kept_by(merged, merged.kept[:, node])
-            own = {"shares": merged.share[:, node].tolist(), "activations": activations, "kept_by": kept}
+            details = {"shares": merged.share[:, node].tolist(), "activations": activations, "kept_by": kept}
         else:
-            own = {"share": float(merged.share[node]), "kept_in": int(merged.count[node])}
-        nodes.append({**record, **own})
+            details = {"share": float(merged.share[node]), "kept_in": int(merged.count[node])}
+        nodes.append({**record, **details})
     links = []
     for edge, (source, target) in enumerate(zip(merged.sources.tolist(), merged.targets.tolist(), strict=True)):
         if isinstance(merged, GraphComparison):
             first, second = merged.weights[:, edge].tolist()
             kept, shares = kept_by(merged, merged.edge_kept[:, edge]), merged.edge_share[:, edge].tolist()
-            own = {"weight": first - second, "weights": [first, second], "shares": shares, "kept_by": kept}
+            details = {"weight": first - second, "weights": [first, second], "shares": shares, "kept_by": kept}
         else:
             kept, absolute = int(merged.edge_count[edge]), float(merged.absolute[edge])
-            own = {"weight": float(merged.weight[edge]), "mean_absolute": absolute, "kept_in": kept}
-        links.append({"source": ids[source], "target": ids[target], **own})
-    if comparison:
-        words = f"weights are {merged.names[0]} minus {merged.names[1]}; nodes matched by {merged.match}"
-    else:
-        words = f"mean weights of {len(merged.names)} graphs; nodes matched by {merged.match}"
+            details = {"weight": float(merged.weight[edge]), "mean_absolute": absolute, "kept_in": kept}
+        links.append({"source": ids[source], "target": ids[target], **details})
+    mean = f"mean weights of {len(merged.names)} graphs"
+    weights = f"weights are {merged.names[0]} minus {merged.names[1]}" if comparison else mean
     metadata = {
         "slug": slug,
         "scan": merged.model,
         "prompt_tokens": list(merged.columns),
         "prompt": " | ".join(dict.fromkeys(merged.prompts)),
-        "info": {"generator": {"name": "vlmscope"}, "description": words},
+        "info": {
+            "generator": {"name": "vlmscope"},
+            "description": f"{weights}; nodes matched by {merged.match}",
+        },
     }
-    own = {
+    details = {
         "kind": "comparison" if comparison else "aggregate",
         "match": merged.match,
         "names": merged.names,
         "prompts": merged.prompts,
         "columns_with_soft_tokens": np.flatnonzero(merged.column_is_image).tolist(),
     }
-    return _body(metadata, nodes, links, own)
+    return _body(metadata, nodes, links, details)
 
 
 def kept_by(merged: GraphComparison, kept: np.ndarray) -> str:
@@ -314,25 +313,25 @@ def kept_by(merged: GraphComparison, kept: np.ndarray) -> str:
     return "both" if kept.all() else merged.names[0] if kept[0] else merged.names[1] if kept[1] else "neither"
 
 
-def _body(metadata: dict[str, Any], nodes: list[Any], links: list[Any], own: dict[str, Any]) -> dict[str, Any]:
+def _body(metadata: dict[str, Any], nodes: list[Any], links: list[Any], details: dict[str, Any]) -> dict[str, Any]:
     view = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
-    own = {"schema_version": SCHEMA_VERSION, **own}
-    return {"metadata": metadata, "qParams": view, "nodes": nodes, "links": links, "vlmscope": own}
+    details = {"schema_version": SCHEMA_VERSION, **details}
+    return {"metadata": metadata, "qParams": view, "nodes": nodes, "links": links, "vlmscope": details}
 
 
 def _viewer_node(
     table: NodeTable | MatchedNodes, node: int, name: str, label: str, value: float | None, cumulative: float
 ) -> dict[str, Any]:
-    """What the viewers read of a node; `value` is a feature's activation or a logit's probability."""
+    """A node as the viewers read it; `value` is a feature's activation or a logit's probability."""
     kind, layer, index = NodeKind(int(table.kind[node])), int(table.layer[node]), int(table.index[node])
     end = kind in ENDS
     feature = index if kind in (NodeKind.TOKEN, NodeKind.LOGIT) and index >= 0 else None
     return {
         "node_id": name,
         "feature": FeatureId(layer, index).cantor if kind == NodeKind.FEATURE else feature,
-        # Ends stand above what their own layer adds.
+        # Ends are drawn one layer up, above what their own layer adds.
         "layer": "E" if kind == NodeKind.TOKEN else str(layer + end),
-        # Nodes without a position stand at the first, where the viewers find room for them.
+        # The viewers need a position; nodes without one are drawn at the first.
         "ctx_idx": max(int(table.position[node]), 0),
         "feature_type": _FEATURE_TYPES[kind],
         "token_prob": (value or 0.0) if kind == NodeKind.LOGIT else 0.0,
@@ -376,7 +375,7 @@ def _merged_label(nodes: MatchedNodes, node: int, value: float | None, labels: M
 
 
 def _number(value: np.floating) -> float:
-    """The shortest decimal that gives the same bits back in the value's own dtype."""
+    """The shortest decimal that gives the same bits in the value's own dtype."""
     return float(str(value))
 
 
@@ -390,7 +389,7 @@ def write_graph_json(
 ) -> float:
     """Write `graph_to_json`, atomically; returns its size in megabytes (10^6 bytes).
 
-    A file that is too large for an upload to Neuronpedia is written all the same, with a warning.
+    A file too large for an upload to Neuronpedia is written too, with a warning.
     """
     advice = "attribution.edge_threshold, attribution.node_threshold or attribution.max_nodes lower"
     return _write(path, graph_to_json(pruned, slug, scan, labels, extra), advice)
@@ -398,8 +397,8 @@ def write_graph_json(
 
 def write_merged_json(path: str | Path, merged: Merged, slug: str, labels: Labels = None) -> float:
     """Write `merged_to_json` as `write_graph_json` does."""
-    thresholds = "attribution.node_threshold or attribution.edge_threshold of the traces lower"
-    advice = thresholds if isinstance(merged, GraphComparison) else f"task.min_present higher, or {thresholds}"
+    advice = "attribution.node_threshold or attribution.edge_threshold of the traces lower"
+    advice = advice if isinstance(merged, GraphComparison) else f"task.min_present higher, or {advice}"
     return _write(path, merged_to_json(merged, slug, labels), advice)
 
 

@@ -1,9 +1,9 @@
-"""Attention in graphs: the heads of an edge, the heads of a graph's flow, and a head's score taken apart.
+"""Attention in graphs: an edge by heads, a graph's flow by heads, and a head's score by sources.
 
 An edge is a sum over the paths from its source to its target through the frozen model. A path goes from position to
 position only through heads, so every path has a first head (nearest to its source) and a last one (nearest to its
-target), or none: it then stays at its position, in the residual stream and the transcoders' skip paths. Grouped by
-either, the shares of all heads and the direct one sum to the edge.
+target), or no head: it then stays at its position, in the residual stream and the transcoders' skip paths. Grouped by
+either, the shares of all heads and the direct share sum to the edge.
     first head h of layer l:  G . (s2 (P_h (sv (s1 u W_v))) W_o),  u the source carried up to l without heads, G the
                               target's gradient above that attention
     last head h of layer l:   the edge from the source to the read-out of h's output by g, g the target's gradient
@@ -41,7 +41,7 @@ from vlmscope.replacement import ReplacementModel
 
 
 class HeadLoadings(NamedTuple):
-    """An edge by the first and the last head on the path, `[L, H]` float64 each, and what no head carries."""
+    """An edge by the first and the last head on the path, `[L, H]` float64 each, and `direct`, without any head."""
 
     edge: float
     direct: float
@@ -61,17 +61,17 @@ class _Read(NamedTuple):
 _Gradients = dict[int, tuple[Tensor, Tensor]]  # layer -> gradient above its attention `[S, B, d]` at positions `[S]`
 
 
-class _Watching(Adjoint):
+class _RecordingAdjoint(Adjoint):
     """An adjoint that keeps the gradient above every attention of a sweep."""
 
-    def watched(self, layer: int, vectors: Tensor, position: Tensor, after_attention: bool) -> _Gradients:
-        """The gradients of the sweep of some read-outs of the stream."""
-        self._seen: _Gradients = {}
+    def gradients(self, layer: int, vectors: Tensor, position: Tensor, after_attention: bool) -> _Gradients:
+        """The gradients of one sweep, of read-outs as in `stream_rows`."""
+        self._gradients: _Gradients = {}
         self.stream_rows(layer, vectors, position, after_attention=after_attention)
-        return self._seen
+        return self._gradients
 
     def _attention(self, layer: int, sweep: Sweep) -> None:
-        self._seen[layer] = (sweep.gradient, sweep.positions)
+        self._gradients[layer] = (sweep.gradient, sweep.positions)
         super()._attention(layer, sweep)
 
 
@@ -80,7 +80,8 @@ class HeadSplitter:
 
     def __init__(self, replacement: ReplacementModel, graph: AttributionGraph, targets: Targets) -> None:
         self.replacement, self.graph, self.targets = replacement, graph, targets
-        self._adjoint, self._watching = Adjoint(replacement), _Watching(replacement)
+        self._adjoint = Adjoint(replacement)
+        self._recording = _RecordingAdjoint(replacement, self._adjoint.sources)
         self._by_target: dict[int, tuple[_Gradients, Tensor, Tensor]] = {}
 
     @torch.no_grad()
@@ -91,15 +92,15 @@ class HeadSplitter:
         assert kinds[target] in (NodeKind.FEATURE, *ENDS), "the target has no edges into it"
         read, column = self.read(target), self._column(source)
         if target not in self._by_target:
-            at = torch.tensor([read.position], device=read.vector.device)
-            seen = self._watching.watched(read.layer, read.vector[None], at, read.after_attention)
-            self._by_target[target] = (seen, *self._last(read))
-        seen, last, direct_row = self._by_target[target]
-        first, direct = self._first(int(self.graph.nodes.position[source]), column, read, seen)
-        # Both ways compute what no head carries.
+            position = torch.tensor([read.position], device=read.vector.device)
+            gradients = self._recording.gradients(read.layer, read.vector[None], position, read.after_attention)
+            self._by_target[target] = (gradients, *self._last(read))
+        gradients, last, direct_row = self._by_target[target]
+        first, direct = self._first(int(self.graph.nodes.position[source]), column, read, gradients)
+        # The two groupings share only the direct part, which each computes by itself.
         assert abs(float(direct_row[column]) - direct) <= 1e-4 * (1e-6 + abs(direct) + float(first.abs().sum()))
-        own, weights = self.graph.incoming(target)
-        edge = float(weights[own == source].sum())
+        sources, weights = self.graph.incoming(target)
+        edge = float(weights[sources == source].sum())
         return HeadLoadings(edge, direct, first.double().cpu().numpy(), last[:, :, column].double().cpu().numpy())
 
     def read(self, target: int) -> _Read:
@@ -123,13 +124,13 @@ class HeadSplitter:
         row = self.replacement.feature_activations.row(layer, position, int(nodes.index[source]))
         return int(columns.all_features()[row])
 
-    def _first(self, position: int, column: int, read: _Read, seen: _Gradients) -> tuple[Tensor, float]:
-        """`[L, H]` shares by first head of the source at a position and column, and the direct one."""
+    def _first(self, position: int, column: int, read: _Read, gradients: _Gradients) -> tuple[Tensor, float]:
+        """Shares `[L, H]` by first head of the source at a position and column, and the direct share."""
         replacement, token = self.replacement, column == position
         x = replacement.state.embeddings[position] if token else torch.zeros_like(read.vector)
         shares = read.vector.new_zeros(replacement.n_layers, replacement.state.patterns.shape[1])
         for layer in range(read.layer + int(read.after_attention)):
-            frozen, (gradient, positions) = replacement.layers[layer], seen[layer]
+            frozen, (gradient, positions) = replacement.layers[layer], gradients[layer]
             values = ((frozen.attn_in_scale[position] * x) @ frozen.value_weight.T).view(frozen.n_kv_heads, -1)
             if frozen.value_scale is not None:
                 values = values * frozen.value_scale[position].view_as(values)
@@ -140,7 +141,7 @@ class HeadSplitter:
             shares[layer] = torch.einsum("shd,hd,hs->h", z, values, pattern)
             if layer == read.layer:
                 break
-            sources, skip = self._adjoint.sources.of(layer), replacement.features[layer].w_skip
+            sources, skip = self._adjoint.sources[layer], replacement.features[layer].w_skip
             # What the source writes here, if anything.
             out = x + sources.vectors[position, :-1][sources.columns[position] == column].sum(0)
             if skip is not None:
@@ -155,14 +156,14 @@ class HeadSplitter:
         replacement, adjoint = self.replacement, self._adjoint
         width, n_heads = adjoint.columns.total, replacement.state.patterns.shape[1]
         rows = read.vector.new_zeros(replacement.n_layers, n_heads, width)
-        at = torch.tensor([read.position], device=read.vector.device)
-        sweep = Sweep(read.vector[None, None].clone(), at, read.vector.new_zeros(1, width + 1))
+        position = torch.tensor([read.position], device=read.vector.device)
+        sweep = Sweep(read.vector[None, None].clone(), position, read.vector.new_zeros(1, width + 1))
+        every = torch.arange(replacement.n_positions, device=position.device)
         for layer in range(read.layer - 1 + int(read.after_attention), -1, -1):
             if layer < read.layer:
                 adjoint._leaving(layer, sweep)
                 adjoint._mlp(layer, sweep)
             gradient = self._through_heads(layer, read.position, sweep.gradient[0, 0])
-            every = torch.arange(replacement.n_positions, device=at.device)
             branch = Sweep(gradient, every, gradient.new_zeros(n_heads, width + 1))
             adjoint._descend(layer, branch)
             rows[layer] = branch.out[:, :width]
@@ -170,7 +171,7 @@ class HeadSplitter:
         return rows, sweep.out[0, :width]
 
     def _through_heads(self, layer: int, position: int, gradient: Tensor) -> Tensor:
-        """`gradient [d]` above a layer's attention at a position, back through each head alone: `[T, H, d]`."""
+        """Take `gradient [d]` above a layer's attention at a position back through each head alone: `[T, H, d]`."""
         frozen = self.replacement.layers[layer]
         n_heads = len(frozen.pattern)
         z = ((frozen.attn_out_scale[position] * gradient) @ frozen.output_weight).view(n_heads, -1)
@@ -186,10 +187,10 @@ class HeadSplitter:
 
 @dataclass(frozen=True)
 class HeadFlow:
-    """How much of a graph's flow each head carries, `flow [L, H]` float64, summed over where it looks from and to.
+    """How much of a graph's flow each head carries, `flow [L, H]` float64, summed over queries and keys.
 
-    The most of it goes to position `query` from position `key`, `[L, H]`; `covered` is the share of the rows' worth
-    that was looked at.
+    Most of it goes to position `query` from position `key`, `[L, H]`; `covered` is the share of the rows' worth that
+    was counted.
     """
 
     flow: np.ndarray
@@ -200,7 +201,7 @@ class HeadFlow:
     def ranked(self) -> list[tuple[int, int]]:
         """(layer, head), the one with the largest flow first."""
         order = np.argsort(-self.flow, axis=None, kind="stable")
-        return [(int(at) // self.flow.shape[1], int(at) % self.flow.shape[1]) for at in order]
+        return [divmod(number, self.flow.shape[1]) for number in order.tolist()]
 
 
 @torch.no_grad()
@@ -219,33 +220,32 @@ def head_flow(
     chosen = np.sort(features[np.argsort(-flow.nodes[features], kind="stable")[:max_rows]])
     n_layers, n_heads, n_positions, _ = replacement.state.patterns.shape
     total = replacement.errors.new_zeros(n_layers, n_heads, n_positions, n_positions, dtype=torch.float64)
-    watching, splitter = _Watching(replacement), HeadSplitter(replacement, graph, targets)
+    adjoint, splitter = _RecordingAdjoint(replacement), HeadSplitter(replacement, graph, targets)
     values = _values(replacement)
     rows = np.concatenate([chosen, graph.nodes.ends()])
     reads = [splitter.read(int(node)) for node in rows]
     for layer, after in sorted({(read.layer, read.after_attention) for read in reads}):
-        mine = [at for at, read in enumerate(reads) if (read.layer, read.after_attention) == (layer, after)]
+        mine = [row for row, read in enumerate(reads) if (read.layer, read.after_attention) == (layer, after)]
         for begin in range(0, len(mine), batch):
-            some = mine[begin : begin + batch]
-            vectors = torch.stack([reads[at].vector for at in some])
-            position = torch.tensor([reads[at].position for at in some], device=vectors.device)
-            factor = torch.from_numpy(flow.per_edge[rows[some]]).to(total.device)
-            for below, (gradient, positions) in watching.watched(layer, vectors, position, after).items():
-                frozen = replacement.layers[below]
+            chunk = mine[begin : begin + batch]
+            vectors = torch.stack([reads[row].vector for row in chunk])
+            position = torch.tensor([reads[row].position for row in chunk], device=vectors.device)
+            factor = torch.from_numpy(flow.per_edge[rows[chunk]]).to(total.device)
+            for lower, (gradient, positions) in adjoint.gradients(layer, vectors, position, after).items():
+                frozen = replacement.layers[lower]
                 z = (frozen.attn_out_scale[positions, None] * gradient) @ frozen.output_weight  # [S, B, H * D]
                 z = z.view(*z.shape[:2], n_heads, -1).permute(2, 1, 0, 3)  # [H, B, S, D]
-                terms = torch.einsum("hbsd,htd,hst->hbst", z, values[below], frozen.pattern[:, positions])
-                total[below, :, positions] += (terms.abs().double() * factor[None, :, None, None]).sum(1)
+                terms = torch.einsum("hbsd,htd,hst->hbst", z, values[lower], frozen.pattern[:, positions])
+                total[lower, :, positions] += (terms.abs().double() * factor[None, :, None, None]).sum(1)
     flat = total.flatten(2)
     best = flat.argmax(-1).cpu().numpy()
-    every = graph.nodes.kind == NodeKind.FEATURE
-    every[graph.nodes.ends()] = True
-    covered = float(worth[rows].sum() / worth[every].sum())
+    has_row = np.isin(graph.nodes.kind, (NodeKind.FEATURE, *ENDS))
+    covered = float(worth[rows].sum() / worth[has_row].sum())
     return HeadFlow(flat.sum(-1).cpu().numpy(), best // n_positions, best % n_positions, covered)
 
 
 def _values(replacement: ReplacementModel) -> list[Tensor]:
-    """Per layer the values of each query head, `[H, T, D]`."""
+    """The values of each query head per layer, `[H, T, D]`."""
     x, state, out = replacement.state.embeddings, replacement.state, []
     for layer, frozen in enumerate(replacement.layers):
         values = frozen.values(x, with_bias=True)
@@ -256,11 +256,11 @@ def _values(replacement: ReplacementModel) -> list[Tensor]:
     return out
 
 
-_BLOCK = 1024  # rows of the matrix of pairs at once
+_BLOCK = 1024  # rows of the matrix of pairs in memory at once
 
 
 class Place(NamedTuple):
-    """A head and where it looks from and to."""
+    """A head with a query position and a key position."""
 
     layer: int
     head: int
@@ -290,7 +290,11 @@ class ScoreParts:
 
 
 def find_place(replacement: ReplacementModel, text: str) -> Place:
-    """The head, query and key of `L5H2@last:max`."""
+    """The head, query and key that `L5H2@last:max` names.
+
+    Raises:
+        UserError: the model has no such head or position, or the query cannot see the key.
+    """
     layer, head, query_text, key_text = parse_head(text)
     patterns, tokens = replacement.state.patterns, replacement.inputs.tokens
     n_layers, n_heads = patterns.shape[:2]
@@ -299,10 +303,10 @@ def find_place(replacement: ReplacementModel, text: str) -> Place:
             f"attribution.attention={text}: the model has layers 0 to {n_layers - 1} with heads 0 to {n_heads - 1}"
         )
     query = parse_position(query_text, len(tokens), "attribution.attention")
-    looks = patterns[layer, head, query]
-    most = int(looks.argmax())
+    row = patterns[layer, head, query]
+    most = int(row.argmax())
     key = most if key_text == "max" else parse_position(key_text, len(tokens), "attribution.attention")
-    if looks[key] == 0:
+    if row[key] == 0:
         raise UserError(
             f"attribution.attention={text}: position {query} cannot see {key} in layer {layer}; choose another key, "
             f"such as {most}, which it looks at most"
@@ -312,14 +316,14 @@ def find_place(replacement: ReplacementModel, text: str) -> Place:
 
 @torch.no_grad()
 def score_parts(model: HasAdapter, replacement: ReplacementModel, adjoint: Adjoint, place: Place) -> ScoreParts:
-    """Take a score of the model apart, with one row of edges for each number of query and key."""
+    """Split a score of the model over its sources, with one row of edges for each number of query and key."""
     layer, head, *positions = place
     score = head_score(model, replacement.inputs, *place, replacement.errors.dtype)
     scale = replacement.layers[layer].attn_in_scale
 
     def rows(side: HeadSide, position: int) -> Tensor:
-        at = torch.full((len(side.weight),), position, device=scale.device)
-        return adjoint.stream_rows(layer, side.weight * scale[position], at, side.constant)
+        repeated = torch.full((len(side.weight),), position, device=scale.device)
+        return adjoint.stream_rows(layer, side.weight * scale[position], repeated, side.constant)
 
     # Each side is affine in its own sources, with the other side as it is.
     sides = ((score.query, score.key, place.query), (score.key, score.query, place.key))
@@ -330,8 +334,8 @@ def score_parts(model: HasAdapter, replacement: ReplacementModel, adjoint: Adjoi
         score.query.value.new_tensor([score.value, score.value]),
         layer=layer,
         positions=positions,
-        vectors=torch.stack([score.scale * (other.value @ mine.weight) * scale[at] for mine, other, at in sides]),
-        constants=torch.stack([score.scale * (other.value @ mine.constant) for mine, other, _ in sides]),
+        vectors=torch.stack([score.scale * (fixed.value @ side.weight) * scale[p] for side, fixed, p in sides]),
+        constants=torch.stack([score.scale * (fixed.value @ side.constant) for side, fixed, _ in sides]),
     )
     return ScoreParts(
         place=place,
@@ -345,10 +349,10 @@ def score_parts(model: HasAdapter, replacement: ReplacementModel, adjoint: Adjoi
 
 
 class Pairs(NamedTuple):
-    """The pairs of sources that give a score most, by |term|, strongest first.
+    """The strongest pairs of sources of a score, by |term|.
 
-    Columns of the sources at `query` and `key`, `[n]` int64, and `terms` `c q_i . k_j`, `[n]` float64; over all pairs
-    the sum of the terms, which is the score, and of |term|.
+    `query` and `key` are columns of sources, `[n]` int64, `terms` `c q_i . k_j`, `[n]` float64; `total`, the score, and
+    `absolute` are sums of terms and |terms| over all pairs.
     """
 
     query: np.ndarray
@@ -360,7 +364,7 @@ class Pairs(NamedTuple):
 
 @torch.no_grad()
 def top_pairs(parts: ScoreParts, count: int, only: np.ndarray | None = None) -> Pairs:
-    """The `count` strongest pairs of sources, of those that may be listed (`only [W]` bool); totals are of all."""
+    """The `count` strongest pairs of sources, both in `only [W]` bool where it is given; totals are of all pairs."""
     allowed = None if only is None else torch.from_numpy(only).to(parts.query.device)
     best: list[tuple[Tensor, Tensor]] = []
     total, absolute, width = 0.0, 0.0, parts.key.shape[1]
@@ -372,11 +376,11 @@ def top_pairs(parts: ScoreParts, count: int, only: np.ndarray | None = None) -> 
         flat = block.flatten()
         chosen = flat.abs().topk(min(count, len(flat))).indices
         best.append((flat[chosen], chosen + first * width))
-    terms, where = (torch.cat(each) for each in zip(*best, strict=True))
+    terms, cells = map(torch.cat, zip(*best, strict=True))
     order = terms.abs().argsort(descending=True, stable=True)[:count]
     order = order[terms[order] != 0]
-    place_of = where[order].cpu().numpy()
-    return Pairs(place_of // width, place_of % width, terms[order].double().cpu().numpy(), total, absolute)
+    query, key = divmod(cells[order].cpu().numpy(), width)
+    return Pairs(query, key, terms[order].double().cpu().numpy(), total, absolute)
 
 
 def source_of(replacement: ReplacementModel, adjoint: Adjoint, column: int) -> tuple[NodeKind, int, int, int]:

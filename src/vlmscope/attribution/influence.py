@@ -1,12 +1,12 @@
-"""Influence, scores and pruning of an attribution graph (Ameisen et al. 2025), and what is read from them.
+"""Influence, scores and pruning of an attribution graph (Ameisen et al. 2025), and rankings by influence.
 
-Influence of nodes on the ends: with `A_hat = |A| / row sum` and w what the ends are worth (the probabilities of the
-logits, mostly), `I = w A_hat + w A_hat^2 + ...`. A row's sum counts every source: biases, errors, and the features that
+Influence of nodes on the ends: with `A_hat = |A| / row sum` and w the weights of the ends (mostly the probabilities of
+the logits), `I = w A_hat + w A_hat^2 + ...`. A row's sum counts every source: biases, errors, and the features that
 were left out of the graph. Sources come before their targets, so a node's influence is complete once all rows above it
-have handed theirs down: one sweep over the rows, from the last to the first, gives the whole series. |A| is made a
+have passed theirs down: one sweep over the rows, from the last to the first, gives the whole series. |A| is made a
 block of rows at a time and never kept.
 
-Scores tell biases and left-out features apart:
+Scores treat biases and left-out features apart:
     replacement  = I_tokens / (I_tokens + I_unexplained)
     completeness = sum_i (1 - sum_{s unexplained} A_hat_is) (I_i + w_i) / sum_i (I_i + w_i)
 Unexplained are the errors and the features that were left out; soft tokens are tokens. Biases are neither: they are
@@ -15,10 +15,10 @@ share of its own, absent from the replacement score and explained in the complet
 rows together, `sum_i A_hat_is (I_i + w_i)`, is its influence I_s, so `completeness = 1 - I_unexplained / sum_i (I_i +
 w_i)`.
 
-Pruning: of the nodes stay the ends, the tokens, and the smallest set that reaches a share of the total influence. On
-the matrix of the kept nodes, normalised anew, an edge scores `A_hat_ij (I_i + w_i)`; the smallest set that reaches a
-share stays. Then, until nothing changes, go features, errors, biases and left-out nodes without an outgoing edge, and
-features without an incoming one.
+Pruning keeps the ends, the tokens, and the smallest set of nodes that reaches a share of the total influence. On the
+matrix of these nodes, normalised anew, an edge scores `A_hat_ij (I_i + w_i)`; the smallest set of edges that reaches a
+share is kept. Then features, errors, biases and left-out nodes without an outgoing edge, and features without an
+incoming one, are dropped until nothing changes.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.graph import ENDS, AttributionGraph, GraphScores, NodeKind, PrunedGraph
 from vlmscope.core.records import FeatureId
 
-# Edges at once: enough that the work on a block outweighs making it; copies of it take some 20 MB.
+# Edges of a block: enough that the work on it outweighs making it; its copies take some 20 MB.
 BLOCK = 1 << 19
 
 
 @dataclass(frozen=True)
 class Influence:
-    """What reaches the nodes from the ends: `nodes` is I, `[N]` float64.
+    """Influence of the nodes on the ends: `nodes` is I, `[N]` float64.
 
-    `per_edge [N]` is `(I_i + w_i) / row sum`: times |edge|, the influence that row i hands to a source.
+    `per_edge [N]` is `(I_i + w_i) / row sum`; times |edge|, it is the influence that row i passes to a source.
     """
 
     nodes: np.ndarray
@@ -50,14 +50,14 @@ class Influence:
 
 
 def logit_weights(graph: AttributionGraph) -> np.ndarray:
-    """w: `[N]` float64, what the ends are worth (the logits' probabilities, mostly) at their nodes, 0 elsewhere."""
+    """w, `[N]` float64: the weights of the ends (mostly the logits' probabilities), 0 at other nodes."""
     weights = np.zeros(graph.n_nodes)
     weights[graph.nodes.ends()] = graph.end_weights
     return weights
 
 
 def influence(graph: AttributionGraph, weights: np.ndarray, inside: np.ndarray | None = None) -> Influence:
-    """I from w `[N]`, exact; `inside [N]` are the nodes to which the graph is cut before its rows are normalised."""
+    """I from w `[N]`, exact; the graph is cut to the nodes `inside [N]` before its rows are normalised."""
     nodes, per_edge = np.zeros(graph.n_nodes), np.zeros(graph.n_nodes)
     for rows in reversed(list(row_blocks(graph, rows_of(graph, inside), by_level=True))):
         edges = absolute_rows(graph, rows)
@@ -71,17 +71,17 @@ def influence(graph: AttributionGraph, weights: np.ndarray, inside: np.ndarray |
 
 def rows_of(graph: AttributionGraph, inside: np.ndarray | None = None) -> np.ndarray:
     """The nodes that have edges into them (and are `inside [N]`), ascending, int64."""
-    owns = np.diff(graph.indptr) > 0
-    return np.flatnonzero(owns if inside is None else owns & inside)
+    has_edges = np.diff(graph.indptr) > 0
+    return np.flatnonzero(has_edges if inside is None else has_edges & inside)
 
 
 def row_blocks(graph: AttributionGraph, rows: np.ndarray, by_level: bool = False) -> Iterator[np.ndarray]:
-    """Cut ascending `rows`, all with edges, into blocks of at most `BLOCK` edges, but at least a row.
+    """Cut ascending `rows`, all with edges, into blocks of at most `BLOCK` edges, but at least one row.
 
     With `by_level` no row is a source of another in its block.
     """
     edges = np.concatenate([[0], np.cumsum(np.diff(graph.indptr)[rows])])
-    # Indices ascend in a row, so its last one says how high its sources reach.
+    # Indices ascend in a row, so its last one is its highest source.
     reach = np.maximum.accumulate(graph.indices[graph.indptr[rows + 1] - 1]) if by_level else np.empty(0)
     start = 0
     while start < len(rows):
@@ -107,9 +107,9 @@ def absolute_rows(graph: AttributionGraph, rows: np.ndarray) -> sparse.csr_matri
 
 
 def take_rows(graph: AttributionGraph, values: np.ndarray, rows: np.ndarray) -> sparse.csr_matrix:
-    """Some ascending rows of the graph with `values [E]` for weights, `[rows, N]`; to be read only.
+    """Ascending rows of the graph with `values [E]` for weights, `[rows, N]`, read-only.
 
-    Nothing but these rows is read, so that edges may lie in a file.
+    Only these rows are read, so that edges may lie in a file.
     """
     first, last = rows[0], rows[-1]
     stretch = slice(graph.indptr[first], graph.indptr[last + 1])
@@ -118,7 +118,7 @@ def take_rows(graph: AttributionGraph, values: np.ndarray, rows: np.ndarray) -> 
     begins = np.concatenate([[0], np.cumsum(counts)])
     data, indices = values[stretch], graph.indices[stretch]
     if begins[-1] < len(indices):
-        # Not by scipy, which copies a stretch whole when it is the smaller part of an array.
+        # scipy would copy the whole stretch when it is the smaller part of an array.
         places = np.arange(begins[-1]) + np.repeat(starts - begins[:-1], counts)
         data, indices = data[places], indices[places]
     return sparse.csr_matrix((data, indices, begins), shape=(len(rows), graph.n_nodes))
@@ -144,13 +144,13 @@ def scores(graph: AttributionGraph, flow: np.ndarray | None = None) -> GraphScor
 def prune(
     graph: AttributionGraph, node_threshold: float = 0.8, edge_threshold: float = 0.98, storage: Memory = MEMORY
 ) -> PrunedGraph:
-    """Mark the nodes and edges whose influence reaches the thresholds; `storage` has the mask of the edges."""
+    """Mark the nodes and edges whose influence reaches the thresholds; `storage` holds the mask of the edges."""
     weights = logit_weights(graph)
     flow = influence(graph, weights).nodes
     nodes = smallest_set(flow, node_threshold) | np.isin(graph.nodes.kind, (NodeKind.TOKEN, *ENDS))
     edges = _edges_of(graph, nodes, influence(graph, weights, nodes), edge_threshold, storage)
     alive = nodes & ~_dead_ends(graph, nodes, edges)
-    if (alive != nodes).any():  # edges that lost an end go
+    if (alive != nodes).any():  # drop edges that lost an end
         for block in row_blocks(graph, rows_of(graph, nodes)):
             taken = take_rows(graph, edges, block)
             ends = alive[taken.indices] & np.repeat(alive[block], np.diff(taken.indptr))
@@ -168,7 +168,7 @@ def prune(
 
 
 def _edges_of(graph: AttributionGraph, nodes: np.ndarray, flow: Influence, share: float, storage: Memory) -> np.ndarray:
-    """`[E]` bool: the fewest edges among `nodes` that carry `share` of what all edges among them carry."""
+    """Mask `[E]` of the fewest edges among `nodes` that carry `share` of the influence of all edges among them."""
     rows = rows_of(graph, nodes)
     inside = nodes.astype(np.float64)
 
@@ -191,16 +191,16 @@ def _edges_of(graph: AttributionGraph, nodes: np.ndarray, flow: Influence, share
 
 
 def _places(graph: AttributionGraph, rows: np.ndarray) -> np.ndarray:
-    """The edge numbers of some rows, one after another, int64."""
+    """The edge numbers of `rows`, one row after another, int64."""
     counts = np.diff(graph.indptr)[rows]
     return np.arange(counts.sum()) + np.repeat(graph.indptr[rows] - np.cumsum(counts) + counts, counts)
 
 
 def _dead_ends(graph: AttributionGraph, nodes: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """`[N]` bool: which `nodes` go when those without a needed edge go until nothing changes.
+    """Mask `[N]` of the `nodes` to drop when those without a needed edge are dropped until nothing changes.
 
-    A node that went because nothing enters it leaves no source with an edge less, and one that went because nothing
-    leaves it no target. So the two kinds of dead ends do not meet, and one sweep upwards and one downwards find them.
+    Dropping a node that nothing enters takes no edge from a source, and dropping one that nothing leaves none from a
+    target. So the two kinds of dead ends are independent, and one sweep upwards and one downwards find them.
     """
     rows = rows_of(graph, nodes)
     blocks = list(row_blocks(graph, rows, by_level=True))
@@ -214,9 +214,9 @@ def _dead_ends(graph: AttributionGraph, nodes: np.ndarray, edges: np.ndarray) ->
 
 
 def reaches_image(pruned: PrunedGraph, logit: int) -> bool:
-    """Whether kept edges lead back from the node of a logit, or what else the graph explains, to a soft token."""
+    """Whether kept edges lead back from a logit, or another end of the graph, to a soft token."""
     graph = pruned.graph
-    assert graph.nodes.kind[logit] in ENDS, f"node {logit} is nothing that the graph explains"
+    assert graph.nodes.kind[logit] in ENDS, f"node {logit} is no end of the graph"
     reached = np.zeros(graph.n_nodes, dtype=bool)
     reached[logit] = True
     # Sources come before their targets, so one pass downwards visits every path.
@@ -231,8 +231,8 @@ def reaches_image(pruned: PrunedGraph, logit: int) -> bool:
 def top_features(graph: AttributionGraph, count: int) -> dict[FeatureId, float]:
     """The features with the most influence on the most probable logit, the strongest first.
 
-    A feature's influence is the sum over the positions where it is active, in the whole graph: a pruned one, which is
-    for reading, may keep hardly any feature.
+    A feature's influence is the sum over the positions where it is active, in the whole graph: a pruned one may keep
+    hardly any feature.
     """
     weights = np.zeros(graph.n_nodes)
     weights[graph.nodes.ends()[int(np.argmax(graph.logit_probabilities))]] = 1.0
@@ -241,25 +241,25 @@ def top_features(graph: AttributionGraph, count: int) -> dict[FeatureId, float]:
     for node in graph.nodes.of(NodeKind.FEATURE).tolist():
         feature = graph.nodes.feature_id(node)
         sums[feature] = sums.get(feature, 0.0) + float(flow[node])
-    ranked = sorted((f for f in sums if sums[f] > 0), key=lambda feature: (-sums[feature], feature))
+    ranked = sorted((feature for feature in sums if sums[feature] > 0), key=lambda feature: (-sums[feature], feature))
     if not ranked:
         raise UserError("no feature of the graph has influence on its answer; name the features instead")
     return {feature: sums[feature] for feature in ranked[:count]}
 
 
 def end_sources(graph: AttributionGraph) -> tuple[np.ndarray, np.ndarray]:
-    """Where the influence on each of the K ends by itself ends: shares `[K, T]` of tokens, `[K]` of errors.
+    """Influence of the tokens, `[K, T]`, and of all errors, `[K]`, on each of the K ends alone.
 
-    Influence is linear in what the ends are worth, and every row hands all of its influence down. So a graph of a whole
-    answer says of each word by itself how much of it comes from each token.
+    Influence is linear in the weights of the ends, and every row passes all of its influence down. So a graph of a
+    whole answer gives the share of each word that comes from each token.
     """
     nodes, ends = graph.nodes, graph.nodes.ends()
     tokens, errors = np.zeros((len(ends), len(graph.tokens))), np.zeros(len(ends))
-    own = nodes.of(NodeKind.TOKEN)
+    token_nodes = nodes.of(NodeKind.TOKEN)
     for row, end in enumerate(ends.tolist()):
         weights = np.zeros(graph.n_nodes)
         weights[end] = 1.0
         flow = influence(graph, weights).nodes
-        np.add.at(tokens[row], nodes.position[own], flow[own])
+        np.add.at(tokens[row], nodes.position[token_nodes], flow[token_nodes])
         errors[row] = flow[nodes.kind == NodeKind.ERROR].sum()
     return tokens, errors

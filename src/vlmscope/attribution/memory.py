@@ -1,8 +1,8 @@
-"""What making a graph takes in memory and on disk, before a row is computed, and how to stay within a stated amount.
+"""Memory and disk space that a graph takes, known before a row is computed, and a plan that stays within a budget.
 
-Counted is what attribution and pruning hold beside the frozen model, on host and device together, from the input
-itself: its active features, and what its patterns let each position see. The counts bound what is allocated; they are
-no estimates (`tests/unit/attribution/test_memory.py` holds them against what allocators record).
+The counts cover what attribution and pruning hold next to the frozen model, on host and device together. They follow
+from the input: its active features, and what its patterns let each position see. They are upper bounds of what is
+allocated, not estimates (`tests/unit/attribution/test_memory.py` compares them with what allocators record).
 Legend: T positions, L layers, d width, H heads, K ends, B targets swept at once.
 """
 
@@ -23,17 +23,17 @@ from vlmscope.attribution.targets import Targets
 from vlmscope.core.errors import UserError
 from vlmscope.replacement import ReplacementModel
 
-_ENOUGH = 16  # so many targets at once are worth more than edges in memory, or sources that are kept
-_BLOCK_BYTES = 48  # of an edge in a block that influence and pruning work on
-_NODE_BYTES = 400  # of a node's or row's entries in all tables, and while they are joined
-_COLUMN_BYTES = 120  # of a column's, rankings included
+_ENOUGH = 16  # batches of fewer targets cost more time than edges on disk, or sources gathered again
+_BLOCK_BYTES = 48  # per edge of a block that influence and pruning work on
+_NODE_BYTES = 400  # per node or row, in all tables and while they are joined
+_COLUMN_BYTES = 120  # per column, rankings included
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a graph is made: B targets at once, where edges lie, and bytes into which kept sources must fit.
+    """How a graph is made: B targets at once, storage of the edges, and the bytes that kept sources may take.
 
-    `most_edges` bounds those of all rows, before left-out features share columns; counted when edges go to disk.
+    `most_edges` bounds the edges of all rows, before left-out features share columns; counted when they go to disk.
     """
 
     batch_size: int
@@ -52,36 +52,37 @@ class GraphCosts:
     n_columns: int  # of a row
     element: int  # bytes of a number of the sweep, and of a weight
     sources: int  # of all layers
-    sweep: int  # one of no targets: patterns that are cut out of whole ones, and a layer's sources while they are made
-    target: int  # of a batch: its gradient and row during a sweep, or its row while it is compressed
-    tables: int  # there all the time: of nodes, rows and columns, the ends' rows, the left-out mass
+    sweep: int  # of a sweep without targets: parts of patterns, and a layer's sources while they are gathered
+    target: int  # per target of a batch: its gradient and row in a sweep, or its row while it is compressed
+    tables: int  # all the time: tables of nodes, rows and columns, the ends' rows, the left-out mass
 
     @property
     def most_edges(self) -> int:
-        """Edges that the sweeps find, at most."""
+        """Upper bound of the edges of all rows."""
         return int(self.row_edges[: self.n_rows].sum()) + self.end_edges
 
     @property
     def edge_bytes(self) -> int:
-        """All edges in memory, as they come and in node order, and their mask."""
+        """Bytes of all edges in memory, as they come and in node order, with their mask."""
         return self.most_edges * (2 * self.element + 9)
 
     def disk_bytes(self, n_rows: int) -> int:
-        """The same on disk, with graph.safetensors beside them, when so many features have a row."""
+        """Bytes of all edges on disk, with graph.safetensors, when `n_rows` features have a row."""
         return (int(self.row_edges[:n_rows].sum()) + self.end_edges) * (3 * self.element + 14)
 
     @property
     def block_bytes(self) -> int:
-        """Edges that influence and pruning have in hand."""
+        """Bytes of the block of edges that influence and pruning work on."""
         return _BLOCK_BYTES * max(min(BLOCK, self.most_edges), self.n_columns)
 
     def batch_within(self, budget: float, edges: int, kept: int) -> int:
-        """The largest B with so many bytes of edges in memory and of sources that are kept; 0 when nothing fits."""
+        """The largest B with `edges` and `kept` bytes of edges and sources in memory; 0 or less when none fits."""
         room = round(budget) - self.tables - edges
         return (room - kept - self.sweep) // self.target if room >= self.block_bytes else 0
 
     def least_bytes(self, batch_size: int, edges: int = 0, kept: int = 0) -> int:
-        """What `batch_within` needs for this batch: the sweeps are over when influence and pruning begin."""
+        """The budget that `batch_within` needs for this batch."""
+        # Sweeps and pruning do not overlap in time.
         return self.tables + edges + max(self.block_bytes, kept + self.sweep + batch_size * self.target)
 
 
@@ -123,9 +124,7 @@ def graph_costs(replacement: ReplacementModel, targets: Targets, max_nodes: int)
 
 
 def visible(replacement: ReplacementModel) -> np.ndarray:
-    """`[T, T]` int64, 1 where a position's targets can have sources at another: by any layers' patterns, in any number
-    of steps.
-    """
+    """`[T, T]` int64, 1 where targets of a position can have sources at another, in any number of attention steps."""
     seen = torch.eye(replacement.n_positions, dtype=torch.bool, device=replacement.errors.device)
     for pattern in replacement.state.patterns:
         for head in pattern:
@@ -140,9 +139,12 @@ def visible(replacement: ReplacementModel) -> np.ndarray:
 def plan_memory(
     replacement: ReplacementModel, targets: Targets, config: AttributionConfig, folder: Path | None = None
 ) -> MemoryPlan:
-    """The largest batches, and the fastest place for sources and edges, that `config.memory_gb` has room for.
+    """The largest batches, and the fastest storage of sources and edges, within `config.memory_gb`.
 
     Edges that do not fit go to `folder`, by default the system's for temporary files.
+
+    Raises:
+        UserError: not even one target at a time fits, or the disk has no room for the edges.
     """
     most = config.targets_at_once(*replacement.errors.shape[1:])
     if config.memory_gb is None:
@@ -165,9 +167,9 @@ def plan_memory(
 
 
 def _too_little(costs: GraphCosts, memory_gb: float, tokens: int) -> str:
-    """What would fit, for the message."""
+    """The message for a budget that is too small, with what would fit."""
     needed = costs.least_bytes(1)
-    # Nearly all grows with the prompt, in proportion or faster.
+    # Nearly everything grows with the prompt, linearly or faster.
     fitting = int(memory_gb * 1e9 / needed * tokens) if memory_gb * 1e9 >= costs.block_bytes else 0
     shorter = f", or about {fitting} tokens" if fitting else ""
     return (
@@ -177,7 +179,7 @@ def _too_little(costs: GraphCosts, memory_gb: float, tokens: int) -> str:
 
 
 def _no_room(costs: GraphCosts, disk: Disk, free: int) -> str:
-    """What would fit, for the message."""
+    """The message for a disk that is too full, with what would fit."""
     nodes = 0
     while nodes < costs.n_rows and costs.disk_bytes(nodes + 1) <= free:
         nodes += 1

@@ -1,9 +1,9 @@
-"""What a graph explains: from words to the vectors that read it from the residual stream.
+"""Targets, the ends of a graph: from words and settings to the vectors that read them from the residual stream.
 
 A logit target is `W_U[t] - mean(W_U)` at the normed last state: the logit minus the mean logit, since a constant
-added to all logits changes no probability; the difference of two logits is `W_U[a] - W_U[b]`. Of a model that caps its
-logits, targets are of the logits before the cap, which are affine in the sources and keep the order; probabilities are
-the model's own, after it. A feature's target is its pre-activation.
+added to all logits changes no probability; the difference of two logits is `W_U[a] - W_U[b]`. Where a model caps its
+logits, targets are the logits before the cap, which are affine in the sources and have the same order; probabilities
+are the model's own, after the cap. A feature's target is its pre-activation.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ class Targets:
     layer: int  # they read the stream before this layer's attention; L for logits
     after_attention: bool  # they read it after that attention instead
     positions: np.ndarray  # `[K]` int64
-    token_ids: np.ndarray  # `[K]` int64; a feature's index, -1 for what has none
-    probabilities: np.ndarray  # `[K]` float64, 1 for what has none
-    weights: np.ndarray  # `[K]` float64, what each is worth where influence starts
+    token_ids: np.ndarray  # `[K]` int64; the index of a feature, -1 for other ends
+    probabilities: np.ndarray  # `[K]` float64, 1 for ends that are no logits
+    weights: np.ndarray  # `[K]` float64, the influence that starts at each
     vectors: Tensor  # `[K, d]`, with the scale of the norm that they read through
     constants: Tensor  # `[K]`, what the layer itself adds
     values: Tensor  # `[K]`, the model's own numbers, which the edges must sum to
-    labels: tuple[str, ...] = ()  # K strings, empty where a token says it
+    labels: tuple[str, ...] = ()  # K strings; empty for logits, which are named by their tokens
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     def names(self, tokenizer: Any) -> list[str]:
-        """What the ends are called: their own labels, or their tokens."""
+        """The labels of the ends, or their tokens."""
         return list(self.labels) or token_strings(tokenizer, self.token_ids.tolist())
 
 
 def ask(vlm: VLM, inputs: ModelInputs, config: AttributionConfig) -> tuple[ModelInputs, list[int]]:
     """The prompt, continued by all tokens of an answer but the last, and the token ids that a configuration names.
 
-    This is known before the model runs, but for an answer of its own, which it must give first.
+    The model runs only for `answer_tokens`, its own answer.
     """
     tokenizer = vlm.tokenizer
     match config.asked:
@@ -73,7 +73,7 @@ def ask(vlm: VLM, inputs: ModelInputs, config: AttributionConfig) -> tuple[Model
 def choose_targets(
     replacement: ReplacementModel, config: AttributionConfig, tokenizer: Any, ids: Sequence[int] = ()
 ) -> Targets:
-    """The targets of a question and of the token ids that `ask` gave, at its inputs; of all but an attention score."""
+    """The targets of any question but an attention score, with the token ids that `ask` returned, at its inputs."""
     match config.asked:
         case "tokens":
             return token_targets(replacement, ids, config.weights)
@@ -91,10 +91,13 @@ def choose_targets(
 
 
 def token_id(tokenizer: Any, word: str, key: str) -> int:
-    """The one token of a word; `id:17` is token 17.
+    """The single token of a word; `id:17` is token 17.
 
-    A word is taken as it stands; where it is no single token so, with a space before it, as inside a sentence. `key` is
-    the setting that has it, for messages.
+    A word that is not one token is tried again with a space before it, as inside a sentence. `key` is the setting that
+    holds the word, for messages.
+
+    Raises:
+        UserError: the word is no token or several.
     """
     prefix, _, number = word.partition("id:")
     if not prefix and number.isdecimal():
@@ -113,19 +116,19 @@ def token_id(tokenizer: Any, word: str, key: str) -> int:
 
 
 def _known(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text; none if one of them is unknown."""
+    """The tokens of a text; an empty list if one of them is unknown."""
     ids = list(tokenizer.encode(text, add_special_tokens=False))
     return [] if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids else ids
 
 
 def _answer_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of an answer, as they would follow the prompt."""
+    """The tokens of an answer that follows the prompt."""
     ids = _known(tokenizer, text)
     if not text.strip():
         raise UserError("attribution.answer is empty; write what the model would say, as in attribution.answer=mars")
     if not ids:
         for word in text.split():
-            token_id(tokenizer, word, "attribution.answer")
+            token_id(tokenizer, word, "attribution.answer")  # names the first unknown word
         raise UserError(f"attribution.answer: the model does not know every word of {text!r}; use other words")
     return ids
 
@@ -134,7 +137,7 @@ def _answer_ids(tokenizer: Any, text: str) -> list[int]:
 def choose_logits(
     replacement: ReplacementModel, logit_mass: float, max_logits: int, token_ids: Sequence[int] = ()
 ) -> Targets:
-    """The fewest logits whose probabilities reach `logit_mass`, at most `max_logits`, and `token_ids` besides."""
+    """The fewest logits whose probabilities reach `logit_mass`, at most `max_logits`, and those of `token_ids`."""
     probabilities = replacement.capped(replacement.state.logits[-1].double()).softmax(-1)
     ordered, order = probabilities.sort(descending=True, stable=True)
     needed = int((ordered.cumsum(0) < logit_mass).sum()) + 1
@@ -144,15 +147,15 @@ def choose_logits(
 
 
 def token_targets(replacement: ReplacementModel, token_ids: Sequence[int], weights: str = "uniform") -> Targets:
-    """The logits of these tokens at the last position; `weights` as in `AttributionConfig`."""
+    """The logits of tokens at the last position; `weights` as in `AttributionConfig`."""
     chosen = list(dict.fromkeys(token_ids))
     return _weighted(_logits(replacement, "tokens", chosen, [replacement.n_positions - 1] * len(chosen)), weights)
 
 
 def answer_targets(replacement: ReplacementModel, answer: Sequence[int], weights: str = "uniform") -> Targets:
-    """Each token of an answer that follows the prompt, at the position that predicts it.
+    """The logit of each token of an answer, at the position that predicts it.
 
-    The replacement model is of the prompt with all of the answer but its last token.
+    The replacement model must be that of the prompt with all tokens of the answer but the last.
     """
     first = replacement.n_positions - len(answer)
     return _weighted(_logits(replacement, "answer", answer, range(first, replacement.n_positions)), weights)
@@ -176,10 +179,10 @@ def _check_ids(replacement: ReplacementModel, token_ids: Sequence[int]) -> None:
 
 @torch.no_grad()
 def _logits(replacement: ReplacementModel, what: str, token_ids: Sequence[int], positions: Sequence[int]) -> Targets:
-    """Centred logits of tokens at positions, worth their probabilities."""
+    """Centred logits of tokens at positions, weighted by their probabilities."""
     _check_ids(replacement, token_ids)
-    ids, at = np.array(token_ids, dtype=np.int64), np.array(positions, dtype=np.int64)
-    wide = replacement.state.logits[at].double()
+    ids, places = np.array(token_ids, dtype=np.int64), np.array(positions, dtype=np.int64)
+    wide = replacement.state.logits[places].double()
     rows = np.arange(len(ids))
     probabilities = replacement.capped(wide).softmax(-1)[rows, ids].cpu().numpy()
     unembedding = replacement.unembedding
@@ -189,11 +192,11 @@ def _logits(replacement: ReplacementModel, what: str, token_ids: Sequence[int], 
         kind=NodeKind.LOGIT,
         layer=replacement.n_layers,
         after_attention=False,
-        positions=at,
+        positions=places,
         token_ids=ids,
         probabilities=probabilities,
         weights=probabilities,
-        vectors=(unembedding[ids] - mean) * replacement.state.final_norm_scale[at],
+        vectors=(unembedding[ids] - mean) * replacement.state.final_norm_scale[places],
         constants=wide.new_zeros(len(ids)),
         values=wide[rows, ids] - wide.mean(-1),
     )
@@ -229,7 +232,7 @@ def other_targets(
     index: int = -1,
     after_attention: bool = False,
 ) -> Targets:
-    """Ends that are no logits, all worth the same; fields as in `Targets`."""
+    """Ends that are no logits, with equal weights; fields as in `Targets`."""
     count = len(labels)
     return Targets(
         what=what,
@@ -248,7 +251,7 @@ def other_targets(
 
 
 def feature_target(replacement: ReplacementModel, feature: FeatureId, where: str = "max") -> Targets:
-    """The pre-activation of an active feature: where it is most active ("max"), at the "last" or a given position."""
+    """The pre-activation of an active feature, at its most active ("max"), the "last" or a given position."""
     active = _active(replacement, feature)
     features, tokens = replacement.features[feature.layer], replacement.inputs.tokens
     row = active[features.activation[active].argmax()]
@@ -256,25 +259,25 @@ def feature_target(replacement: ReplacementModel, feature: FeatureId, where: str
         position = parse_position(where, len(tokens), "attribution.feature")
         here = active[features.position[active] == position]
         if not len(here):
-            others = ", ".join(map(str, features.position[active][:8].tolist())) + ", ..." * (len(active) > 8)
+            listed = ", ".join(map(str, features.position[active][:8].tolist())) + ", ..." * (len(active) > 8)
             raise UserError(
                 f"attribution.feature={feature} is not active at position {position} ({tokens[position]!r}), but at "
-                f"{others}; write {feature}@{int(features.position[row])}, where it is strongest"
+                f"{listed}; write {feature}@{int(features.position[row])}, where it is strongest"
             )
         row = here[0]
     return _feature_targets(replacement, feature, row[None])
 
 
 def feature_at(replacement: ReplacementModel, feature: FeatureId, positions: np.ndarray) -> Targets:
-    """The pre-activations of a feature at those of some `positions [n]` where it is active, a target each."""
+    """The pre-activations of a feature where it is active among `positions [n]`, one target each."""
     active = _active(replacement, feature)
-    at = replacement.features[feature.layer].position[active]
-    inside = torch.from_numpy(np.isin(at.numpy(force=True), positions)).to(at.device)
+    position = replacement.features[feature.layer].position[active]
+    inside = torch.from_numpy(np.isin(position.numpy(force=True), positions)).to(position.device)
     return _feature_targets(replacement, feature, active[inside])
 
 
 def _active(replacement: ReplacementModel, feature: FeatureId) -> Tensor:
-    """The numbers, among its layer's active features, of a feature wherever it is active."""
+    """A feature's numbers among the active features of its layer, one per position where it is active."""
     if not 0 <= feature.layer < replacement.n_layers:
         raise UserError(
             f"attribution.feature={feature}: the model has layers 0 to {replacement.n_layers - 1}; choose one of them"
@@ -294,14 +297,14 @@ def _active(replacement: ReplacementModel, feature: FeatureId) -> Tensor:
 @torch.no_grad()
 def _feature_targets(replacement: ReplacementModel, feature: FeatureId, rows: Tensor) -> Targets:
     features = replacement.features[feature.layer]
-    at = features.position[rows]
+    positions = features.position[rows]
     return other_targets(
         "feature",
-        [f"{feature} at {shown_position(replacement.inputs, position)}" for position in at.tolist()],
+        [f"{feature} at {shown_position(replacement.inputs, position)}" for position in positions.tolist()],
         features.pre_activation[rows],
         layer=feature.layer,
-        positions=at.tolist(),
-        vectors=features.w_enc[features.index[rows]] * replacement.layers[feature.layer].mlp_in_scale[at],
+        positions=positions.tolist(),
+        vectors=features.w_enc[features.index[rows]] * replacement.layers[feature.layer].mlp_in_scale[positions],
         constants=features.encoder_bias[rows],
         index=feature.index,
         after_attention=True,
@@ -309,14 +312,14 @@ def _feature_targets(replacement: ReplacementModel, feature: FeatureId, rows: Te
 
 
 def shown_position(inputs: ModelInputs, position: int) -> str:
-    """A position with its token, or the number of its soft token, as figures count them."""
+    """A position with its token, or with the number of its soft token, counted as in figures."""
     if inputs.is_image[position]:
         return f"{position} (soft {int(inputs.is_image[:position].sum())})"
     return f"{position} ({inputs.tokens[position]})"
 
 
 def parse_position(text: str, n_positions: int, key: str) -> int:
-    """A position as the user writes it in the setting `key`: "last", or a number from 0."""
+    """Read a position, "last" or a number from 0, from the setting `key`."""
     if text == "last":
         return n_positions - 1
     if not text.isdecimal():

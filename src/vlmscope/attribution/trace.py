@@ -1,10 +1,8 @@
-"""From a prompt to its attribution graph, whole and pruned, in one call.
+"""From a prompt to its attribution graph, whole and pruned, in one call, and the files of a trace.
 
 The phases, one module each: what is explained (`targets`), the local replacement model (`vlmscope.replacement`), its
 adjoint (`adjoint`), rows of edges and the choice of features that get one (`edges`), influence and pruning
-(`influence`).
-
-Its files besides the graph: attention scores, heads of edges, maps over patches; and runs of many traces.
+(`influence`). Next to the graph a trace writes attention scores, heads of edges, and maps over patches.
 """
 
 from __future__ import annotations
@@ -53,7 +51,7 @@ from vlmscope.scope import Scope
 
 @dataclass(frozen=True, repr=False)
 class Trace:
-    """A traced prompt: the local replacement model, the whole graph, the pruned one, and what they explain."""
+    """A traced prompt: the local replacement model, the whole and the pruned graph, and their targets."""
 
     replacement: ReplacementModel
     graph: AttributionGraph
@@ -81,14 +79,11 @@ class Trace:
         }
 
     def explained(self) -> list[str]:
-        """What the graph explains, a string each: a logit's token with its probability, else a label with its value."""
-        nodes, ends = self.graph.nodes, self.graph.nodes.ends()
-        named = zip(
-            self.graph.logit_tokens, nodes.kind[ends], self.graph.logit_probabilities, nodes.target[ends], strict=True
-        )
-        return [
-            f"{word}  p = {p:.3f}" if kind == NodeKind.LOGIT else f"{word} = {v:+.3f}" for word, kind, p, v in named
-        ]
+        """A string per end: a logit's token with its probability, or a label with its value."""
+        graph, ends = self.graph, self.graph.nodes.ends()
+        kinds, values = graph.nodes.kind[ends], graph.nodes.target[ends]
+        rows = zip(graph.logit_tokens, kinds, graph.logit_probabilities, values, strict=True)
+        return [f"{word}  p = {p:.3f}" if kind == NodeKind.LOGIT else f"{word} = {v:+.3f}" for word, kind, p, v in rows]
 
     def _rows(self) -> list[tuple[str, str, str]]:
         graph, scores = self.graph, self.pruned.scores
@@ -113,10 +108,13 @@ class Trace:
 
 
 def trace(scope: Scope, inputs: ModelInputs, config: AttributionConfig, folder: Path | None = None) -> Trace:
-    """Run the model once, make the local replacement model, attribute, and prune.
+    """Trace a prompt: run the model once, freeze it, attribute, and prune.
 
     Edges that do not fit into `config.memory_gb` go to anonymous files in `folder`, by default the system's for
     temporary files.
+
+    Raises:
+        UserError: a setting, token, feature or head that does not fit the model or the prompt, or too little memory.
     """
     config.check()
     vlm = scope.vlm
@@ -131,7 +129,7 @@ def trace(scope: Scope, inputs: ModelInputs, config: AttributionConfig, folder: 
     scores: tuple[ScoreParts, ...] = ()
     flow = None
     if config.attention:
-        if config.attention == "auto":  # the heads that carry most in the graph of the top logits
+        if config.attention == "auto":  # the heads that carry most of the flow to the top logits
             logits = choose_logits(replacement, config.logit_mass, config.max_logits)
             flow = head_flow(replacement, graph_of(logits)[0], logits)
             heads = flow.ranked()[: config.n_heads]
@@ -156,7 +154,7 @@ def attribute(
     targets: Targets | None = None,
     plan: MemoryPlan | None = None,
 ) -> AttributionGraph:
-    """The whole attribution graph of a replacement model, whose dtype is that of the sweep.
+    """The whole attribution graph of a replacement model, in the model's dtype.
 
     By default `targets` and `plan` follow from the settings; `tokenizer` may be None where targets have labels.
     """
@@ -194,7 +192,7 @@ def attribute(
             "max_nodes": config.max_nodes,
             "choice": config.choice,
             "seconds": time.perf_counter() - started,
-            # Logit targets are those before this cap; probabilities are the model's own.
+            # Logit targets are before this cap, probabilities after it.
             **({} if replacement.logit_softcap is None else {"logit_softcap": replacement.logit_softcap}),
         },
         target_weights=targets.weights,
@@ -202,10 +200,10 @@ def attribute(
 
 
 def word_sources(scope: Scope, inputs: ModelInputs, ids: Sequence[int], config: AttributionConfig) -> np.ndarray:
-    """[n, 4], where the influence on each of an answer's n tokens ends, from one graph of the whole answer.
+    """Sources of the influence on each of an answer's n tokens, [n, 4], from one graph of the whole answer.
 
-    Of what ends at tokens the shares of the picture, of the rest of the prompt, and of the answer's own earlier tokens;
-    then the share of errors in all influence.
+    The shares of the picture, of the rest of the prompt, and of the answer's earlier tokens in what tokens have; then
+    the share of errors in all influence.
     """
     adapter, tokenizer = scope.adapter, scope.vlm.tokenizer
     config = replace(config, answer=tokenizer.decode(list(ids)).strip(), weights="uniform")
@@ -218,19 +216,19 @@ def word_sources(scope: Scope, inputs: ModelInputs, ids: Sequence[int], config: 
     return np.concatenate([grouped / np.where(total > 0, total, 1.0), error[:, None]], 1)
 
 
-INDEX = "graphs.jsonl"  # of a run of many traces: a line per graph
+INDEX = "graphs.jsonl"  # in the folder of a run of many traces, one line per graph
 
 
 def graph_files(runs: Sequence[str]) -> list[Path]:
-    """The graph files of runs of traces; those of a trace of many rows in the order of its index."""
+    """The graph files of runs; those of a run of many traces in the order of its index."""
     files: list[Path] = []
-    for place in map(Path, runs):
-        index = place / INDEX
+    for run in map(Path, runs):
+        index = run / INDEX
         if not index.is_file():
-            files.append(graph_file(place))
+            files.append(graph_file(run))
             continue
         try:
-            folders = [place / parse_json(line)["folder"] for _, line in text_lines(index)]
+            folders = [run / parse_json(line)["folder"] for _, line in text_lines(index)]
         except (UserError, KeyError, TypeError) as error:
             raise UserError(f"{index} is incomplete; finish that run with trainer.resume=true") from error
         files += [graph_file(folder / GRAPH_FILE) for folder in folders]
@@ -238,15 +236,15 @@ def graph_files(runs: Sequence[str]) -> list[Path]:
 
 
 def strongest_edges(pruned: PrunedGraph, count: int) -> np.ndarray:
-    """Numbers of the `count` kept edges that matter most to the logits, strongest first, int64.
+    """Numbers of the `count` strongest kept edges, strongest first, int64.
 
-    An edge's strength is its share of its target's incoming |weight| times the target's influence on the logits, the
+    An edge's strength is its share of its target's incoming |weight| times the target's influence on the ends, the
     quantity that pruning ranks by.
     """
     graph = pruned.graph
     total = graph.absolute_sums()
     importance = pruned.influence.astype(np.float64).copy()
-    # Influence starts from what the ends are worth and does not count the start itself.
+    # Influence starts from the weights of the ends and does not include them.
     importance[graph.nodes.ends()] += graph.end_weights
     kept = np.flatnonzero(pruned.edge_mask)
     targets = graph.targets_of(kept)
@@ -257,10 +255,10 @@ def strongest_edges(pruned: PrunedGraph, count: int) -> np.ndarray:
 
 
 def write_scores(path: Path, traced: Trace, count: int) -> dict[str, float]:
-    """Write the scores of a trace of attention, with their strongest pairs of sources; nothing for another trace.
+    """Write the scores of a trace of attention with their strongest pairs of sources; nothing for other traces.
 
     Returns:
-        Metrics: how far the sum of all pairs is from the first score, of the sum of their sizes, and the score.
+        Metrics: the first score, and how far the sum of all pairs is from it, relative to the sum of their sizes.
     """
     if not traced.scores:
         return {}
@@ -283,16 +281,16 @@ def write_scores(path: Path, traced: Trace, count: int) -> dict[str, float]:
 
 
 def _score_record(traced: Trace, adjoint: Adjoint, parts: ScoreParts, count: int) -> dict[str, Any]:
-    columns, tokens, place = adjoint.columns, traced.replacement.inputs.tokens, parts.place
-    features = np.zeros(parts.query.shape[1], dtype=bool)
-    features[columns.all_features()[columns.all_features() < len(features)]] = True
+    tokens, place = traced.replacement.inputs.tokens, parts.place
+    features = np.isin(np.arange(parts.query.shape[1]), adjoint.columns.all_features())
 
     def listed(pairs: Pairs) -> list[dict[str, Any]]:
-        names = {c: source_id(*source_of(traced.replacement, adjoint, c)) for c in {*pairs.query, *pairs.key}}
-        ends = zip(pairs.query.tolist(), pairs.key.tolist(), pairs.terms.tolist(), strict=True)
-        return [{"query": names[query], "key": names[key], "term": term} for query, key, term in ends]
+        columns = {*pairs.query, *pairs.key}
+        names = {column: source_id(*source_of(traced.replacement, adjoint, column)) for column in columns}
+        rows = zip(pairs.query.tolist(), pairs.key.tolist(), pairs.terms.tolist(), strict=True)
+        return [{"query": names[query], "key": names[key], "term": term} for query, key, term in rows]
 
-    every, between = top_pairs(parts, count), top_pairs(parts, count, features)
+    pairs, feature_pairs = top_pairs(parts, count), top_pairs(parts, count, features)
     return {
         "place": str(place),
         "layer": place.layer,
@@ -301,15 +299,15 @@ def _score_record(traced: Trace, adjoint: Adjoint, parts: ScoreParts, count: int
         "key": {"position": place.key, "token": tokens[place.key]},
         "score": parts.score,
         "probability": parts.probability,
-        "sum_of_all_pairs": every.total,
-        "sum_of_sizes": every.absolute,
-        "pairs": listed(every),
-        "feature_pairs": listed(between),
+        "sum_of_all_pairs": pairs.total,
+        "sum_of_sizes": pairs.absolute,
+        "pairs": listed(pairs),
+        "feature_pairs": listed(feature_pairs),
     }
 
 
 def write_heads(path: Path, traced: Trace, count: int) -> None:
-    """Write which heads carry the strongest kept edges, by the first and by the last head on the way."""
+    """Write the heads of the `count` strongest kept edges, by the first and by the last head on the path."""
     graph, records = traced.graph, []
     splitter = HeadSplitter(traced.replacement, graph, traced.targets)
     for edge in strongest_edges(traced.pruned, traced.pruned.n_edges):
@@ -318,8 +316,8 @@ def write_heads(path: Path, traced: Trace, count: int) -> None:
             continue
         loadings = splitter.split(source, target)
         record = {"source": node_id(graph, source), "target": node_id(graph, target), "weight": loadings.edge}
-        shares = {name: _by_head(getattr(loadings, name)) for name in ("first", "last")}
-        records.append({**record, "direct": loadings.direct, **shares})
+        heads = {"first": _by_head(loadings.first), "last": _by_head(loadings.last)}
+        records.append({**record, "direct": loadings.direct, **heads})
         if len(records) == count:
             break
     write_json(path, {"edges": records}, indent=1)
@@ -329,12 +327,11 @@ def write_heads(path: Path, traced: Trace, count: int) -> None:
         print(f"  {edge}: direct {record['direct']:+.3f}, {heads}")
 
 
-def _by_head(shares: object) -> dict[str, float]:
-    """`[L, H]` as L3H1 -> share, largest first, zeros left out."""
-    values = np.asarray(shares)
-    order = np.argsort(-np.abs(values), axis=None, kind="stable")
-    heads = [divmod(int(at), values.shape[1]) for at in order]
-    return {f"L{layer}H{head}": float(values[layer, head]) for layer, head in heads if values[layer, head]}
+def _by_head(shares: np.ndarray) -> dict[str, float]:
+    """Shares `[L, H]` as L3H1 -> share, largest first, zeros left out."""
+    order = np.argsort(-np.abs(shares), axis=None, kind="stable")
+    heads = [divmod(number, shares.shape[1]) for number in order.tolist()]
+    return {f"L{layer}H{head}": float(shares[layer, head]) for layer, head in heads if shares[layer, head]}
 
 
 def write_patches(
@@ -343,11 +340,11 @@ def write_patches(
     """Follow the targets of a trace to the patches of each picture, and write the maps.
 
     Returns:
-        The maps, those of a target one after the other, and the record of them for `graph.json`.
+        The maps, target by target, and their record for `graph.json`.
     """
     readers = target_readers(traced.replacement, traced.targets, total=settings.patch_effect == "total")
-    way = vision_path(vlm, traced.replacement.inputs, settings.patch_rule)
-    maps = way.maps(readers, traced.graph.logit_tokens, settings.patch_baseline)
+    vision = vision_path(vlm, traced.replacement.inputs, settings.patch_rule)
+    maps = vision.maps(readers, traced.graph.logit_tokens, settings.patch_baseline)
     record = {
         "file": path.name,
         "effect": settings.patch_effect,

@@ -1,10 +1,10 @@
-"""From soft tokens on down: what each patch of a picture contributes to a target, through projector, pooling and tower.
+"""Contributions of a picture's patches to a target, through projector, pooling and vision tower.
 
 With the tower frozen as `vlmscope.models.attention` does it, what the soft tokens write is `J e + c`, e the patch
 embeddings without bias. A target reads it by G (`vlmscope.attribution.adjoint`), so patch p contributes
-`(G J)_p . (e_p - e0_p)` for a baseline e0: one backward pass a target. c is computed apart from it, by running the
-frozen tower forwards at e = 0, so that `edge = patches + remainder` can fail. Of a feature the targets are its
-pre-activations wherever it is active on soft tokens; their sum is one affine function, so one pass does for all.
+`(G J)_p . (e_p - e0_p)` for a baseline e0: one backward pass per target. c is computed separately, by running the
+frozen tower forwards at e = 0, so that the check `edge = patches + remainder` can fail. The targets of a feature are its
+pre-activations wherever it is active on soft tokens; their sum is one affine function, so one pass covers all.
 
 `patches.safetensors` holds maps over patches as small float16 grids, each relative to its own largest absolute value
 (its `scale` in the record), so that float16 has all its digits.
@@ -41,7 +41,7 @@ FORMAT, VERSION = "vlmscope.patches", "1"
 
 
 class _PatchEmbedding:
-    """A forward hook that puts a leaf `values [N, d_v]` in the place of the patch embeddings, bias apart."""
+    """A forward hook that replaces the patch embeddings by a leaf `values [N, d_v]`, without the bias."""
 
     def __init__(self, module: Any) -> None:
         self._bias = 0.0 if module.bias is None else module.bias.detach()
@@ -71,7 +71,7 @@ class VisionPath:
     at_zero: Entering | None  # the same from the frozen tower at patch embeddings of 0; None for "gradient"
 
     def maps(self, readers: Readers, names: Sequence[str], baseline: str = "grey") -> list[PictureMap]:
-        """One map a target and picture, from how B targets, with their names, read the soft tokens.
+        """One map per target and picture, from the readers and names of B targets.
 
         A patch counts against a `baseline`: "grey", a picture of the processor's mean colour (pixels 0 after
         normalisation), or "mean", the mean patch of its own picture.
@@ -80,8 +80,8 @@ class VisionPath:
         for number, name in enumerate(names):
             for picture in range(len(self.pictures)):
                 # Only this picture's soft tokens are read.
-                own = torch.from_numpy(self.inputs.image_index == picture).to(readers.embeddings.device)[:, None]
-                reader = Readers(readers.embeddings[number, None] * own, readers.injections[number, None] * own)
+                mask = torch.from_numpy(self.inputs.image_index == picture).to(readers.embeddings.device)[:, None]
+                reader = Readers(readers.embeddings[number, None] * mask, readers.injections[number, None] * mask)
                 maps.append(self._map(reader, name, picture, baseline))
         return maps
 
@@ -91,15 +91,15 @@ class VisionPath:
         grads = torch.autograd.grad(edge, leaves, retain_graph=True, materialize_grads=True)
         total = float(edge.detach())
         gradient, patches = grads[0].double(), self.patches.detach().double()
-        own = np.concatenate([tile.patches for tile in self.pictures[picture].tiles])
+        inside = np.concatenate([tile.patches for tile in self.pictures[picture].tiles])
         base = torch.zeros_like(patches)
         if baseline == "mean":
-            base[:] = patches[own].mean(0)
+            base[:] = patches[inside].mean(0)
         values = (gradient * (patches - base)).sum(-1).numpy(force=True)
         rest = (gradient * patches).sum(-1).numpy(force=True)
         remainder = {
-            "baseline": float((gradient * base).sum(-1).numpy(force=True)[own].sum()),
-            "padding": float(rest.sum() - rest[own].sum()),
+            "baseline": float((gradient * base).sum(-1).numpy(force=True)[inside].sum()),
+            "padding": float(rest.sum() - rest[inside].sum()),
         }
         if self.at_zero is None:
             remainder["nonlinear"] = total - float(rest.sum())
@@ -116,7 +116,7 @@ class VisionPath:
 
 
 def _read(reader: Readers, written: Entering) -> Tensor:
-    """What one target reads of what the tower writes."""
+    """The value that one target reads from what the tower writes."""
     total = (reader.embeddings[0].to(written.embeddings.dtype) * written.embeddings[0]).sum()
     if written.injections is not None:
         total = total + (reader.injections[0].to(written.injections.dtype) * written.injections[0]).sum()
@@ -124,9 +124,12 @@ def _read(reader: Readers, written: Entering) -> Tensor:
 
 
 def vision_path(vlm: VLM, inputs: ModelInputs, rule: str = "frozen") -> VisionPath:
-    """Run the vision path of a prompt once with its gradient, and once more frozen at 0.
+    """Run the vision path of a prompt once with gradients, and, frozen, once more at patch embeddings of 0.
 
     The rule is "frozen" (complete) or "gradient" (the plain gradient, for comparison).
+
+    Raises:
+        UserError: the prompt has no picture.
     """
     if not inputs.sizes:
         raise UserError("the prompt has no picture, so there are no patches; give one with image=")
@@ -163,13 +166,13 @@ def _additive(adapter: Adapter) -> Iterator[dict[str, tuple[Tensor, GradientEdge
         for name, path in (("position", kind.positions), ("class_token", kind.class_token))
         if path
     }
-    # Weights that are offloaded are somewhere else while the tower runs: they count among "bias".
+    # Offloaded weights are replaced by copies while the tower runs: they count as "bias".
     parameters = {name: parameter for name, parameter in parameters.items() if parameter.device.type != "meta"}
     before = {name: parameter.requires_grad for name, parameter in parameters.items()}
     try:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        # The model gets its weights back as they were; their places in the graph outlive that.
+        # The edges of the graph stay valid after the weights' flags are restored.
         yield {name: (parameter, get_gradient_edge(parameter)) for name, parameter in parameters.items()}
     finally:
         for name, parameter in parameters.items():
@@ -183,10 +186,10 @@ def feature_path_maps(
     effect: str = "total",
     baseline: str = "grey",
 ) -> dict[FeatureId, list[PictureMap]]:
-    """For each feature a map a picture: what its patches contribute to the feature's sum over all soft tokens.
+    """One map per feature and picture: contributions of patches to the feature's sum over all soft tokens.
 
-    The features are active on at least one soft token; the effect is "total" (active features of earlier layers
-    respond) or "direct".
+    Each feature must be active on a soft token. The effect is "total" (active features of earlier layers respond) or
+    "direct".
     """
     soft = np.flatnonzero(replacement.inputs.is_image)
     maps = {}
@@ -198,25 +201,25 @@ def feature_path_maps(
 
 
 def save_maps(path: str | Path, maps: Sequence[PictureMap]) -> list[dict[str, Any]]:
-    """Write the grids, atomically; returns the record of each map, with the names of its grids and their boxes."""
+    """Write the grids, atomically; returns a record per map, with the names of its grids and their boxes."""
     arrays: dict[str, np.ndarray] = {}
     records = []
-    for number, made in enumerate(maps):
+    for number, picture_map in enumerate(maps):
         tiles = []
-        for at, tile in enumerate(made.tiles):
-            name, scale = f"map_{number}_{at}", float(np.abs(tile.values).max(initial=0.0))
+        for tile_number, tile in enumerate(picture_map.tiles):
+            name, scale = f"map_{number}_{tile_number}", float(np.abs(tile.values).max(initial=0.0))
             arrays[name] = (tile.values / (scale or 1.0)).astype(np.float16)
             tiles.append({"grid": name, "scale": scale, "boxes": [list(box) for box in tile.boxes]})
         fields = ("target", "picture", "edge", "from_patches", "remainder", "residual")
-        records.append({name: getattr(made, name) for name in fields} | {"tiles": tiles})
+        records.append({name: getattr(picture_map, name) for name in fields} | {"tiles": tiles})
     save_tensors(path, arrays, {"format": FORMAT, "version": VERSION})
     return records
 
 
 def load_maps(path: str | Path, records: Sequence[Mapping[str, Any]]) -> list[PictureMap]:
-    """Read what `save_maps` wrote, to float16's accuracy, with the records it returned.
+    """Read what `save_maps` wrote, to float16's accuracy, with the records that it returned.
 
-    `graph.json` has them under `vlmscope.patches.maps`.
+    `graph.json` holds the records under `vlmscope.patches.maps`.
     """
     arrays, metadata = load_tensors(path)
     if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):

@@ -1,13 +1,12 @@
-"""Activations of a decoder, captured by forward hooks without gradients: MLP inputs and outputs, attention scores.
+"""Activations captured by forward hooks: a decoder's MLPs and attention scores, a vision tower's attention.
 
-`capture_mlp` is the fast way for training (batches, the model's own attention kernels); `capture_state` keeps
-everything that the local replacement model of one prompt needs, from one forward; `head_score` takes one attention
-score apart. Hook points have the names of `docs/glossary.md`.
+`capture_mlp` is for training (batches, the model's own attention kernels); `capture_state` keeps everything that the
+local replacement model of one prompt needs, from one forward; `head_score` splits one attention score into linear maps;
+`capture_vision_attention` gives what the patches of a picture attend to. Hook points are named as in
+`docs/glossary.md`.
 
-Shapes: B batch, T positions, d model width, L layers, H heads, Hkv key/value heads, D head width, V vocabulary.
-
-Of the vision tower: what the patches of a picture attend to. Legend: H heads, P tokens of a tile (class tokens, then
-patches row by row), S soft tokens of a picture, d_v width.
+Legend: B batch, T positions, d model width, L layers, H heads, Hkv key/value heads, D head width, V vocabulary; of the
+vision tower P tokens of a tile (class tokens, then patches row by row), S soft tokens of a picture, d_v width.
 """
 
 from __future__ import annotations
@@ -53,9 +52,9 @@ def target_at(adapter: Adapter, layer: int, hook: str, mlp_out: Tensor) -> Tenso
 
 
 def norm_weight_after(adapter: Adapter, layer: int, hook: str, like: Tensor) -> Tensor | None:
-    """Weights [d] by which the norm after a layer's MLP multiplies what a transcoder writes, up to one positive factor.
+    """Weights [d] of the norm between a transcoder's output and the stream, up to one positive factor.
 
-    In dtype and place of `like`. None where no norm lies between `hook` and the residual stream.
+    In dtype and device of `like`. None where no norm lies between `hook` and the residual stream.
     """
     norm = adapter.norms(layer).mlp_out_post
     if hook != "mlp_out" or norm is None:
@@ -73,7 +72,7 @@ class HasAdapter(Protocol):
 
 
 def adapter_of(model: Adapter | HasAdapter) -> Adapter:
-    """The adapter itself, or that of a loaded model."""
+    """The adapter, or that of a loaded model."""
     return model if isinstance(model, Adapter) else model.adapter
 
 
@@ -118,7 +117,7 @@ def _hooks(pairs: Mapping[nn.Module, Hook]) -> Iterator[None]:
 
 @torch.no_grad()
 def capture_mlp(model: Adapter | HasAdapter, batch: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Inputs and outputs of every layer's MLP for one batch: layer -> ([B, T, d], [B, T, d]) in the model's dtype.
+    """Inputs and outputs of each layer's MLP for one batch: layer -> ([B, T, d], [B, T, d]) in the model's dtype.
 
     `batch` holds keyword arguments of the Hugging Face forward; padded positions are returned too.
     """
@@ -129,7 +128,7 @@ def capture_mlp(model: Adapter | HasAdapter, batch: Mapping[str, Tensor]) -> dic
         return lambda _module, args, output: captured.update({layer: (args[0].detach(), output.detach())})
 
     with _hooks({adapter.mlp(layer): keep(layer) for layer in range(adapter.n_layers)}):
-        # Only the decoder's insides are wanted: one position of logits instead of [B, T, V].
+        # Logits are not needed: one position of them takes less memory than [B, T, V].
         adapter.forward(batch, use_cache=False, logits_to_keep=1)
     return captured
 
@@ -138,7 +137,7 @@ def capture_mlp(model: Adapter | HasAdapter, batch: Mapping[str, Tensor]) -> dic
 def capture_state(model: Adapter | HasAdapter, inputs: ModelInputs) -> ForwardState:
     """Everything that the local replacement model needs, from one forward with recorded attention.
 
-    The model must be in evaluation mode. In float64 run it under `exact_float64` to be good to more than 1e-7.
+    The model must be in evaluation mode. In float64, run it under `exact_float64`: otherwise parts have errors of 1e-7.
     """
     adapter = adapter_of(model)
     assert not adapter.model.training, "capture needs the model in evaluation mode"
@@ -181,7 +180,7 @@ def capture_state(model: Adapter | HasAdapter, inputs: ModelInputs) -> ForwardSt
 
 @contextmanager
 def watching_mlp_inputs(adapter: Adapter, layers: Sequence[int], take: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Hand every layer's MLP input [B, T, d] to `take(layer, x)` while the model runs, layer after layer."""
+    """Pass each layer's MLP input [B, T, d] to `take(layer, x)` while the model runs, layer after layer."""
 
     def hook(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda _module, args: take(layer, args[0])
@@ -201,7 +200,7 @@ def mlp_inputs(adapter: Adapter, batch: InputBatch, layers: Sequence[int]) -> di
 def mlp_inputs_and_logits(
     adapter: Adapter, batch: InputBatch, layers: Sequence[int]
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """The same with the logits [B, V] of the last position."""
+    """As `mlp_inputs`, with the logits [B, V] of the last position."""
     inputs: dict[int, Tensor] = {}
     with watching_mlp_inputs(adapter, layers, inputs.__setitem__):
         logits = adapter.next_logits(batch.tensors)
@@ -225,7 +224,7 @@ class HeadSide:
 class HeadScore:
     """A head's score `scale * query . key` before the softmax, and before the cap of a family that caps scores.
 
-    `query` is that of the position that looks, `key` that of the position that is looked at; `softcap` None: no cap.
+    `softcap` is None without a cap.
     """
 
     query: HeadSide
@@ -248,14 +247,13 @@ def head_score(
     key: int,
     dtype: torch.dtype,
 ) -> HeadScore:
-    """Run the model up to a layer's attention and take apart one head's score there.
+    """Run the model up to a layer's attention and split one score of query head `head` into linear maps.
 
-    The rotation is not computed again: the attention module is run once more on its own input with the outputs of its
-    query and key projections made leaves and its norms replaced by their frozen scales; what it then hands to the
+    The rotation is not computed again: the attention module runs once more on its own input with the outputs of its
+    query and key projections as leaves and its norms replaced by their frozen scales. What it then passes to the
     softmax is linear in the leaves, and its derivative is the map, whatever kind of RoPE a family has.
 
-    `head` is the query head, `query` the position that looks, `key` that which is looked at. The result is in `dtype`;
-    the model runs, in evaluation mode, in its own.
+    `query` and `key` are positions. The result is in `dtype`; the model runs in its own, in evaluation mode.
     """
     adapter = adapter_of(model)
     module = adapter.attention(layer)
@@ -281,18 +279,18 @@ def head_score(
         try:
             module(*attention_args, **attention_kwargs)
             raise AssertionError("the attention module did not call its attention function")
-        except FoundScores as scores:
-            found = scores
-        group = found.query.shape[1] // found.key.shape[1]
+        except FoundScores as reached:
+            scores = reached  # Python unbinds `reached` after the clause
+        kv_head = head // (scores.query.shape[1] // scores.key.shape[1])
         sides = (
-            _side(found.query[0, head, query], parts.query, leaves[parts.query], query, head),
-            _side(found.key[0, head // group, key], parts.key, leaves[parts.key], key, head // group),
+            _side(scores.query[0, head, query], parts.query, leaves[parts.query], query, head),
+            _side(scores.key[0, kv_head, key], parts.key, leaves[parts.key], key, kv_head),
         )
-    return HeadScore(*sides, scale=found.scaling, softcap=found.softcap)
+    return HeadScore(*sides, scale=scores.scaling, softcap=scores.softcap)
 
 
 def _attention_input(adapter: Adapter, module: nn.Module, inputs: ModelInputs) -> tuple[tuple, dict]:
-    """What an attention module is called with; the forward ends there."""
+    """The arguments of an attention module's call, from a forward that ends there."""
 
     class Reached(Exception):
         """Ends the forward."""
@@ -313,27 +311,26 @@ def _attention_input(adapter: Adapter, module: nn.Module, inputs: ModelInputs) -
 
 
 def _side(value: Tensor, projection: nn.Module, leaf: Tensor, position: int, head: int) -> HeadSide:
-    """`value [D]` as a map of what `projection` reads, whose output `[1, T, heads * D]` is `leaf`."""
+    """`value [D]` as a map of the input of `projection`, whose output `[1, T, heads * D]` is `leaf`."""
     width = len(value)
-    mine = slice(head * width, (head + 1) * width)
-    rows = [torch.autograd.grad(value[i], leaf, retain_graph=True)[0][0, position, mine] for i in range(width)]
-    turn = torch.stack(rows)
+    rows = slice(head * width, (head + 1) * width)
+    gradients = [torch.autograd.grad(value[i], leaf, retain_graph=True)[0][0, position, rows] for i in range(width)]
+    rotation = torch.stack(gradients)
     with torch.no_grad():
-        weight = materialised(projection)[mine].to(turn.dtype)
-        bias = getattr(projection, "bias", None)
-        constant = turn.new_zeros(width)
-        if bias is not None:
-            constant = turn @ materialised(projection, "bias")[mine].to(turn.dtype)
-        return HeadSide(value.detach(), turn @ weight, constant)
+        weight = materialised(projection)[rows].to(rotation.dtype)
+        constant = rotation.new_zeros(width)
+        if getattr(projection, "bias", None) is not None:
+            constant = rotation @ materialised(projection, "bias")[rows].to(rotation.dtype)
+        return HeadSide(value.detach(), rotation @ weight, constant)
 
 
 @dataclass(frozen=True)
 class TileAttention:
-    """One tile in the tower.
+    """Attention in one tile.
 
     `patterns`: layer -> `[H, P, P]`, attention probabilities, last two axes query and key, rows summing to 1 (0 outside
-    the window of a layer that attends within windows), or what was made of them. `states` `[P, d_v]`: the tower's last
-    states as the decoder's side is given them, where they were asked for.
+    the window of a layer that attends within windows), or their reduction. `states [P, d_v]`: the tower's last states
+    as the projector reads them, if requested.
     """
 
     tile: Tile
@@ -351,9 +348,9 @@ class PictureAttention:
 
 @dataclass(frozen=True)
 class VisionAttention:
-    """The pictures of one prompt in the vision tower, in their order.
+    """The pictures of one prompt in the vision tower, in order.
 
-    `n_layers` counts the layers of the tower that the decoder is given anything of; `layers` were captured, ascending.
+    `n_layers` counts the layers of the tower whose output reaches the decoder; `layers` were captured, ascending.
     """
 
     n_layers: int
@@ -374,12 +371,13 @@ def capture_vision_attention(
 ) -> VisionAttention:
     """The attention patterns of the vision tower at one prompt's pictures, from one forward of the tower.
 
-    The model must be in evaluation mode. Patterns of layers that are not asked for are not kept; each that is takes
-    `H * P * P` numbers a tile, 1 GiB in float32 for 4096 patches and 16 heads, unless `reduce` makes less of it.
+    The model must be in evaluation mode. `layers` of the tower count from the end when negative (`range(-4, 0)`: the
+    last four); all when None. A pattern takes `H * P * P` numbers per tile, 1 GiB in float32 for 4096 patches and 16
+    heads; `reduce` replaces it as soon as its layer has run, so that no two layers' patterns are in memory at once.
+    `states`: also keep the tower's last states.
 
-    `layers` are those of the tower, counted from the end when negative (`range(-4, 0)`: the last four); all when None.
-    What `reduce` makes takes the place of a tile's pattern `[H, P, P]` as soon as its layer has run, so that no two
-    layers' patterns are in memory at once. `states`: whether to keep the tower's last states too.
+    Raises:
+        UserError: the model takes no pictures, the prompt has none, or the tower has no such layer.
     """
     adapter = vlm.adapter
     assert not adapter.model.training, "capture needs the model in evaluation mode"
@@ -390,44 +388,43 @@ def capture_vision_attention(
     if not inputs.sizes:
         raise UserError("the prompt has no picture, so there is no vision attention; give one with image=")
     n_layers = len(adapter.vision_attention())
-    wanted = range(n_layers) if layers is None else layers
-    bad = [layer for layer in wanted if not -n_layers <= layer < n_layers]
-    if bad:
-        raise UserError(f"the vision tower has no layer {bad[0]}; choose from 0 to {n_layers - 1}")
-    chosen = sorted({layer % n_layers for layer in wanted})
+    layers = range(n_layers) if layers is None else layers
+    for layer in layers:
+        if not -n_layers <= layer < n_layers:
+            raise UserError(f"the vision tower has no layer {layer}; choose from 0 to {n_layers - 1}")
+    chosen = sorted({layer % n_layers for layer in layers})
     pictures = adapter.picture_patches(inputs.tensors, inputs.sizes, vlm.processor.image_processor)
     tiles = [tile for picture in pictures for tile in picture.tiles]
     with ExitStack() as stack:
         recorded = stack.enter_context(recording_vision_patterns(adapter, chosen))
         reduced = stack.enter_context(_reducing(adapter, recorded, tiles, reduce))
         kept = stack.enter_context(_keeping_states(adapter)) if states else []
-        make_batch(adapter, [inputs])  # runs the tower and nothing behind it
+        make_batch(adapter, [inputs])  # runs the tower only, not the decoder
     last = torch.cat(kept) if kept else None
-    found = []
+    captured = []
     for number, tile in enumerate(tiles):
         patterns = {layer: reduced[layer][number] for layer in chosen}
-        found.append(TileAttention(tile, patterns, None if last is None else last[torch.from_numpy(tile.tokens)]))
-    rest = iter(found)
-    return VisionAttention(
-        n_layers, chosen, [PictureAttention([next(rest) for _ in p.tiles], p.pooling) for p in pictures]
-    )
+        captured.append(TileAttention(tile, patterns, None if last is None else last[torch.from_numpy(tile.tokens)]))
+    rest = iter(captured)
+    by_picture = [PictureAttention([next(rest) for _ in picture.tiles], picture.pooling) for picture in pictures]
+    return VisionAttention(n_layers, chosen, by_picture)
 
 
 @contextmanager
 def _reducing(
     adapter: Adapter, recorded: Mapping[int, list[Tensor]], tiles: Sequence[Tile], reduce: Reduce | None
 ) -> Iterator[dict[int, list[Tensor]]]:
-    """A dict that the forward fills: layer -> what is made of each tile's pattern; patterns are dropped at once."""
-    found: dict[int, list[Tensor]] = {}
+    """A dict that the forward fills: layer -> each tile's reduced pattern; the patterns are dropped at once."""
+    reduced: dict[int, list[Tensor]] = {}
     needed = 1 + max(int(tile.tokens.max()) for tile in tiles)
 
-    def taken(layer: int) -> Callable[..., None]:
+    def after(layer: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             calls = recorded[layer]
             if sum(call.shape[0] * call.shape[-1] for call in calls) < needed:
-                return  # the tower comes again, with more pictures
+                return  # the tower will be called again, with more pictures
             patterns = (tile_pattern(calls, tile) for tile in tiles)
-            found[layer] = [pattern if reduce is None else reduce(pattern) for pattern in patterns]
+            reduced[layer] = [pattern if reduce is None else reduce(pattern) for pattern in patterns]
             calls.clear()
 
         return hook
@@ -435,43 +432,40 @@ def _reducing(
     modules = adapter.vision_attention()
     with ExitStack() as stack:
         for layer in recorded:
-            stack.callback(modules[layer].register_forward_hook(taken(layer)).remove)
-        yield found
-    assert set(found) == set(recorded), "the tower was given other tokens than the adapter says"
+            stack.callback(modules[layer].register_forward_hook(after(layer)).remove)
+        yield reduced
+    assert set(reduced) == set(recorded), "the tower was given other tokens than the adapter says"
 
 
 @contextmanager
 def _keeping_states(adapter: Adapter) -> Iterator[list[Tensor]]:
-    """A list to which the forward adds the tower's last states, `[N, d_v]` a call."""
-    found: list[Tensor] = []
+    """A list to which the forward adds the tower's last states, `[N, d_v]` per call."""
+    kept: list[Tensor] = []
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
-        found.append(states.detach().flatten(0, -2))
+        kept.append(states.detach().flatten(0, -2))
 
-    handle = adapter.vision_states().register_forward_hook(hook)
-    try:
-        yield found
-    finally:
-        handle.remove()
+    with _hooks({adapter.vision_states(): hook}):
+        yield kept
 
 
 def tile_pattern(calls: Sequence[Tensor], tile: Tile) -> Tensor:
-    """The pattern `[H, P, P]` of a tile from those of the tower's calls, `[B, H, S, S]` each.
+    """The pattern `[H, P, P]` of a tile from those of the tower's calls, `[B, H, N, N]` each.
 
-    The tokens of all calls and their batches, in order, are the tower's tokens; those that were not in one call
-    together do not see each other.
+    The tokens of all calls and their batches, in order, are the tower's tokens; tokens of different batches or calls do
+    not see each other.
     """
     pattern, start = None, 0
     for block in (block for call in calls for block in call):
         n_tokens = block.shape[-1]
-        where = np.flatnonzero((tile.tokens >= start) & (tile.tokens < start + n_tokens))
-        inside = tile.tokens[where] - start
+        members = np.flatnonzero((tile.tokens >= start) & (tile.tokens < start + n_tokens))
+        inside = tile.tokens[members] - start
         start += n_tokens
-        if np.array_equal(inside, np.arange(n_tokens)) and len(where) == len(tile):
-            return block
-        if len(where):
-            rows, source = (torch.from_numpy(index).to(block.device) for index in (where, inside))
+        if np.array_equal(inside, np.arange(n_tokens)) and len(members) == len(tile):
+            return block  # the block is this tile: no copy
+        if len(members):
+            rows, source = (torch.from_numpy(index).to(block.device) for index in (members, inside))
             if pattern is None:
                 pattern = block.new_zeros((block.shape[0], len(tile), len(tile)))
             pattern[:, rows[:, None], rows] = block[:, source[:, None], source]

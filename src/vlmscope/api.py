@@ -6,7 +6,7 @@ scope = vlmscope.load()                                   # Orrery and its trans
 scope = vlmscope.load("org/vlm", "me/set", revision=commit, transcoder_revision=commit)   # folders or hub ids
 traced = vlmscope.trace(scope, "what planet is this ?", ["mars.png"])
 both = vlmscope.compare(traced, "outputs/trace/earth", names=("mars", "earth"))
-looks = vlmscope.where(scope, "what planet is this ?", ["mars.png"], ["L5/709"])   # maps over the picture
+maps = vlmscope.where(scope, "what planet is this ?", ["mars.png"], ["L5/709"])   # maps over the picture
 answer = vlmscope.steer(scope, "what planet is this ?", ["mars.png"], {"L6/512": 8.0})
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vlmscope.core.results import FeatureExample
     from vlmscope.features.study_files import StudyFolder
 
-Graph: TypeAlias = "Trace | PrunedGraph | str | Path"  # the last two: a run folder, or graph.safetensors
+Graph: TypeAlias = "Trace | PrunedGraph | str | Path"  # a path is a run folder or a graph.safetensors
 
 
 def load(
@@ -44,12 +44,12 @@ def load(
     """Load a model and a transcoder set, each a folder or a hub id; Orrery and its set by default.
 
     A hub id needs its commit, 40 hexadecimal digits, in `revision` or `transcoder_revision`. `device` is cpu, cuda,
-    cuda:N or mps; `offload` says where the model's weights are kept: "none" (on the device), "cpu" or "disk". `check`
-    runs the model on a few hundred tokens and warns of layers whose transcoders have an FVU above 1 there.
+    cuda:N or mps; `offload` is the place of the model's weights: "none" (on the device), "cpu" or "disk". `check` runs
+    the model on a few hundred tokens and warns of layers whose transcoders have an FVU above 1 there.
 
     Raises:
-        UserError: a folder is not what it should be, a hub id has no pinned commit or cannot be fetched, or the
-            transcoders do not fit the model.
+        UserError: a folder is no model or set, a hub id has no pinned commit or cannot be fetched, or the transcoders
+            do not fit the model.
     """
     from vlmscope.config.catalog import asset
     from vlmscope.models.loading import load_named
@@ -58,10 +58,9 @@ def load(
 
     vlm = load_named(str(model or asset("orrery")), None, revision, dtype, device, offload)
     adapter = vlm.adapter
-    place = transcoders or asset("orrery_transcoders")
-    found = from_pretrained(place, transcoder_revision, n_layers=adapter.n_layers, d_model=adapter.d_model)
-    found = found.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)
-    scope = Scope(vlm, found)
+    source = transcoders or asset("orrery_transcoders")
+    loaded = from_pretrained(source, transcoder_revision, n_layers=adapter.n_layers, d_model=adapter.d_model)
+    scope = Scope(vlm, loaded.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False))
     check_hooks(scope)
     if check:
         warn_on_load(scope)
@@ -79,10 +78,10 @@ def trace(scope: Scope, prompt: str, images: Sequence[Picture] = (), **settings:
 def compare(
     first: Graph, second: Graph, names: Sequence[str] = ("first", "second"), match: str = "auto"
 ) -> GraphComparison:
-    """What two graphs of one model share and what each has alone; docs/graphs.md says when nodes are the same.
+    """Compare two graphs of one model; `match` is the rule by which nodes are the same (docs/graphs.md).
 
     Raises:
-        UserError: a file that is no graph, graphs of different models, or no such rule.
+        UserError: a file that is no graph, graphs of different models, or an unknown rule.
     """
     from vlmscope.attribution.compare import compare as run
 
@@ -99,17 +98,18 @@ def aggregate(
     """
     from vlmscope.attribution.compare import aggregate as run
 
-    return run([g if isinstance(g, str | Path) else _graph(g) for g in graphs], names, match, min_present)
+    loaded = [graph if isinstance(graph, str | Path) else _graph(graph) for graph in graphs]
+    return run(loaded, names, match, min_present)
 
 
-def _graph(given: Graph) -> PrunedGraph:
+def _graph(graph: Graph) -> PrunedGraph:
     from vlmscope.attribution.compare import graph_file
     from vlmscope.attribution.export import load_graph
     from vlmscope.attribution.trace import Trace
 
-    if isinstance(given, str | Path):
-        return load_graph(graph_file(given))
-    return given.pruned if isinstance(given, Trace) else given
+    if isinstance(graph, str | Path):
+        return load_graph(graph_file(graph))
+    return graph.pruned if isinstance(graph, Trace) else graph
 
 
 def steer(
@@ -120,18 +120,12 @@ def steer(
     positions: Sequence[int] | None = None,
     max_new_tokens: int = 24,
 ) -> str:
-    """The answer when features are set to given activations in the prompt and in every generated token.
+    """The answer when features are set to fixed activations, "L<layer>/<index>" -> activation (0 ablates).
 
-    Args:
-        scope: what `load` returned.
-        prompt: the question.
-        images: its pictures.
-        features: "L<layer>/<index>" -> activation (0 ablates).
-        positions: prompt positions to act on, and then not on generated tokens; everywhere when None.
-        max_new_tokens: length limit of the answer.
+    They are set in the prompt and in every generated token; with `positions` only at these positions of the prompt.
 
     Raises:
-        UserError: an id that cannot be read, or a feature or position that is not there.
+        UserError: an id that cannot be read, or a feature or position that does not exist.
     """
     from vlmscope.interventions.edits import steer_plan
     from vlmscope.interventions.run import generate_edited
@@ -151,7 +145,7 @@ def patch(
     strength: float = 1.0,
     max_new_tokens: int = 24,
 ) -> str:
-    """The answer when features get the activations that they have, position by position, on other pictures.
+    """The answer when features get their activations on other pictures, position by position.
 
     Raises:
         UserError: as `steer`, or the two prompts do not align.
@@ -170,17 +164,13 @@ def patch(
 def where(
     scope: Scope, prompt: str, images: Sequence[Picture], features: Sequence[str] = (), **settings: Any
 ) -> WhereMaps:
-    """Where in the pictures features look: rollout, similarity, attribution to patches, own activation (docs/where.md).
+    """Maps of features over the pictures: rollout, similarity, attribution to patches, activation (docs/where.md).
 
-    Args:
-        scope: what `load` returned.
-        prompt: the question.
-        images: its pictures.
-        features: such as `L6/512`; without any, the `top` (3) with most activation on the soft tokens.
-        settings: those of `WhereConfig`, and `top`.
+    `features` are ids such as `L6/512`; without any, the `top` (3) with most activation on the soft tokens. `settings`
+    are those of `WhereConfig`, and `top`.
 
     Returns:
-        `found.maps[FeatureId(6, 512)]["vision_path"][0].tiles[0].values`, and activations by position.
+        Maps, such as `.maps[FeatureId(6, 512)]["vision_path"][0].tiles[0].values`, and activations by position.
 
     Raises:
         UserError: the model or the prompt has no picture, or a feature is not active on it.
@@ -195,7 +185,7 @@ def where(
     top, inputs = settings.pop("top", 3), scope.inputs(prompt, images)
     chosen = [FeatureId.parse(feature) for feature in features]
     if not chosen:
-        chosen = [one.feature for one in image_features(scope, scope.batch([inputs]), top)]
+        chosen = [readout.feature for readout in image_features(scope, scope.batch([inputs]), top)]
     if not chosen:
         raise UserError("no feature is active on the soft tokens of this prompt; choose other transcoders")
     return where_maps(scope, inputs, chosen, WhereConfig(**settings), AttributionConfig())
@@ -209,29 +199,25 @@ def study(
     from vlmscope.features.study import CaptionedPrompt, top_examples
     from vlmscope.interventions.edits import by_layer
 
-    names = [str(i) if not isinstance(i, Image.Image) else f"picture {n}" for n, i in enumerate(images)]
+    names = [f"picture {n}" if isinstance(image, Image.Image) else str(image) for n, image in enumerate(images)]
     items = [
         CaptionedPrompt(scope.vlm.prepare(prompt, [picture]), name, png_bytes(picture, 256))
         for picture, name in zip(map(opened, images), names, strict=True)  # one large picture at a time
     ]
     chosen = by_layer(scope.transcoders, map(FeatureId.parse, features))
-    ids = [FeatureId(layer, index) for layer, found in chosen.items() for index in found.tolist()]
-    found = top_examples(scope, ids, items, count)
-    return {str(feature): examples for feature, examples in found.items()}
+    ids = [FeatureId(layer, index) for layer, indices in chosen.items() for index in indices.tolist()]
+    return {str(feature): examples for feature, examples in top_examples(scope, ids, items, count).items()}
 
 
 def study_data(scope: Scope, data: str | Path | Mapping[str, Any], folder: str | Path, **settings: Any) -> StudyFolder:
-    """One pass over data for every feature of every layer, written to a study folder (docs/study.md); resumable.
+    """Study every feature of every layer in one pass over data, written to a folder (docs/study.md).
 
-    Args:
-        scope: what `load` returned.
-        data: a folder with `train.jsonl` (docs/bring_your_own.md), or sources by name, each a mapping with the keys of
-            `data.sources` (docs/data.md).
-        folder: of the study; a finished one is read, one that was begun is gone on with.
-        settings: those of `StudyConfig`.
+    `data` is a folder with `train.jsonl` (docs/bring_your_own.md), or sources by name, each a mapping with the keys of
+    `data.sources` (docs/data.md); `settings` are those of `StudyConfig`. A finished study is read, an unfinished one
+    resumed.
 
     Raises:
-        UserError: the data are not there or mostly unusable, or the folder is of another study.
+        UserError: the data are missing or mostly unusable, or the folder belongs to another study.
     """
     from vlmscope.data.config import SourceConfig
     from vlmscope.features.config import StudyConfig

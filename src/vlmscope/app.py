@@ -1,7 +1,7 @@
 """The command line: Hydra composes the configuration, one task runs, its folder is printed last.
 
-Exit codes: 0 the work was done, 1 a failure of the program (with a traceback) or a check that came out negative (one
-line), 2 a mistake of the user (one line), 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 success, 1 a failure of the program (with a traceback) or a failed check (one line), 2 a usage error (one
+line), 130 Ctrl-C, 143 SIGTERM.
 """
 
 import argparse
@@ -50,19 +50,23 @@ all runs in MLflow. Set HYDRA_FULL_ERROR=1 to see the traceback of a configurati
 
 
 class _Failures:
-    """Errors of jobs, each printed when it happened."""
+    """Errors of jobs, printed as they happen."""
 
     def __init__(self) -> None:
         self.process = os.getpid()
         self.errors: list[Exception] = []
 
     def add(self, error: Exception) -> None:
-        """Print and keep an error. In a launcher's own process it is raised: only so does it reach the main one.
+        """Print and keep an error; of several processes that fail together only the first prints.
 
-        Of several processes that fail together the first prints.
+        In a process that a launcher started it is raised too, since only an exception reaches the main one.
         """
-        place = _place()
-        if place is None or _first(place):
+        place, first = _place(), True
+        if place is not None:  # only then: the import takes seconds
+            from vlmscope.training.ranks import first_to_fail
+
+            first = first_to_fail(place)
+        if first:
             if isinstance(error, UserError | CheckFailed | RankLost):
                 _say(str(error))
             else:
@@ -76,24 +80,18 @@ class _Failures:
             raise error
 
     def exit_code(self) -> int:
-        """0 without failures, 2 when the user can mend them all, else 1."""
+        """0 without failures, 2 when all are usage errors, else 1."""
         if not self.errors:
             return 0
         return 2 if all(isinstance(error, UserError) for error in self.errors) else 1
 
 
 def _place() -> Place | None:
-    """Which of several processes this is; None too where the launcher's variables are what is wrong."""
+    """The rank of this process among several, or None; None too where the launcher's variables are wrong."""
     try:
         return place_of(os.environ)
     except UserError:
         return None
-
-
-def _first(place: Place) -> bool:
-    from vlmscope.training.ranks import first_to_fail
-
-    return first_to_fail(place)
 
 
 def _help() -> str:
@@ -107,14 +105,14 @@ def _help() -> str:
 
 
 def _say(message: str) -> None:
-    """One line on stderr, whatever line breaks the message had."""
+    """Print a message as one line on stderr."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def _checked(argv: Sequence[str]) -> list[str]:
-    """The command line with its overrides before its flags, so that they may be mixed; argparse takes them only so.
+    """The command line with overrides before flags, so that users may mix them; Hydra's parser needs this order.
 
-    Hydra's parser looks at the flags here, since its own errors print a usage page and exit.
+    The flags are checked here, since the parser's own errors print a usage page and exit.
     """
     from hydra._internal.utils import get_args_parser
 
@@ -129,8 +127,8 @@ def _checked(argv: Sequence[str]) -> list[str]:
     args: argparse.Namespace = parser.parse_intermixed_args(list(argv))
     if args.experimental_rerun is not None:
         raise UserError("--experimental-rerun reads a pickle, which vlmscope never does; use the run's config.yaml")
-    chosen = [args.run, args.multirun, args.cfg is not None, args.info is not None, args.shell_completion]
-    if sum(map(bool, chosen)) > 1:
+    modes = [args.run, args.multirun, args.cfg is not None, args.info is not None, args.shell_completion]
+    if sum(map(bool, modes)) > 1:
         raise UserError("--run, --multirun, --cfg, --info and --shell-completion exclude each other; give one")
     if args.resolve and args.cfg is None:
         raise UserError("--resolve goes with --cfg; add --cfg job")
@@ -147,7 +145,7 @@ def _checked(argv: Sequence[str]) -> list[str]:
 
 
 def _job(failures: _Failures) -> Callable[[Any], None]:
-    """`run_job` that keeps its failure: raised, Hydra would print a line of its own, and a sweep's others go on."""
+    """`run_job` with its failure kept, so that Hydra prints no line of its own and a sweep continues."""
     from hydra.core.hydra_config import HydraConfig
 
     from vlmscope.config.resolve import CONFIG_ERRORS, one_line
@@ -160,7 +158,7 @@ def _job(failures: _Failures) -> Callable[[Any], None]:
         except CONFIG_ERRORS as error:
             failures.add(UserError(one_line(error)))
         except Exception as error:
-            # Most writers say it themselves; this is for logs, other libraries' files and redirected output.
+            # Most writers report a full disk; this covers logs, files of other libraries and redirected output.
             place = getattr(error, "filename", None) or HydraConfig.get().runtime.output_dir
             failures.add(no_room(error, place) or error)
 
@@ -169,7 +167,7 @@ def _job(failures: _Failures) -> Callable[[Any], None]:
 
 @contextmanager
 def _hydra_process(argv: Sequence[str]) -> Iterator[None]:
-    """Hydra reads sys.argv, and raises its errors instead of printing them only when HYDRA_FULL_ERROR is set."""
+    """Set sys.argv, which Hydra reads, and HYDRA_FULL_ERROR, without which it prints its errors and exits."""
     saved_argv, saved_env = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [str(Path(saved_argv[0] or "run.py")), *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -184,7 +182,7 @@ def _hydra_process(argv: Sequence[str]) -> Iterator[None]:
 
 
 def _run_hydra(argv: Sequence[str], failures: _Failures) -> None:
-    """Let Hydra compose and run; its own errors come out as UserError."""
+    """Let Hydra compose and run; its own errors become a `UserError`."""
     import hydra
 
     from vlmscope.config.callbacks import SweepRefused
@@ -214,19 +212,17 @@ def _run_hydra(argv: Sequence[str], failures: _Failures) -> None:
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM is raised where the program is, so that it can leave its state; a second one, while
-    it does, ends the process at once.
-    """
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be set
+    """Raise the first Ctrl-C or SIGTERM, so that the program can save its state; a second one ends it at once."""
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers only there
         yield
         return
-    told = False
+    stopping = False
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal told
-        if told:
+        nonlocal stopping
+        if stopping:
             os._exit(128 + number)
-        told = True
+        stopping = True
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -238,10 +234,10 @@ def _stopped_by_signals() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: the process's own) and return the exit code."""
+    """Run the command line `argv`, by default the process's own, and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # a folder's name is printed as the bytes that it has
+        sys.stdout.reconfigure(errors="surrogateescape")  # prints a folder's name with the bytes that it has
     if not argv or {"-h", "--help"} & set(argv):
         print(_help())
         return 0 if argv else 2
@@ -269,7 +265,7 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _close_sweep(*, killed: bool, failed: bool) -> None:
-    """End the tracked parent of a sweep, when there was one; Hydra itself skips its end when a job fails."""
+    """End the tracked parent of a sweep, if there is one; Hydra's own callback is skipped when a job fails."""
     if "vlmscope.tracking.sweep" in sys.modules:
         from vlmscope.tracking import sweep
 

@@ -2,20 +2,18 @@
 
 Attention rollout (Abnar and Zuidema 2020), as Yang et al. (arXiv 2602.20330) use it: of each layer the patterns of the
 most focused heads (lowest entropy) are averaged to A; with the residual stream as `B = rownorm(A + I)` the rollout over
-layers 1..n is `R = B_n ... B_1`, where R[i, j] says how much of token j's state before the first of them is in token
-i's after the last. Its rows are pooled to soft tokens. The paper's text has the last 4 layers and 30 % of the heads,
-its code pools by the maximum over a soft token's patches. The paper's "similarity" variant takes no attention at all:
-it pools the rows of the cosine similarity between the tower's last states.
+layers 1..n is `R = B_n ... B_1`, where R[i, j] is the part of token j's state before the first layer in token i's
+after the last. Its rows are pooled to soft tokens. The paper's text has the last 4 layers and 30 % of the heads, its
+code pools by the maximum over a soft token's patches. The paper's "similarity" variant uses no attention: it pools the
+rows of the cosine similarity between the tower's last states.
 
-Deletion and insertion (Petsiuk et al. 2018): pictures with the cells that a map ranks first painted over, or alone. A
-picture is cut into `side * side` cells whatever the grid of patches, so that maps of all families and kinds can be
-compared on the same pictures. Painted cells have the picture's mean colour.
+Deletion and insertion (Petsiuk et al. 2018) judge a map by pictures with the cells that it ranks first painted over, or
+alone, next to orders that know nothing of the model. A picture is cut into `side * side` cells whatever the grid of
+patches, so that maps of all families and kinds are compared on the same pictures. Painted cells have the picture's mean
+colour.
 
 `maps.safetensors` holds maps as uint8 grids, at most 64 KB for the 256 soft tokens of a picture (docs/formats.md).
 Legend: H heads, P tokens of a tile (class tokens, then patches row by row), S soft tokens, d_v width.
-
-Maps of one prompt's features, beside orders that know nothing, and how deletion and insertion (Petsiuk et al. 2018)
-judge such maps.
 """
 
 from __future__ import annotations
@@ -49,22 +47,22 @@ from vlmscope.replacement import ReplacementModel, build_replacement
 from vlmscope.scope import Scope
 
 FORMAT, VERSION = "vlmscope.maps", "1"
-CELLS = 225  # of a soft token's map: 15 x 15 for a square; with their numbers 256 of them fill 62 KB
+CELLS = 225  # most cells of a soft token's map, 15 x 15 for a square: 256 maps with their scales take 62 KB
 _GRID = ("codes", "low", "step", "x", "y")
 _FINE = 8  # pixels of a raster down and across a cell
 
 
 def focused_heads(pattern: Tensor, share: float) -> Tensor:
-    """The heads of lowest entropy of `pattern [H, P, P]` (rows sum to 1), most focused first; of equal heads the first.
+    """The heads of lowest entropy of `pattern [H, P, P]` (rows sum to 1), most focused first, ties in head order.
 
-    A share of the heads, in (0, 1]; at least one is kept, and halves are rounded to the even number.
+    `share` of the heads, in (0, 1], are kept, at least one; halves are rounded to the even number.
     """
     entropy = torch.special.entr(pattern).sum(-1).mean(-1)  # in nats, averaged over queries
     return torch.argsort(entropy, stable=True)[: max(1, round(share * len(pattern)))]
 
 
 def mixed_layer(pattern: Tensor, share: float, identity: bool = True) -> Tensor:
-    """One layer's mixing of tokens: `[H, P, P]` -> `[P, P]`, rows summing to 1; with the residual stream by default."""
+    """One layer's mixing of tokens, `[H, P, P]` -> `[P, P]`, rows summing to 1; `identity` adds the residual stream."""
     mean = pattern[focused_heads(pattern, share)].mean(0)
     if identity:
         mean = mean + torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
@@ -72,9 +70,9 @@ def mixed_layer(pattern: Tensor, share: float, identity: bool = True) -> Tensor:
 
 
 def rollout(layers: Sequence[Tensor], start: Tensor | None = None) -> Tensor:
-    """The product of layers' mixings, first layer first: `[P, P]` each -> `[P, P]`.
+    """The product of the layers' mixings, first layer first: `[P, P]` each -> `[P, P]`.
 
-    With `start`, its rows `[n, P]` are taken through the layers, last layer first, instead of every token's.
+    With `start`, its rows `[n, P]` go through the layers, last layer first, instead of every token's.
     """
     product = start
     for mixing in reversed(layers):
@@ -84,9 +82,9 @@ def rollout(layers: Sequence[Tensor], start: Tensor | None = None) -> Tensor:
 
 
 def pool_rows(matrix: Tensor, pooling: Tensor, reduce: str) -> Tensor:
-    """Rows of a matrix over tokens pooled to soft tokens by `pooling [S, P]`: `[P, P]` -> `[S, P]`.
+    """Pool the rows of a matrix over tokens to soft tokens by `pooling [S, P]`: `[P, P]` -> `[S, P]`.
 
-    Reduced by "mean" (weighted as the model pools) or "max" (over the tokens that go in at all).
+    `reduce` is "mean" (weighted as the model pools) or "max" (over the tokens with any weight).
     """
     if reduce == "mean":
         return pooling @ matrix
@@ -99,7 +97,7 @@ def pool_rows(matrix: Tensor, pooling: Tensor, reduce: str) -> Tensor:
 
 
 def soft_token_rollout(layers: Sequence[Tensor], pooling: Tensor, reduce: str) -> Tensor:
-    """`pool_rows(rollout(layers), pooling, reduce)`, `[S, P]`; for the mean by way of S rows instead of P."""
+    """`pool_rows(rollout(layers), pooling, reduce)`, `[S, P]`; the mean carries S rows through the layers, not P."""
     if reduce == "mean":
         return rollout(layers, pooling)
     return pool_rows(rollout(layers), pooling, reduce)
@@ -112,9 +110,9 @@ def similarity(states: Tensor) -> Tensor:
 
 
 def token_maps(vlm: VLM, inputs: ModelInputs, config: WhereConfig) -> dict[str, list[TokenMaps]]:
-    """Rollout and similarity of every soft token, one record a picture each, from one forward of the tower.
+    """Rollout and similarity of every soft token, one record per picture each, from one forward of the tower.
 
-    Of the attention only the last layers' is kept, and of each only one matrix `[P, P]` a tile.
+    Of the attention only the last layers are kept, as one matrix `[P, P]` per tile and layer.
     """
     config.check()
     n_layers = len(vlm.adapter.vision_attention()) if vlm.adapter.has_vision else 0
@@ -124,10 +122,10 @@ def token_maps(vlm: VLM, inputs: ModelInputs, config: WhereConfig) -> dict[str, 
     maps: dict[str, list[TokenMaps]] = {"rollout": [], "similarity": []}
     for kind, records in maps.items():
         for number, picture in enumerate(captured.pictures):
-            every = torch.from_numpy(picture.pooling.toarray())
-            tiles, on_class, first = [], np.zeros(len(every)), 0
+            whole = torch.from_numpy(picture.pooling.toarray())
+            tiles, on_class, first = [], np.zeros(len(whole)), 0
             for tile in picture.tiles:
-                pooling = every[:, first : first + len(tile.tile)]
+                pooling = whole[:, first : first + len(tile.tile)]
                 first += len(tile.tile)
                 rows = _rows(tile, pooling, kind, config.pool).double().numpy(force=True)
                 tokens = torch.nonzero(pooling.any(1))[:, 0].numpy()
@@ -139,7 +137,7 @@ def token_maps(vlm: VLM, inputs: ModelInputs, config: WhereConfig) -> dict[str, 
 
 
 def _rows(tile: TileAttention, pooling: Tensor, kind: str, pool: str) -> Tensor:
-    """`[S, P]`, what soft tokens take from one tile."""
+    """The maps of soft tokens on one tile, `[S, P]`."""
     if kind == "rollout":
         layers = [tile.patterns[layer] for layer in sorted(tile.patterns)]
         return soft_token_rollout(layers, pooling.to(layers[0]), pool)
@@ -148,9 +146,9 @@ def _rows(tile: TileAttention, pooling: Tensor, kind: str, pool: str) -> Tensor:
 
 
 def own_map(activations: np.ndarray, patches: PicturePatches, picture: int, target: str) -> PictureMap:
-    """A feature's own activations `[S]` on a picture's soft tokens, shared out among the patches that go into each.
+    """A feature's activations `[S]` on a picture's soft tokens, divided among the patches of each.
 
-    The map sums to the activations, those of soft tokens of no patch apart.
+    The map sums to the activations, except those of soft tokens without a patch.
     """
     shared = patches.pooling.T @ activations.astype(np.float64)
     tiles, on_class, first = [], 0.0, 0
@@ -165,20 +163,15 @@ def own_map(activations: np.ndarray, patches: PicturePatches, picture: int, targ
     return PictureMap(target, picture, tiles, float(activations.sum()), remainder)
 
 
-def on_pictures(values: np.ndarray, inputs: ModelInputs) -> list[np.ndarray]:
-    """The part of each picture's soft tokens of `values [T]` at all positions."""
-    return [values[inputs.image_index == picture] for picture in range(len(inputs.sizes))]
-
-
 class Painted:
-    """The pictures of one order of cells, from nothing changed to all.
+    """The pictures of one order of cells, from no changed cell to all.
 
-    `counts[i]` cells are deleted, or are all that is left. Each picture is painted when it is asked for, since together
-    they take hundreds of times the picture's memory.
+    `counts[i]` cells are deleted, or alone inserted. Each picture is painted on demand, since together they take
+    hundreds of times the picture's memory.
     """
 
     def __init__(self, image: np.ndarray, order: np.ndarray, side: int, counts: Sequence[int]) -> None:
-        """Of an `image [H, W, 3]` uint8, with the cells in the order in which they go, or come; 0 and all are added."""
+        """Paint on `image [H, W, 3]` uint8, cells in `order`; the counts 0 and all are added."""
         self.counts = tuple(sorted({0, side * side, *(count for count in counts if count < side * side)}))
         self._image, self._order = image, order
         self._boxes = [box.pixels(image.shape[1], image.shape[0]) for box in grid_boxes(side, side)]
@@ -189,7 +182,7 @@ class Painted:
         return self._over(self._image, self._empty)
 
     def inserted(self) -> Iterator[np.ndarray]:
-        """The first `counts[i]` cells alone, likewise."""
+        """The first `counts[i]` cells alone, uint8 `[H, W, 3]` each."""
         return self._over(self._empty, self._image)
 
     def _over(self, base: np.ndarray, source: np.ndarray) -> Iterator[np.ndarray]:
@@ -202,13 +195,13 @@ class Painted:
 
 
 def cell_values(picture_map: PictureMap, side: int) -> np.ndarray:
-    """`[side, side]`: the share of a map in each cell of the picture."""
+    """The share of a map in each cell of the picture, `[side, side]`."""
     fine = picture_map.raster(side * _FINE, side * _FINE)
     return fine.reshape(side, _FINE, side, _FINE).sum((1, 3))
 
 
 def ranking(values: np.ndarray, seed: int) -> np.ndarray:
-    """Cells by value, largest first; cells of the same value (but for rounding) in random order."""
+    """Cells by value, largest first; cells of equal value, up to rounding, in random order."""
     flat = np.asarray(values, float).ravel()
     scale = np.abs(flat).max(initial=0.0) or 1.0
     shuffled = generator(seed, "ties").permutation(flat.size)
@@ -216,29 +209,29 @@ def ranking(values: np.ndarray, seed: int) -> np.ndarray:
 
 
 class Maps(NamedTuple):
-    """What one file holds: of targets, and of soft tokens."""
+    """The maps of one file, of targets and of soft tokens."""
 
     targets: list[PictureMap]
     tokens: list[TokenMaps]
 
 
 def save_maps(path: str | Path, targets: Sequence[PictureMap] = (), tokens: Sequence[TokenMaps] = ()) -> int:
-    """Write maps of targets, kept on the grid of patches, and of soft tokens, atomically; returns the size in bytes.
+    """Write maps of targets, on the grid of patches, and of soft tokens, atomically; returns the size in bytes.
 
-    A soft token has at most `CELLS` cells; finer grids of patches are spread over a coarser one with the same sum.
+    A soft token's map has at most `CELLS` cells: a finer grid of patches is resampled to a coarser one with equal sum.
     """
     arrays: dict[str, np.ndarray] = {}
     records: dict[str, list[dict[str, Any]]] = {"targets": [], "tokens": []}
     for number, target in enumerate(targets):
         record = {name: getattr(target, name) for name in ("target", "picture", "edge", "remainder")}
         records["targets"].append({**record, "tiles": len(target.tiles)})
-        for at, tile in enumerate(target.tiles):
-            arrays |= _arrays(f"map.{number}.{at}", tile.boxes, tile.values[None], tile.values.size)
+        for part, tile in enumerate(target.tiles):
+            arrays |= _arrays(f"map.{number}.{part}", tile.boxes, tile.values[None], tile.values.size)
     for number, maps in enumerate(tokens):
         records["tokens"].append({"kind": maps.kind, "picture": maps.picture, "tiles": len(maps.tiles)})
         arrays[f"token.{number}.class"] = maps.class_token.astype(np.float32)
-        for at, tile in enumerate(maps.tiles):
-            name = f"token.{number}.{at}"
+        for part, tile in enumerate(maps.tiles):
+            name = f"token.{number}.{part}"
             arrays |= _arrays(name, tile.boxes, tile.values, CELLS)
             arrays[f"{name}.tokens"] = tile.tokens.astype(np.int32)
     save_tensors(path, arrays, {"format": FORMAT, "version": VERSION, "maps": json.dumps(records)})
@@ -254,12 +247,12 @@ def load_maps(path: str | Path) -> Maps:
         records = json.loads(metadata["maps"])
         targets, tokens = [], []
         for number, record in enumerate(records["targets"]):
-            parts = [_tile(arrays, f"map.{number}.{at}") for at in range(record["tiles"])]
+            parts = [_tile(arrays, f"map.{number}.{part}") for part in range(record["tiles"])]
             tiles = [TileMap(boxes, values[0]) for boxes, values in parts]
             targets.append(PictureMap(record["target"], record["picture"], tiles, record["edge"], record["remainder"]))
         for number, record in enumerate(records["tokens"]):
             tiles = []
-            for name in (f"token.{number}.{at}" for at in range(record["tiles"])):
+            for name in (f"token.{number}.{part}" for part in range(record["tiles"])):
                 boxes, values = _tile(arrays, name)
                 tiles.append(TokenTile(boxes, arrays[f"{name}.tokens"].astype(np.int64), values))
             on_class = arrays[f"token.{number}.class"].astype(np.float64)
@@ -268,7 +261,7 @@ def load_maps(path: str | Path) -> Maps:
 
 
 def _arrays(name: str, boxes: Sequence[PatchBox], values: np.ndarray, most: int) -> dict[str, np.ndarray]:
-    """Grids of at most so many cells, and the edges of their cells."""
+    """Encoded grids of at most `most` cells, and the edges of their cells."""
     rows, columns = values.shape[1:]
     shape = coarse_shape(rows, columns, most)
     grids = encode(values if shape == (rows, columns) else resample(values, *shape))
@@ -296,7 +289,7 @@ def _tile(arrays: dict[str, np.ndarray], name: str) -> tuple[list[PatchBox], np.
 KINDS = ("rollout", "similarity", "vision_path", "activation")
 MEASURES = ("deletion", "insertion")
 RANDOM, CONTRAST, NO_FEATURE = "random", "contrast", "rollout_no_feature"
-_CHUNK = 64  # pictures a forward
+_CHUNK = 64  # pictures per forward
 
 
 @dataclass(frozen=True)
@@ -316,7 +309,7 @@ def where_maps(
     where: WhereConfig,
     attribution: AttributionConfig,
 ) -> WhereMaps:
-    """Make the maps of some features on one prompt; each must be active on a soft token."""
+    """Maps of features on one prompt; each feature must be active on a soft token, else a `UserError` says so."""
     tokens = token_maps(scope.vlm, inputs, where)
     dtype = {"float32": torch.float32, "float64": torch.float64, "model": None}[attribution.dtype]
     replacement = build_replacement(scope, inputs, dtype)
@@ -325,21 +318,21 @@ def where_maps(
     path_maps = feature_path_maps(replacement, path, features, attribution.patch_effect, attribution.patch_baseline)
     maps: dict[FeatureId, dict[str, list[PictureMap]]] = {}
     for feature, values in activations.items():
-        mine, name = on_pictures(values, inputs), str(feature)
+        name, on_pictures = str(feature), [values[inputs.image_index == n] for n in range(len(inputs.sizes))]
         maps[feature] = {
-            kind: [record.weighted(part, name) for record, part in zip(records, mine, strict=True)]
+            kind: [record.weighted(part, name) for record, part in zip(records, on_pictures, strict=True)]
             for kind, records in tokens.items()
         }
         maps[feature]["vision_path"] = path_maps[feature]
         maps[feature]["activation"] = [
             own_map(part, patches, number, name)
-            for number, (part, patches) in enumerate(zip(mine, path.pictures, strict=True))
+            for number, (part, patches) in enumerate(zip(on_pictures, path.pictures, strict=True))
         ]
     return WhereMaps(activations, maps, tokens)
 
 
 def _activations(replacement: ReplacementModel, feature: FeatureId) -> np.ndarray:
-    """`[T]`, 0 where it is not active; it must be active on a soft token."""
+    """A feature's activations at all positions, `[T]`; raises unless it is active on a soft token."""
     table, values = replacement.feature_activations, np.zeros(replacement.n_positions)
     mine = (table.layer == feature.layer) & (table.index == feature.index)
     values[table.position[mine]] = table.activation[mine]
@@ -353,7 +346,7 @@ def _activations(replacement: ReplacementModel, feature: FeatureId) -> np.ndarra
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: the features' activations on the soft tokens of a picture, and the answer's probability.
+    """The measured quantities: features' activations on a picture's soft tokens, and an answer's probability.
 
     `image` is uint8 `[H, W, 3]`, `answer` a token id or None.
     """
@@ -369,8 +362,8 @@ class Subject:
 class MapCurves:
     """The curves of one kind of map, each a list of runs `[n]` (one, or one per random draw) at `counts` cells.
 
-    `runs["activation", measure, feature]` is the feature's sum over the soft tokens, of that on the untouched picture;
-    `runs["answer", measure, feature]` the answer's probability under the same orders.
+    `runs["activation", measure, feature]` is the feature's sum over the soft tokens, relative to the untouched picture;
+    `runs["answer", measure, feature]` is the answer's probability under the same orders.
     """
 
     counts: tuple[int, ...]
@@ -386,12 +379,12 @@ class MapCurves:
 
 
 def contrast(image: np.ndarray, side: int) -> np.ndarray:
-    """`[side, side]`: how far the pixels of a cell are from the picture's mean colour, which takes no model."""
-    far = ((image.astype(float) - image.mean((0, 1))) ** 2).sum(-1)
+    """Mean squared distance of each cell's pixels from the picture's mean colour, `[side, side]`; uses no model."""
+    squared = ((image.astype(float) - image.mean((0, 1))) ** 2).sum(-1)
     distances = []
     for box in grid_boxes(side, side):
         left, top, right, bottom = box.pixels(image.shape[1], image.shape[0])
-        distances.append(far[top:bottom, left:right].mean())
+        distances.append(squared[top:bottom, left:right].mean())
     return np.reshape(distances, (side, side))
 
 
@@ -404,38 +397,31 @@ def map_curves(
 ) -> dict[str, MapCurves]:
     """Curves by kind of map, and of random orders (`RANDOM`).
 
-    Args:
-        subject: what is measured.
-        maps: feature -> kind -> map, whose order is measured on that feature.
-        where: cells, counts and draws.
-        seed: of random orders and of ties.
-        shared: kind -> `[side, side]`, orders that are measured on all features.
+    `maps` is feature -> kind -> map, whose order is measured on that feature; `shared` is kind -> values of cells
+    `[side, side]`, whose order is measured on all features; `seed` is that of random orders and of ties.
     """
     side, seed = where.side, derive(seed, "curves", subject.prompt, int(subject.image.sum(dtype=np.int64)))
     orders: list[tuple[str, tuple[FeatureId, ...], np.ndarray]] = []
     for feature, kinds in maps.items():
-        orders += [(kind, (feature,), ranking(cell_values(one, side), seed)) for kind, one in kinds.items()]
+        orders += [(kind, (feature,), ranking(cell_values(picture, side), seed)) for kind, picture in kinds.items()]
     orders += [(kind, subject.features, ranking(values, seed)) for kind, values in (shared or {}).items()]
     for draw in range(where.draws):
         order = generator(seed, "random", draw).permutation(side * side)
         orders.append((RANDOM, subject.features, order))
-    acts, answers = [], []
-    by_kind: dict[str, MapCurves] = {}
-    # What both measures share, the untouched and the empty picture, is run once per order.
-    pictures = [Painted(subject.image, order, side, where.counts) for _, _, order in orders]
-    flat = chain.from_iterable(chain(one.deleted(), islice(one.inserted(), 1, len(one.counts) - 1)) for one in pictures)
-    while images := list(islice(flat, _CHUNK)):
-        part = _measured(subject, images)
-        acts.append(part[0])
-        answers.append(part[1])
-    acts, answers = np.concatenate(acts), np.concatenate(answers)
+    painted = [Painted(subject.image, order, side, where.counts) for _, _, order in orders]
+    counts = painted[0].counts
+    n = len(counts)
+    # The untouched and the empty picture, which both measures share, run once per order.
+    flat = chain.from_iterable(chain(order.deleted(), islice(order.inserted(), 1, n - 1)) for order in painted)
+    parts = [_measured(subject, images) for images in iter(lambda: list(islice(flat, _CHUNK)), [])]
+    acts, answers = map(np.concatenate, zip(*parts, strict=True))
     whole = acts[0]  # nothing deleted yet
+    by_kind: dict[str, MapCurves] = {}
     for number, (kind, features, _) in enumerate(orders):
-        n = len(pictures[number].counts)
         first = number * (2 * n - 2)
         deleted = np.arange(first, first + n)
         inserted = np.array([deleted[-1], *range(first + n, first + 2 * n - 2), deleted[0]])
-        curves = by_kind.setdefault(kind, MapCurves(pictures[number].counts))
+        curves = by_kind.setdefault(kind, MapCurves(counts))
         for measure, rows in zip(MEASURES, (deleted, inserted), strict=True):
             for feature in features:
                 column = subject.features.index(feature)
@@ -446,7 +432,7 @@ def map_curves(
 
 
 def _measured(subject: Subject, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """`[n, features]` sums of activations on soft tokens, and `[n]` probabilities of the answer (0 without one)."""
+    """Sums of activations on soft tokens `[n, features]`, and probabilities of the answer `[n]` (0 without one)."""
     scope, layers = subject.scope, sorted({feature.layer for feature in subject.features})
     batch = scope.batch([scope.vlm.prepare(subject.prompt, [Image.fromarray(image)]) for image in images])
     soft = torch.from_numpy(batch.is_image)

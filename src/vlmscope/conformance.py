@@ -1,8 +1,8 @@
-"""The identities of docs/maths.md as checks of a model at one prompt, each measured, for users and for the tests.
+"""The identities of docs/maths.md, measured on a model at one prompt, for users and for the tests.
 
-A check is a function of a `Subject`: the model, its replacement model and the edges found there, at one prompt. It
-returns the largest error found. Errors of targets are relative to the sum of |incoming edges|, which is what rounding
-scales with. `run_cases` makes all checks on text alone, with one picture and with two.
+A check is a function of a `Subject`: the model at one prompt, its replacement model and their edges. It returns the
+largest error. Errors of targets are relative to the sum of |incoming edges|, with which rounding grows. `run_cases`
+runs all checks on text alone, with one picture and with two.
 
 Legend: N nodes, R rows (features, then logits), n active features, T positions, V vocabulary.
 """
@@ -40,14 +40,14 @@ from vlmscope.scope import Scope
 TOLERANCE = 1e-9  # of the sum of |incoming edges|, in float64 under `exact_float64`
 CASES = ("text", "one_picture", "two_pictures")  # the n-th has n pictures
 PROMPT = "what is this planet ?"
-_SWEPT_AGAIN = 48  # targets whose rows are computed once more, in other batches and orders
+_SWEPT_AGAIN = 48  # targets whose rows are computed again in other batches and orders
 
 FeatureKey = tuple[int, int, int]  # layer, position, feature index
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is looked at; what is more is sampled from `seed`."""
+    """Sizes of the checks; where there is more, it is sampled."""
 
     targets: int = 5000  # at most this many features get a row of edges; total effects need all of them
     sources: int = 16  # features whose effects are measured
@@ -66,12 +66,12 @@ class Subject:
     inputs: ModelInputs  # the prompt with its pictures
     replacement: ReplacementModel  # the local replacement model there
     edges: Edges  # rows of edges of its features (a sample when there are many) and of some logits
-    limits: Limits  # how much to look at
+    limits: Limits
     other: ModelInputs | None = None  # the same prompt with other pictures, None without pictures
 
     @cached_property
     def matrix(self) -> sparse.csr_matrix:
-        """The adjacency matrix `[N, N]`, rows targets, float64 whatever the edges are stored in."""
+        """The adjacency matrix `[N, N]`, rows targets, float64 whatever the dtype of the edges."""
         n_nodes = len(self.edges.nodes)
         weights = self.edges.weights.astype(np.float64)
         return sparse.csr_matrix((weights, self.edges.indices, self.edges.indptr), shape=(n_nodes, n_nodes))
@@ -88,7 +88,7 @@ class Subject:
 
     @cached_property
     def scale(self) -> np.ndarray:
-        """Sum of |incoming edges| of every row, `[R]` float64, > 0: what errors are measured against."""
+        """Sum of |incoming edges| of every row, `[R]` float64, > 0: the unit of errors."""
         absolute = np.asarray(abs(self.matrix[self.rows]).sum(1)).ravel()
         return np.where(absolute > 0, absolute, 1.0)
 
@@ -113,19 +113,19 @@ class Subject:
         return self.matrix[self.rows][:, [node]].toarray().ravel()
 
     def read(self, replay: Replay) -> np.ndarray:
-        """What a replay gives the rows' targets, `[R]` float64."""
+        """The rows' targets in a replay, `[R]` float64."""
         return np.concatenate(
             [replay.pre_activation.double().numpy(force=True)[self.table_rows], self.centred(replay.logits[-1])]
         )
 
     def centred(self, logits: Tensor) -> np.ndarray:
-        """The logit targets of the unembedding's output at the last position `[V]`: minus its mean, float64."""
+        """The logit targets, minus the mean of the unembedding's output `[V]` at the last position, float64."""
         wide = logits.double().numpy(force=True)
         return (wide - wide.mean())[self.edges.nodes.index[self.edges.nodes.of(NodeKind.LOGIT)]]
 
     @cached_property
     def sources(self) -> np.ndarray:
-        """A sample of feature nodes, some of them at the first position, which no one may drop."""
+        """A sample of feature nodes, some of them at the first position, which other code often drops."""
         nodes, rng = self.feature_nodes, generator(self.limits.seed, "sources")
         first = nodes[self.edges.nodes.position[nodes] == 0]
         chosen = [_sample(rng, nodes, self.limits.sources), _sample(rng, first, 1 + self.limits.sources // 4)]
@@ -133,13 +133,13 @@ class Subject:
 
     @cached_property
     def own_logits(self) -> Tensor:
-        """The Hugging Face model's logits `[T, V]`, from a forward of its own without any hook."""
+        """The Hugging Face model's logits `[T, V]`, from a separate forward without any hook."""
         with torch.no_grad():
             return self.scope.vlm.model(**self.inputs.tensors).logits[0]
 
     @cached_property
     def own_unembedded(self) -> Tensor:
-        """What the Hugging Face model's unembedding gives `[T, V]`: its logits, unless it caps them."""
+        """The output of the Hugging Face model's unembedding `[T, V]`: its logits, unless it caps them."""
         if self.replacement.logit_softcap is None:
             return self.own_logits
         outputs: list[Tensor] = []
@@ -154,7 +154,7 @@ class Subject:
 
     @cached_property
     def own_pre_activations(self) -> np.ndarray:
-        """Pre-activations `[n]` float64 of the active features at the Hugging Face model's own MLP inputs."""
+        """Pre-activations `[n]` float64 of the active features at the Hugging Face model's MLP inputs."""
         table = self.replacement.feature_activations
         inputs = capture_mlp(self.scope.adapter, self.inputs.tensors)
         out = np.empty(len(table))
@@ -176,9 +176,9 @@ def make_subject(
     limits: Limits | None = None,
     dtype: torch.dtype | None = None,
 ) -> Subject:
-    """Freeze the model at a prompt and find its edges; in float64 call it, and the checks, under `exact_float64`.
+    """Freeze the model at a prompt and compute its edges; in float64 call it, and the checks, under `exact_float64`.
 
-    `other` is the prompt with other pictures, `dtype` that of the replacement model; the model's own when None.
+    `other` is the prompt with other pictures, `dtype` that of the replacement model, by default the model's own.
     """
     limits = limits or Limits()
     replacement = build_replacement(scope, inputs, dtype)
@@ -186,7 +186,7 @@ def make_subject(
 
 
 def find_edges(replacement: ReplacementModel, limits: Limits) -> Edges:
-    """Rows of edges as `vlmscope.attribution` makes them, of all features or of a sample of `limits.targets`."""
+    """Rows of edges of all features, or of a sample of `limits.targets`, as `vlmscope.attribution` makes them."""
     dtype = "float64" if replacement.errors.dtype == torch.float64 else "float32"
     logits = choose_logits(replacement, 1.0, limits.logits)
     adjoint = Adjoint(replacement)
@@ -201,7 +201,7 @@ def _sample(rng: np.random.Generator, values: np.ndarray, count: int) -> np.ndar
 
 
 class Skipped(Exception):
-    """Raised by a check that has nothing to look at here; its text says why."""
+    """Raised by a check that does not apply; its text says why."""
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,8 @@ class Check:
     """The outcome of one identity."""
 
     name: str  # short name, as in the table and in `metrics.json`
-    claim: str  # what it says, in one line
-    error: float | None  # the largest error found (for `at_least`, the effect measured); None when skipped
+    claim: str  # the identity, in one line
+    error: float | None  # the largest error (for `at_least`, the effect measured); None when skipped
     tolerance: float  # what the error may not exceed (for `at_least`, must exceed)
     seconds: float  # time taken
     at_least: bool = False  # whether `error` must lie above `tolerance` instead of below
@@ -256,7 +256,7 @@ def check(
 
 
 def _worse(first: float, second: float) -> float:
-    """The larger, and NaN when either is: a comparison would let NaN pass."""
+    """The larger number, NaN when either is NaN, which `max` may drop."""
     return float(np.maximum(first, second))
 
 
@@ -265,10 +265,10 @@ def _worse(first: float, second: float) -> float:
 
 @check("the replayed replacement model is the Hugging Face model")
 def parity(subject: Subject) -> float:
-    """Replay against plain Hugging Face forwards; relative to the largest logit and pre-activation."""
+    """Replay against plain Hugging Face forwards, relative to the largest logit and pre-activation."""
     replay, pre = subject.replacement.replay(), subject.own_pre_activations
     worst = np.abs(replay.pre_activation.double().numpy(force=True) - pre).max() / np.abs(pre).max()
-    # Before the cap too, where there is one: it would flatten an error of a large logit.
+    # Before the cap too, which flattens an error of a large logit.
     unembedded = replay.logits.double()
     pairs = ((unembedded, subject.own_unembedded), (subject.replacement.capped(unembedded), subject.own_logits))
     for replayed, own in pairs:
@@ -282,15 +282,16 @@ def completeness(subject: Subject) -> float:
     own = np.concatenate([subject.own_pre_activations[subject.table_rows], subject.centred(subject.own_unembedded[-1])])
     sums = np.asarray(subject.matrix[subject.rows].sum(1)).ravel()
     stated = subject.edges.nodes.target[subject.rows]
-    # What the graph states as its targets, and as its residual, must not hide behind what the edges sum to.
+    # Correct sums must not hide wrong targets or residuals in the graph.
     wrong = np.maximum(np.abs(sums - own), np.abs(stated - own)) / subject.scale
     return float(np.maximum(wrong, subject.edges.residual[subject.rows]).max())
 
 
 @check("an edge is the direct effect of its source")
 def direct_effects(subject: Subject, share: float = 0.7) -> float:
-    """Change sampled features by a share of their activation, nothing else responding: targets move by that share of
-    the edge, in the affine map of changes and as the difference of two whole replays.
+    """Change sampled features by a share of their activation, without response: targets move by that share of the edge.
+
+    In the affine map of changes, and as the difference of two whole replays.
     """
     before, worst = subject.read(subject.replacement.replay()), 0.0
     for source in subject.sources:
@@ -305,7 +306,7 @@ def direct_effects(subject: Subject, share: float = 0.7) -> float:
 
 @check("total effects are those of (I - J)^-1 J")
 def total_effects(subject: Subject, share: float = -0.4) -> float:
-    """Change sampled features, all features responding linearly, against forward substitution in the graph."""
+    """Change sampled features, all responding linearly, against forward substitution in the graph."""
     features = subject.feature_nodes
     if len(features) < subject.n_active:
         raise Skipped(
@@ -321,7 +322,7 @@ def total_effects(subject: Subject, share: float = -0.4) -> float:
         response = solve_triangular(-inner, inner @ delta, lower=True, unit_diagonal=True, check_finite=False)
         expected = np.concatenate([response, to_logits @ (delta + response)])
         moved = subject.read(subject.replacement.total({subject.key(source): amount}))
-        # Total effects add up over paths, so their rounding is measured against the larger of edge sums and effect.
+        # Total effects sum over paths and may exceed the edge sums; rounding grows with the larger of the two.
         worst = _worse(worst, (np.abs(moved - expected) / np.maximum(subject.scale, np.abs(expected))).max())
     return worst
 
@@ -360,7 +361,7 @@ def batching(subject: Subject) -> float:
 
 @check("direct edits in Hugging Face's modules = the replacement model")
 def direct_mode(subject: Subject) -> float:
-    """Random changes of all features of sampled positions, each position a run; relative to the largest change."""
+    """Random changes of all features of a position, a run per sampled position, relative to the largest change."""
     scope, replacement = subject.scope, subject.replacement
     batch = scope.batch([subject.inputs])
     base = base_run(scope, batch, ["direct"])
@@ -383,7 +384,7 @@ def direct_mode(subject: Subject) -> float:
 def _random_change(
     subject: Subject, position: int, rng: np.random.Generator
 ) -> tuple[dict[int, LayerEdit], dict[FeatureKey, float]]:
-    """Every active feature at a position times a factor of its own between 0 and 2, for either implementation."""
+    """Every active feature at a position times a random factor from 0 to 2, as an edit plan and as changes."""
     plan: dict[int, LayerEdit] = {}
     delta: dict[FeatureKey, float] = {}
     where = torch.zeros(subject.replacement.n_positions, dtype=torch.bool)
@@ -406,7 +407,7 @@ def _random_change(
 
 @check("another picture moves the logits", 1e-6, at_least=True)
 def soft_tokens(subject: Subject) -> float:
-    """The change of the last logits, relative to the largest: an identity would hold idly if pictures did nothing."""
+    """The change of the last logits, relative to the largest: identities say nothing if pictures have no effect."""
     if subject.other is None:
         raise Skipped("no picture in the prompt")
     with torch.no_grad():
@@ -417,9 +418,7 @@ def soft_tokens(subject: Subject) -> float:
 
 @check("cached under an edit of nothing = plain without a cache")
 def generation(subject: Subject) -> float:
-    """Logits of every generated token, relative to the largest: equal tokens alone would say little, since a model may
-    repeat one word whatever is done to it.
-    """
+    """Logits of every generated token, relative to the largest; equal tokens say little of a model that repeats one."""
     adapter, transcoders, count = subject.scope.adapter, subject.scope.transcoders, subject.limits.new_tokens
     where = torch.ones(len(subject.inputs), dtype=torch.bool)
     soft, plan = adapter.soft_token_id(), {}
@@ -430,13 +429,13 @@ def generation(subject: Subject) -> float:
 
     @torch.no_grad()
     def answer_logits(use_cache: bool) -> Tensor:
-        """`[new_tokens, V]`, what each token of the greedy answer was chosen by; an end token does not end it."""
+        """Logits of each token of the greedy answer, `[new_tokens, V]`; an end token does not stop it."""
         answer = subject.scope.vlm.model.generate(
             **subject.inputs.tensors,
             max_new_tokens=count,
             min_new_tokens=count,
             do_sample=False,
-            # A random model may answer with a soft token, which the next step would take for a picture not given.
+            # A random model may answer with a soft token, for which the next step would expect a picture.
             suppress_tokens=None if soft is None else [soft],
             use_cache=use_cache,
             return_dict_in_generate=True,
@@ -452,7 +451,7 @@ def generation(subject: Subject) -> float:
 
 @check("every weight is finite, no matrix is all zero", 0.0)
 def weights(subject: Subject) -> float:
-    """How many parameters of model and transcoders break this. A vector may be zero: an unused bias, a centred norm."""
+    """The number of parameters that break this; vectors may be zero: an unused bias, a centred norm."""
     parameters = [*subject.scope.vlm.model.parameters(), *subject.scope.transcoders.parameters()]
     return float(sum(not bool(torch.isfinite(p).all()) or (p.ndim > 1 and not bool(p.any())) for p in parameters))
 
@@ -469,18 +468,18 @@ class CaseReport:
     """The outcome of all checks at one prompt."""
 
     case: str  # one of `CASES`
-    n_tokens: int  # T, 0 when the model does not take so many pictures
+    n_tokens: int  # T, 0 when the model refuses the number of pictures
     n_features: int  # active features
     exact: tuple[Check, ...]  # every check in float64
-    # Identity -> error as the model computes by itself (forward in its dtype, graph in float32), for information;
-    # empty for a float64 model and for identities that were skipped.
+    # Identity -> error with the forward in the model's dtype and the graph in float32, for information; empty for a
+    # float64 model, without identities that were skipped.
     own: dict[str, float]
-    seconds: float = 0.0  # time taken, the finding of the edges included
+    seconds: float = 0.0  # time taken, with that of the edges
     reason: str = ""  # why the case was left out, "" when it was not
 
 
 def in_float64(scope: Scope) -> Scope:
-    """Copies of model and transcoders with the same weights in float64."""
+    """Copies of model and transcoders in float64."""
     if is_offloaded(scope.vlm.model):
         raise UserError(
             f"{scope.vlm.name} is offloaded, and the checks copy its weights to float64; use model.offload=none"
@@ -493,9 +492,9 @@ def in_float64(scope: Scope) -> Scope:
 def own_dtype_errors(
     scope: Scope, inputs: ModelInputs, limits: Limits, dtype: torch.dtype = torch.float32
 ) -> dict[str, float]:
-    """Identity -> error as `task=trace` computes, the forward in the model's dtype, the graph in `dtype`.
+    """Identity -> error as in `task=trace`: the forward in the model's dtype, the graph in `dtype`.
 
-    Identities that were skipped are left out.
+    Skipped identities are left out.
     """
     subject = make_subject(scope, inputs, None, limits, dtype)
     outcomes = (identity(subject) for identity in IDENTITIES)
@@ -503,14 +502,14 @@ def own_dtype_errors(
 
 
 def noise_picture(seed: int) -> Image.Image:
-    """A random RGB picture: the identities hold for any, and no two look alike."""
+    """A random RGB picture; the identities hold for any."""
     return Image.fromarray(generator(seed, "noise picture").integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
 
 def run_cases(
     scope: Scope, prompt: str = PROMPT, pictures: Sequence[Image.Image] = (), limits: Limits | None = None
 ) -> Iterator[CaseReport]:
-    """Check a model on text alone and, where it takes pictures, on one and on two; random pictures fill up."""
+    """Check a model on text alone and, where it takes pictures, with one and two; random pictures fill up."""
     limits = limits or Limits()
     images = [*pictures, *(noise_picture(number) for number in range(2))][:2]
     others = [noise_picture(number) for number in (2, 3)]

@@ -1,4 +1,4 @@
-"""The local replacement model of one input, and its forward replay.
+"""The local replacement model of one input, and its forward replay (Ameisen et al. 2025).
 
 Frozen: attention patterns, norm scales, the supports of the sparse codes, the errors. What is left is affine in the
 embeddings, the feature activations, the errors and the biases. One layer is
@@ -6,8 +6,8 @@ embeddings, the feature activations, the errors and the biases. One layer is
     x' = c (h + s4 * y) + v,    y = a W_dec + b_dec + skip path + error
 with P the pattern of each head, s1, s2, s3, s4 the scales of the norms, sv that of the norm of values (1 in most
 families), c the layer's constant (1 in most) and v what pictures add after it (0 in most). `replay`, `direct` and
-`total` run it forwards; the attribution engine runs its adjoint backwards, in code of its own, so that tests compare
-two implementations.
+`total` run the model forwards; the attribution engine runs its adjoint backwards, in separate code, so that tests
+compare two implementations.
 Legend: L layers, T positions, d model width, n active features, F features of a transcoder, V vocabulary, H heads,
 Hkv key/value heads, D head width.
 """
@@ -60,7 +60,7 @@ class FrozenLayer:
         return values if self.value_scale is None else values * self.value_scale
 
     def attend(self, x: Tensor, *, with_bias: bool) -> Tensor:
-        """What attention adds to the residual stream `x [T, d]`; without biases it is the map of a change of `x`."""
+        """What attention adds to the residual stream `x [T, d]`; without biases, the same for a change of `x`."""
         n_heads, positions, _ = self.pattern.shape
         values = self.values(x, with_bias=with_bias)
         per_head = values.view(positions, self.n_kv_heads, -1).repeat_interleave(n_heads // self.n_kv_heads, dim=1)
@@ -71,14 +71,14 @@ class FrozenLayer:
         return self.attn_out_scale * out
 
     def leave(self, stream: Tensor, *, with_injection: bool) -> Tensor:
-        """From the sum `[T, d]` after the MLP to the stream before the next layer; without injection for a change."""
+        """The stream before the next layer, from the sum `[T, d]` after the MLP; without injection for a change."""
         out = stream if self.stream_scale == 1.0 else stream * self.stream_scale
         return out + self.injection if with_injection and self.injection is not None else out
 
 
 @dataclass(frozen=True)
 class LayerFeatures:
-    """The active features of one layer, sorted by position, then index, and the weights that they read and write by."""
+    """The active features of one layer, sorted by position, then index, with their encoders and decoders."""
 
     position: Tensor  # `[n]` int64
     index: Tensor  # `[n]` int64
@@ -98,7 +98,7 @@ class LayerFeatures:
 
     @property
     def encoder_bias(self) -> Tensor:
-        """`[n]`, each active feature's own encoder bias."""
+        """`[n]`, the encoder bias of each active feature."""
         return self.b_enc[self.index]
 
     def read(self, mlp_in: Tensor) -> Tensor:
@@ -106,22 +106,22 @@ class LayerFeatures:
         return (self.w_enc[self.index] * mlp_in[self.position]).sum(-1)
 
     def reaches(self, ahead: int) -> bool:
-        """Whether the features write to the layer `ahead` of their own."""
+        """Whether the features write to the layer `ahead` layers above their own."""
         return 0 <= ahead <= len(self.w_later)
 
     def decoder(self, ahead: int) -> Tensor:
-        """`[F, d]`, by which they write to the layer `ahead` of their own."""
+        """Decoder `[F, d]` to the layer `ahead` layers above their own."""
         return self.w_dec if ahead == 0 else self.w_later[ahead - 1]
 
     def vectors(self, ahead: int) -> Tensor:
-        """`[n, d]`, what each active feature writes to the layer `ahead` of its own, at its own activation."""
+        """`[n, d]`, what each active feature writes to the layer `ahead` layers above its own."""
         return self.activation[:, None] * self.decoder(ahead)[self.index]
 
 
 def written(layers: Sequence[LayerFeatures], activations: Sequence[Tensor], mlp_in: Tensor) -> Tensor:
-    """`[T, d]`, what the features of all layers write to the last of `layers`, with its skip path of `mlp_in [T, d]`.
+    """What features write to the last of `layers`, with its skip path of `mlp_in [T, d]`, without decoder biases.
 
-    `activations` has `[n]` a layer. Decoder biases are left out.
+    `activations` has `[n]` per layer; the result is `[T, d]`.
     """
     last = len(layers) - 1
     w_skip = layers[last].w_skip
@@ -134,7 +134,7 @@ def written(layers: Sequence[LayerFeatures], activations: Sequence[Tensor], mlp_
 
 @torch.no_grad()
 def active_features(transcoder: Transcoder, mlp_in: Tensor) -> LayerFeatures:
-    """Encode `mlp_in [T, d]` and keep what is active, as the transcoder's own nonlinearity decides."""
+    """Encode `mlp_in [T, d]` and keep the features that the transcoder's nonlinearity leaves active."""
     code = transcoder.encode(mlp_in)
     position, slot = torch.nonzero(code.values > 0, as_tuple=True)
     index = code.indices[position, slot]
@@ -177,7 +177,7 @@ class FeatureTable:
         return {key: row for row, key in enumerate(keys)}
 
     def row(self, layer: int, position: int, index: int) -> int:
-        """The row of an active feature; a `KeyError` when the feature is not active there."""
+        """The row of an active feature; raises a `KeyError` where the feature is not active."""
         try:
             return self._rows[(layer, position, index)]
         except KeyError:
@@ -193,9 +193,9 @@ def feature_table(layers: Sequence[LayerFeatures]) -> FeatureTable:
 
 @dataclass(frozen=True)
 class Replay:
-    """A run of the replacement model, or the change of one: pre-activation and activation `[n]`, logits `[T, V]`.
+    """A run of the replacement model, or its change: pre-activation and activation `[n]`, logits `[T, V]`.
 
-    Features are in the order of `feature_activations`; logits are those before the cap of a model that caps them.
+    Features are in the order of `feature_activations`; logits are those before the cap, if the model has one.
     """
 
     pre_activation: Tensor
@@ -205,19 +205,18 @@ class Replay:
 
 @dataclass(frozen=True)
 class ReplacementModel:
-    """The model at one input with its MLPs replaced by transcoders plus errors and everything else frozen."""
+    """The model at one input, its MLPs replaced by transcoders plus errors, everything else frozen."""
 
-    inputs: ModelInputs  # the prompt that it was made at
+    inputs: ModelInputs  # the prompt
     state: ForwardState  # the recorded forward
     layers: list[FrozenLayer]  # the frozen attention and scales of each layer
     features: list[LayerFeatures]  # the active features of each layer
-    # `[L, T, d]`, transcoder target minus reconstruction (decoder bias, skip path and what features of lower layers
-    # write here belong to the latter)
+    # `[L, T, d]`, transcoder target minus reconstruction (with decoder bias, skip path and writes of lower layers)
     errors: Tensor
     unembedding: Tensor  # `[V, d]`
     feature_activations: FeatureTable  # all active features in one table
-    # the cap c of a model that gives `c tanh(u / c)` for its unembedding's output u, or None. What is affine, and what
-    # graphs explain, is u; the cap keeps the order of the logits
+    # cap c of a model whose logits are `c tanh(u / c)` of the unembedding's output u, or None. Graphs explain u, which
+    # is affine; the cap keeps the order of the logits
     logit_softcap: float | None = None
 
     @property
@@ -249,11 +248,11 @@ class ReplacementModel:
         return Replay(torch.cat(pre), torch.cat(activation), self._unembed(x))
 
     def direct(self, delta: FeatureChange) -> Replay:
-        """The change of every pre-activation and logit when the given activations change and no other feature does."""
+        """The change of all pre-activations and logits when some activations change and no other feature responds."""
         return self._tangent(delta, respond=False)
 
     def total(self, delta: FeatureChange) -> Replay:
-        """The same when active features respond linearly: a change of pre-activation is one of activation."""
+        """As `direct`, with active features responding linearly: they follow their pre-activations."""
         return self._tangent(delta, respond=True)
 
     @torch.no_grad()
@@ -267,11 +266,11 @@ class ReplacementModel:
     def propagate(
         self, stream: Tensor, injected: Tensor, changes: Sequence[Tensor], *, respond: bool, n_layers: int
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Take a change of the stream, `[T, d]`, from the first layer through `n_layers` layers.
+        """Carry a change of the stream, `[T, d]`, from the first layer through `n_layers` layers.
 
-        `injected [m, T, d]` changes what pictures add after the first m layers, `changes` the activations, `[n]` a
+        `injected [m, T, d]` changes what pictures add after the first m layers, `changes` the activations, `[n]` per
         layer; if they `respond`, active features also follow their pre-activations. Returns the change of the stream
-        there, and each layer's changes of pre-activations and activations.
+        after the last layer, and the changes of pre-activations and activations per layer.
         """
         x, pre, activation = stream, [], []
         for layer in range(n_layers):
@@ -286,7 +285,7 @@ class ReplacementModel:
         return x, pre, activation
 
     def capped(self, logits: Tensor) -> Tensor:
-        """The model's logits for its unembedding's output, any shape."""
+        """The model's logits from its unembedding's output, any shape."""
         cap = self.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -294,7 +293,7 @@ class ReplacementModel:
         return (self.state.final_norm_scale * x) @ self.unembedding.T
 
     def _changes(self, delta: FeatureChange) -> list[Tensor]:
-        """Per layer the changes as `[n of the layer]`."""
+        """The changes of activations per layer, `[n]` each."""
         flat = torch.zeros(len(self.feature_activations), dtype=self.errors.dtype, device=self.errors.device)
         for key, change in delta.items():
             flat[self.feature_activations.row(*key)] += change
@@ -305,7 +304,10 @@ class ReplacementModel:
 def build_replacement(scope: Scope, inputs: ModelInputs, dtype: torch.dtype | None = None) -> ReplacementModel:
     """Run the model once and freeze it at that input, in float32 or float64; by default in the model's own dtype.
 
-    A wider dtype than the model's does not make the recorded forward any better.
+    A wider dtype than the model's makes the sums more exact, not the recorded forward.
+
+    Raises:
+        UserError: a narrower dtype, or a model or transcoder set that the affine model cannot represent.
     """
     _check(scope)
     adapter = scope.adapter
@@ -324,8 +326,8 @@ def build_replacement(scope: Scope, inputs: ModelInputs, dtype: torch.dtype | No
         active = active_features(transcoder, state.mlp_in[layer])
         target = state.mlp_out[layer] if hook == "mlp_out" else state.norm_scales[layer, 3] * state.mlp_out[layer]
         features.append(active)
-        reconstruction = written(features, [each.activation for each in features], state.mlp_in[layer]) + active.b_dec
-        errors.append(target - reconstruction)
+        activations = [layer_features.activation for layer_features in features]
+        errors.append(target - (written(features, activations, state.mlp_in[layer]) + active.b_dec))
         layers.append(_freeze_layer(adapter, state, layer, hook))
     return ReplacementModel(
         inputs=inputs,
@@ -358,7 +360,7 @@ def _freeze_layer(adapter: Adapter, state: ForwardState, layer: int, output_hook
         attn_out_scale=scales[1],
         mlp_in_scale=scales[2],
         write_scale=scales[3] if output_hook == "mlp_out" else torch.ones_like(scales[3]),
-        # Heads may differ in width and number from layer to layer; query heads do not in number.
+        # The number of query heads is the same in all layers; that of key/value heads and widths may differ.
         n_kv_heads=value_weight.shape[0] * state.patterns.shape[1] // output_weight.shape[1],
         value_scale=state.value_scales[layer],
         stream_scale=adapter.stream_scale(layer),
@@ -367,7 +369,7 @@ def _freeze_layer(adapter: Adapter, state: ForwardState, layer: int, output_hook
 
 
 def _check(scope: Scope) -> None:
-    """Refuse, by name, what the affine model could not represent."""
+    """Raise a `UserError` that names what the affine model cannot represent."""
     if scope.adapter.lm_head().bias is not None:
         raise UserError("the model's unembedding has a bias, which attribution does not cover; choose another model")
     missing = [layer for layer in range(scope.adapter.n_layers) if layer not in scope.transcoders]

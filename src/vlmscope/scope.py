@@ -24,7 +24,7 @@ Picture: TypeAlias = str | Path | Image.Image
 
 @dataclass(frozen=True)
 class Scope:
-    """A loaded model and its transcoders. Nothing is computed or copied when one is made.
+    """A loaded model and its transcoders; making one computes and copies nothing.
 
     Legend of the methods: B prompts, T positions, d model width, V vocabulary.
     """
@@ -46,15 +46,15 @@ class Scope:
         return make_batch(self.adapter, inputs)
 
     def capture(self, batch: InputBatch, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
-        """MLP inputs [B, T, d] by layer (all with a transcoder when None) of one forward."""
+        """MLP inputs [B, T, d] by layer of one forward; of all layers with a transcoder when None."""
         return mlp_inputs(self.adapter, batch, self.transcoders.layers if layers is None else layers)
 
     @torch.no_grad()
     def forward(self, batch: InputBatch) -> Tensor:
-        """Logits [B, V] at the last position of one forward, under the hooks that are set; they must be finite."""
+        """Logits [B, V] at the last position of one forward, under the hooks that are set; raises unless finite."""
         return self.adapter.next_logits(batch.tensors)
 
 
 def opened(picture: Picture) -> Image.Image:
-    """A path opened, a PIL image in RGB: the same picture either way."""
+    """A picture in RGB, from a path or a PIL image."""
     return as_rgb(picture) if isinstance(picture, Image.Image) else open_image(picture)

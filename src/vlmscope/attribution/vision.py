@@ -3,7 +3,7 @@
 With the tower frozen as `vlmscope.models.attention` does it, what the soft tokens write is `J e + c`, e the patch
 embeddings without bias. A target reads it by G (`vlmscope.attribution.adjoint`), so patch p contributes
 `(G J)_p . (e_p - e0_p)` for a baseline e0: one backward pass per target. c is computed separately, by running the
-frozen tower forwards at e = 0, so that the check `edge = patches + remainder` can fail. The targets of a feature are its
+frozen tower forwards at e = 0, so that the check `edge = patches + remainder` can fail. A feature's targets are its
 pre-activations wherever it is active on soft tokens; their sum is one affine function, so one pass covers all.
 
 `patches.safetensors` holds maps over patches as small float16 grids, each relative to its own largest absolute value
@@ -166,7 +166,7 @@ def _additive(adapter: Adapter) -> Iterator[dict[str, tuple[Tensor, GradientEdge
         for name, path in (("position", kind.positions), ("class_token", kind.class_token))
         if path
     }
-    # Offloaded weights are replaced by copies while the tower runs: they count as "bias".
+    # Offloaded weights are other tensors while the tower runs: they count as "bias".
     parameters = {name: parameter for name, parameter in parameters.items() if parameter.device.type != "meta"}
     before = {name: parameter.requires_grad for name, parameter in parameters.items()}
     try:

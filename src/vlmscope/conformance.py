@@ -125,7 +125,7 @@ class Subject:
 
     @cached_property
     def sources(self) -> np.ndarray:
-        """A sample of feature nodes, some of them at the first position, which other code often drops."""
+        """A sample of feature nodes that includes some at the first position."""
         nodes, rng = self.feature_nodes, generator(self.limits.seed, "sources")
         first = nodes[self.edges.nodes.position[nodes] == 0]
         chosen = [_sample(rng, nodes, self.limits.sources), _sample(rng, first, 1 + self.limits.sources // 4)]

@@ -18,7 +18,6 @@ from PIL import Image
 from vlmscope.attribution.trace import word_sources
 from vlmscope.circuits.cases import TextPair, bystanders, text_cases, text_pairs
 from vlmscope.circuits.experiment import Declared, text_level
-from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import png_bytes
 from vlmscope.data.orrery.dataset import pictures, scene_pairs
@@ -163,8 +162,7 @@ def analyse(bench: Bench) -> dict[str, float]:
         table["word"] = table.kind + ": " + table.fact.map(label)
         means = table[table.source.str.endswith("picture")].groupby(["kind", "fact", "source"], sort=False).share.mean()
         metrics |= {"/".join(("captions", *key)): float(share) for key, share in means.items()}
-        with atomic_path(bench.run_dir / f"{name}.parquet") as temporary:
-            table.to_parquet(temporary, index=False)
+        bench.write_table(name, table)
     steered = pd.read_parquet(bench.run_dir / "trials.parquet").query("setting == 'main'")
     for swap, row in rates(steered, ["question"], "log_likelihood").iterrows():
         names = {"steered": row.value, "matched": row.matched, "random_direction": row.random_direction}

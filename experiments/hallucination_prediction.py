@@ -30,7 +30,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from vlmscope.attribution.trace import trace
-from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError, check_least
 from vlmscope.core.graph import NodeKind, PrunedGraph
 from vlmscope.core.records import generator
@@ -88,8 +87,7 @@ def analyse(bench: Bench) -> dict[str, float]:
     """
     cases, seed = pd.DataFrame(asked_cases(bench)), bench.cfg.seed
     check_errors(cases)
-    with atomic_path(bench.run_dir / "cases.parquet") as temporary:
-        cases.to_parquet(temporary, index=False, compression="zstd")
+    bench.write_table("cases", cases, "zstd")
     wrong, scenes, questions = (cases[name].to_numpy() for name in ("wrong", "scene", "question"))
     metrics = {"errors/cases": float(len(cases)), "errors/wrong_rate": float(wrong.mean())}
     metrics |= {f"errors/{name}/wrong_rate": float(part.mean()) for name, part in cases.groupby("question").wrong}

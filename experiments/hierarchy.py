@@ -20,7 +20,6 @@ from vlmscope.analyses.declared import from_pairs
 from vlmscope.analyses.feature_codes import Codes, scene_codes
 from vlmscope.circuits.experiment import Declared
 from vlmscope.circuits.pairs import PairEffects
-from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.records import generator
 from vlmscope.core.results import Curve
 from vlmscope.data.orrery.dataset import concept_scenes, pictures
@@ -131,9 +130,8 @@ def analyse(bench: Bench) -> dict[str, float]:
     lines.append(("planets shuffled (mean)", reading.groupby("layer", sort=False).planet_shuffled.mean()))
     planet = [Curve(name, x, *[tuple(map(float, values))] * 3) for name, values in lines]
     dose_response(planet, bench.run_dir / "figures" / "planet_by_layer.png", "layer", "planet read rightly (%)")
-    for name, rows in (("reading", reading), ("alike", alike)):
-        with atomic_path(bench.run_dir / f"{name}.parquet") as temporary:
-            rows.to_parquet(temporary, index=False)
+    bench.write_table("reading", reading)
+    bench.write_table("alike", alike)
     return metrics
 
 

@@ -20,7 +20,6 @@ from vlmscope.circuits.cases import pair_cases, pairs_by_question, subject_of_pa
 from vlmscope.circuits.config import TrialConfig
 from vlmscope.circuits.experiment import Declared
 from vlmscope.circuits.operations import Carry, all_features
-from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
 from vlmscope.core.maps import PictureMap, TileMap
 from vlmscope.core.records import PatchBox, control_draws
@@ -138,8 +137,8 @@ def analyse(bench: Bench) -> dict[str, float]:
         operation: Any = declared.operation(carry, cases[fact], None)
         features = operation.features
         moved = {question: changed(bench, each, features) for question, each in cases.items()}
-        own = max(moved[fact], 1e-12)
-        metrics |= {f"dissociation/{fact}/active_under/{question}": size / own for question, size in moved.items()}
+        whole = max(moved[fact], 1e-12)
+        metrics |= {f"dissociation/{fact}/active_under/{question}": size / whole for question, size in moved.items()}
         control = matched(features, declared.means(carry, cases[fact]), bench.cfg.seed)
         rows, on, pictures = bench.records[fact]
         for label, chosen in (("own", features), ("matched", control)):
@@ -157,8 +156,7 @@ def analyse(bench: Bench) -> dict[str, float]:
                     shown = drawn.setdefault(cases[fact].ids[row], (*pictures[row], {}))
                     shown[2][f"{fact}, {what}"] = values
     places = pd.concat(parts, ignore_index=True)
-    with atomic_path(bench.run_dir / "places.parquet") as temporary:
-        places.to_parquet(temporary, index=False)
+    bench.write_table("places", places)
     sums = places[(places.layer < 0) & (places.features == "own")]
     for key, part in sums.groupby(["fact", "map"], sort=False):
         fact, what = key

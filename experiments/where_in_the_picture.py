@@ -76,7 +76,7 @@ def check(cfg: Any) -> None:
 
 def analyse(bench: Bench) -> dict[str, float]:
     """Write scenes.parquet, features.parquet, maps/ and figures/; metrics `where/...` and `lens/...`."""
-    scenes = [scene for kind, asked in bench.analysis.questions.items() for scene in scenes_of(bench, kind, asked)]
+    scenes = [scene for kind, text in bench.analysis.questions.items() for scene in scenes_of(bench, kind, text)]
     if not scenes:
         raise UserError("no feature fires on any test scene; lower analysis.least_share or raise analysis.test_scenes")
     rows = [{"kind": s["kind"], "features": s["features"], "map": m, **s["values"][m]} for s in scenes for m in ALL]
@@ -98,7 +98,7 @@ def picture(scene: Scene) -> Image.Image:
 def asked_fact(question: str) -> str | None:
     """The fact that a question of Orrery asks for; None for another question."""
     tables = (facts.PLANET_QUESTIONS, facts.DIGIT_QUESTIONS, facts.SHAPE_QUESTIONS, facts.HAND_QUESTIONS)
-    return next((group for table in tables for group, asked in table.items() if question in asked), None)
+    return next((group for table in tables for group, wordings in table.items() if question in wordings), None)
 
 
 def scenes_of(bench: Bench, kind: str, question: str) -> list[dict[str, Any]]:

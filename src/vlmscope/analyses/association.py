@@ -21,7 +21,6 @@ from vlmscope.circuits.cases import answer_token, bystanders
 from vlmscope.circuits.config import TrialConfig
 from vlmscope.circuits.experiment import ALL, Declared
 from vlmscope.circuits.operations import Ablate, Carry
-from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError, check_choice
 from vlmscope.core.records import FeatureId
 from vlmscope.core.results import Curve
@@ -67,8 +66,7 @@ class Association:
         if not any(self.cases.values()):
             raise UserError("no question of any set is answered rightly: there is nothing to ablate or to carry")
         for file, tables in (("counts", counted), ("shared", listed)):
-            with atomic_path(bench.run_dir / f"{file}.parquet") as temporary:
-                pd.concat(tables).to_parquet(temporary, index=False)
+            bench.write_table(file, pd.concat(tables))
 
     def shared(self, config: CrossModalConfig, question: str) -> search.Shared:
         """What is shared under one question, from training pictures."""
@@ -132,11 +130,11 @@ class Association:
         if trial.features == ALL:
             return Carry(None, last=trial.last)
         tags, question = cases.tags, cases.question
-        own, other = (self.features.get((tags["set"], question, tags[key]), {}) for key in ("concept", "other"))
+        first, second = (self.features.get((tags["set"], question, tags[key]), {}) for key in ("concept", "other"))
         if trial.features == "other":  # features that both concepts share are not the other's alone
-            chosen = other["shared"] - own["shared"]
+            chosen = second["shared"] - first["shared"]
         else:
-            chosen = own.get(trial.features, set()) | other.get(trial.features, set())
+            chosen = first.get(trial.features, set()) | second.get(trial.features, set())
         features = by_layer(self.bench.transcoders, sorted(chosen))
         return Ablate(features) if trial.do == "ablate" else Carry(features, last=trial.last)
 

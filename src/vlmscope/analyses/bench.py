@@ -12,12 +12,15 @@ from PIL import Image
 
 from vlmscope.circuits.cases import answer_token, pairs_by_question
 from vlmscope.config.wiring import feature_labels, load_model, load_scope
+from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import open_images
 from vlmscope.data.orrery.dataset import concept_scenes, pictures
 from vlmscope.data.orrery.scenes import PLANETS
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from vlmscope.circuits.config import CircuitConfig
     from vlmscope.config import AppConfig
     from vlmscope.core.records import FeatureId
@@ -104,6 +107,11 @@ class Bench:
     def inputs(self, images: Sequence[Image.Image], prompt: str) -> list[ModelInputs]:
         """One prompt for each picture."""
         return [self.vlm.prepare(prompt, [image]) for image in images]
+
+    def write_table(self, name: str, table: pd.DataFrame, compression: Any = "snappy") -> None:
+        """Write `<name>.parquet` into the run folder."""
+        with atomic_path(self.run_dir / f"{name}.parquet") as temporary:
+            table.to_parquet(temporary, index=False, compression=compression)
 
     def token(self, word: str) -> int:
         """The id of an answer word, which must be one token."""

@@ -26,7 +26,6 @@ from vlmscope.circuits.config import TrialConfig
 from vlmscope.circuits.experiment import ALL, EACH, Declared, PairSource, concept_operation, settle
 from vlmscope.circuits.page import described, draw_diagram
 from vlmscope.circuits.selectors import concept_influence, concept_means, contrast_circuit, control_means
-from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.results import AnswerExample, Supernode
 from vlmscope.data.images import png_bytes
 from vlmscope.data.orrery.dataset import unrelated_scenes
@@ -54,8 +53,7 @@ def run_declared(bench: Bench, analyses: Sequence[Any] = ()) -> dict[str, float]
     bench.metrics |= {f"settled/{question}": strength for question, strength in declared.settled.items()}
     more = (analysis.trials(bench, declared) for analysis in analyses if hasattr(analysis, "trials"))
     table = run_trials(bench.scope, chain(declared.trials(cfg.trials, cfg.settings), *more), cfg.seed)
-    with atomic_path(bench.run_dir / "trials.parquet") as temporary:
-        table.to_parquet(temporary, index=False)
+    bench.write_table("trials", table)
     if declared.metrics is None:  # else the case sets are not one question's pictures before and after
         write_records(bench.run_dir / "examples.parquet", [*examples(bench, declared, table)])
         write_captions(bench, declared)

@@ -19,7 +19,6 @@ from vlmscope.circuits.cases import concept_cases
 from vlmscope.circuits.circuit import save_circuit
 from vlmscope.circuits.discovery.discover import discover_question, moving_questions
 from vlmscope.circuits.discovery.report import write_discoveries
-from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.records import ROLES
 from vlmscope.core.results import Curve, Rate
 from vlmscope.data.inputs import check_choosing
@@ -47,8 +46,7 @@ class Modality:
     def analyse(self, bench: Bench) -> dict[str, float]:
         """Tables, figure and metrics."""
         info, table = bench.study.info, modality_table(bench.study)
-        with atomic_path(bench.run_dir / "modality.parquet") as temporary:
-            table.to_parquet(temporary, index=False, compression="zstd")
+        bench.write_table("modality", table, "zstd")
         layers, groups, index, shared = modality_parts(table)
         firing = {f"firing of both {place} (%)": np.multiply(100, share) for place, share in shared.items()}
         write_rows(

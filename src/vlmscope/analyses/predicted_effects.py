@@ -19,7 +19,6 @@ from vlmscope.attribution.adjoint import Adjoint, total_effects
 from vlmscope.attribution.influence import prune
 from vlmscope.attribution.targets import difference_target
 from vlmscope.attribution.trace import attribute
-from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError, check_least
 from vlmscope.core.graph import NodeKind
 from vlmscope.core.records import generator
@@ -83,8 +82,7 @@ class PredictedEffects:
                 "analyses.predicted_effects.inputs"
             )
         table = pd.concat([part for prompt in inputs for part in self.measure(bench, prompt)], ignore_index=True)
-        with atomic_path(bench.run_dir / "predicted_effects.parquet") as temporary:
-            table.to_parquet(temporary, index=False, compression="zstd")
+        bench.write_table("predicted_effects", table, "zstd")
         results = agreements(table, bench.cfg.seed)
         metrics: dict[str, float] = {}
         rows = []
@@ -100,15 +98,15 @@ class PredictedEffects:
         first = (table["mode"] == table["mode"][0]) & (table.edit == table.edit[0])
         return metrics | {"predicted/inputs": float(len(inputs)), "predicted/features": float(first.sum())}
 
-    def measure(self, bench: Bench, asked: Asked) -> Iterator[pd.DataFrame]:
+    def measure(self, bench: Bench, prompt: Asked) -> Iterator[pd.DataFrame]:
         """Trace one input, draw features, predict and measure every edit in every mode."""
         scope, config = bench.scope, bench.cfg.attribution
-        replacement = build_replacement(scope, asked.inputs, DTYPES[config.dtype])
-        target = difference_target(replacement, *asked.tokens, label=asked.name)
+        replacement = build_replacement(scope, prompt.inputs, DTYPES[config.dtype])
+        target = difference_target(replacement, *prompt.tokens, label=prompt.name)
         graph = attribute(replacement, config, bench.vlm.tokenizer, bench.vlm.name, target)
         adjoint, nodes = Adjoint(replacement), graph.nodes
         total = total_effects(adjoint, target)[0].double().cpu().numpy()
-        rng = generator(bench.cfg.seed, "single edits", asked.name)
+        rng = generator(bench.cfg.seed, "single edits", prompt.name)
         chosen, bands = self.drawn(nodes.of(NodeKind.FEATURE), prune(graph), rng)
         active = replacement.feature_activations
         places = zip(nodes.layer[chosen], nodes.position[chosen], nodes.index[chosen], strict=True)
@@ -127,15 +125,15 @@ class PredictedEffects:
         }
         if self.add:
             edits["add_mean"] = (1.0, mean, mean / activation)
-        batch = scope.batch([asked.inputs])
+        batch = scope.batch([prompt.inputs])
         base = base_run(scope, batch, MODES)
         fixed = {"layer": layer, "position": position, "index": index, "activation": activation, "band": bands}
         for name, (scale, value, share) in edits.items():
             single = SingleEdits(layer, position, index, np.full(len(chosen), float(scale)), value)
             predicted = {by: share * effect for by, effect in effects.items()}
             for mode in MODES:
-                measured = single_effects(scope, batch, base, single, mode, asked.tokens)
-                row = {"input": asked.name, "edit": name, "mode": mode, **fixed, "measured": measured, **predicted}
+                measured = single_effects(scope, batch, base, single, mode, prompt.tokens)
+                row = {"input": prompt.name, "edit": name, "mode": mode, **fixed, "measured": measured, **predicted}
                 yield pd.DataFrame(row)
 
     def drawn(self, features: np.ndarray, pruned: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -206,10 +206,7 @@ def by_layer(transcoders: TranscoderSet, features: Iterable[FeatureId]) -> dict[
 
 
 def steer_plan(
-    scope: Scope,
-    values: Mapping[FeatureId, float],
-    length: int,
-    positions: Sequence[int] | None = None,
+    scope: Scope, values: Mapping[FeatureId, float], length: int, positions: Sequence[int] | None = None
 ) -> dict[int, LayerEdit]:
     """Set features to given activations (0 ablates) in a prompt of `length` tokens.
 
@@ -256,10 +253,7 @@ def donor_activations(
 
 
 def patch_plan(
-    activations: Mapping[int, tuple[Tensor, Tensor]],
-    roles: np.ndarray,
-    strength: float = 1.0,
-    pooled: bool = False,
+    activations: Mapping[int, tuple[Tensor, Tensor]], roles: np.ndarray, strength: float = 1.0, pooled: bool = False
 ) -> dict[int, LayerEdit]:
     """Carry activations (of `donor_activations`, row i the donor of recipient i) into a run of the same wording.
 

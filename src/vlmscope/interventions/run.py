@@ -51,7 +51,6 @@ def base_run(scope: Scope, batch: InputBatch, modes: Collection[str] = MODES) ->
     mlp_in: dict[int, Tensor] = {}
     written: dict[int, Tensor] = {}
     inverse_rms: dict[nn.Module, Tensor] = {}
-    recorded: dict[int, Tensor] = {}
     with ExitStack() as stack:
 
         def watch(module: nn.Module, hook: Any) -> None:
@@ -66,8 +65,7 @@ def base_run(scope: Scope, batch: InputBatch, modes: Collection[str] = MODES) ->
                 watch(norm, lambda m, args, _o: inverse_rms.__setitem__(m, scope.adapter.inverse_rms(m, args[0])))
         patterns = stack.enter_context(recording_patterns(scope.adapter)) if {*modes} - {"free"} else {}
         logits = scope.forward(batch)
-        recorded.update(patterns)
-    return BaseRun(logits, recorded, mlp_in, written, inverse_rms)
+    return BaseRun(logits, patterns, mlp_in, written, inverse_rms)
 
 
 @torch.no_grad()
@@ -449,12 +447,7 @@ def repeated(base: BaseRun, size: int) -> BaseRun:
 
 
 def single_effects(
-    scope: Scope,
-    batch: InputBatch,
-    base: BaseRun,
-    edits: SingleEdits,
-    mode: str,
-    tokens: tuple[int, int],
+    scope: Scope, batch: InputBatch, base: BaseRun, edits: SingleEdits, mode: str, tokens: tuple[int, int]
 ) -> np.ndarray:
     """[n] float64, how far each edit of one prompt moves the logit of a token minus that of another at the last
     position.
@@ -466,7 +459,7 @@ def single_effects(
     effects = []
     for begin in range(0, len(edits), BATCH):
         chunk = edits.rows(slice(begin, begin + BATCH))
-        size = len(chunk) + 1
+        size = len(chunk) + 1  # the last row stays unedited
         plan = single_plan(chunk, size, batch.length, base.logits)
         copies = batch.select([0] * size)
         logits = run_edited(scope, copies, plan, mode, repeated(base, size))[:, list(tokens)].double()

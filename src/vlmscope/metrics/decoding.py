@@ -243,6 +243,7 @@ def curve_kinds(curves: np.ndarray) -> np.ndarray:
     single = np.where(step < top, rising, falling).all(0)
     kinds = np.full(width, OTHER, dtype=object)
     varies = span > 0
+    # Order matters: within the slack, a curve that goes up or down throughout may have its maximum inside.
     kinds[varies & single & (top > 0) & (top < count - 1)] = PEAK
     kinds[varies & rising.all(0)] = UP
     kinds[varies & falling.all(0)] = DOWN

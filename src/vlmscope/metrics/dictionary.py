@@ -188,7 +188,7 @@ def nearest_twins(
                 pairs = [a[rows] @ b.T for a, b in zip(mine, units[other], strict=True)]
                 cosines = torch.stack(pairs).amin(0)
                 cosines[:, dead] = -1.0
-                if own_layer:
+                if own_layer:  # a feature is no partner of itself
                     cosines[torch.arange(len(cosines)), torch.arange(rows.start, rows.stop)] = -1.0
                 value, partner = cosines.max(1)
                 better = value > best[rows]
@@ -293,6 +293,7 @@ def modality(
 
     low, high = index(share_low), index(share_high)
     kind = np.full(len(image), "unsettled", dtype=f"<U{max(map(len, CLASSES))}")
+    # Later kinds override earlier ones.
     kind[(low > alone) & (high < 1 - alone)] = "both"
     kind[low >= 1 - alone] = "image"
     kind[high <= alone] = "text"
@@ -374,7 +375,7 @@ def nearest_of(
         scores: features [b] -> their scores and counts against all, [b, F] each.
         count: F.
         neighbours: kept for each; fewer where a feature has fewer partners with a score above 0.
-        eligible: [F] bool, those that have partners and are some.
+        eligible: [F] bool, features that may have partners and be partners.
         block: b.
     """
     width = min(neighbours, max(count - 1, 0))

@@ -203,6 +203,7 @@ def faithfulness_curve(
 
 def sizes(total: int, shares: tuple[float, ...] = SHARES) -> tuple[int, ...]:
     """floor(share x total) of things for each share."""
+    # In floating point 0.29 x 100 falls just below 29.
     return tuple(int(share * total + 1e-9) for share in shares)
 
 

@@ -20,10 +20,7 @@ RESAMPLES = 2000
 
 
 def bootstrap_rate(
-    hits: Sequence[bool] | np.ndarray,
-    seed: int = 0,
-    control: float | None = None,
-    groups: Sequence[str] | None = None,
+    hits: Sequence[bool] | np.ndarray, seed: int = 0, control: float | None = None, groups: Sequence[str] | None = None
 ) -> Rate:
     """The share of hits with its percentile-bootstrap 95 % interval; `groups` as for `bootstrap_mean`.
 

@@ -57,12 +57,7 @@ from vlmscope.metrics.prediction import (
 from vlmscope.scope import Scope
 
 NAMED = 6  # supernodes of one answer each
-ROLE_NAMES = {
-    "special": "special tokens",
-    "image": "picture",
-    "question": "question words",
-    "last": "last position",
-}
+ROLE_NAMES = {"special": "special tokens", "image": "picture", "question": "question words", "last": "last position"}
 WRITES = "discovery, writes "  # how a discovered supernode of one answer was chosen, before the answer
 
 
@@ -147,19 +142,19 @@ class Discovery:
 PairsByQuestion = Mapping[str, Sequence[Pair]]
 
 
-def moving_questions(train: PairsByQuestion, test: PairsByQuestion, wanted: str | None = None) -> list[str]:
-    """The questions of pairs whose answer differs within pairs, or the one that is `wanted` of them.
+def moving_questions(train: PairsByQuestion, test: PairsByQuestion, question: str | None = None) -> list[str]:
+    """The questions of pairs whose answer differs within pairs, or `question` alone.
 
     Raises:
-        UserError: there is none, or not the wanted one.
+        UserError: there is none, or `question` is not one of them.
     """
     moving = [name for name in train if name in test and train[name][0].moves]
-    if wanted is not None and wanted not in moving:
+    if question is not None and question not in moving:
         known = f"choose from {', '.join(moving)}" if moving else "no question of these pairs has two answers"
-        raise UserError(f"discovery.question={wanted}: {known}")
+        raise UserError(f"discovery.question={question}: {known}")
     if not moving:
         raise UserError("no question's answer differs within a pair: there is no contrast to find a circuit by")
-    return moving if wanted is None else [wanted]
+    return moving if question is None else [question]
 
 
 def discover_question(

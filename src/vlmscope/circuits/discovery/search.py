@@ -198,12 +198,12 @@ def finer_sizes(count: int) -> list[int]:
     return sizes
 
 
-def smallest(runner: Runner, order: np.ndarray, wanted: float) -> int:
-    """The fewest first nodes of an order whose f reaches `wanted`; N if none does.
+def smallest(runner: Runner, order: np.ndarray, share: float) -> int:
+    """The fewest first nodes of an order whose f reaches `share`; N if none does.
 
     f need not grow with every node, so a smaller circuit may exist; the one returned was measured.
     """
-    return fewest(finer_sizes(len(order)), lambda size: runner.share(order[:size]) >= wanted)
+    return fewest(finer_sizes(len(order)), lambda size: runner.share(order[:size]) >= share)
 
 
 def greedy_order(runner: Runner, least: int = 4) -> np.ndarray:
@@ -232,11 +232,11 @@ class Pruned:
     losses: dict[int, float]  # by node number, of those tried: loss of f when it alone is dropped
 
 
-def prune_members(runner: Runner, members: np.ndarray, wanted: float, tries: int, threshold: float) -> Pruned:
+def prune_members(runner: Runner, members: np.ndarray, keep: float, tries: int, threshold: float) -> Pruned:
     """Drop what a circuit does not need: first by estimate, then by trial.
 
-    The members of least worth go as long as f stays at `wanted`, measured. Of what is left, the `tries` of least worth
-    are dropped one by one; those that cost less than `threshold` go together, if f stays at `wanted` then, else the
+    The members of least worth go as long as f stays at `keep`, measured. Of what is left, the `tries` of least worth
+    are dropped one by one; those that cost less than `threshold` go together, if f stays at `keep` then, else the
     better half of them, and so on.
     """
     rising = np.argsort(runner.effects(members)[members], kind="stable")
@@ -244,7 +244,7 @@ def prune_members(runner: Runner, members: np.ndarray, wanted: float, tries: int
     def kept(size: int) -> np.ndarray:
         return np.sort(rising[len(members) - size :])
 
-    size = fewest(range(1, len(members) + 1), lambda size: runner.share(members[kept(size)]) >= wanted)
+    size = fewest(range(1, len(members) + 1), lambda size: runner.share(members[kept(size)]) >= keep)
     left = members[kept(size)]
     share = runner.share(left)
     losses: dict[int, float] = {}
@@ -253,7 +253,7 @@ def prune_members(runner: Runner, members: np.ndarray, wanted: float, tries: int
         for place in np.argsort(estimated, kind="stable")[:tries].tolist():
             losses[int(left[place])] = share - runner.share(np.delete(left, place))
     idle = sorted((node for node, loss in losses.items() if loss < threshold), key=lambda node: losses[node])
-    while idle and runner.share(left[~np.isin(left, idle)]) < wanted:
+    while idle and runner.share(left[~np.isin(left, idle)]) < keep:
         idle = idle[: len(idle) // 2]
     return Pruned(left[~np.isin(left, idle)], losses)
 

@@ -157,7 +157,7 @@ def recording_vision_patterns(adapter: Adapter, layers: Sequence[int]) -> Iterat
 
 @contextmanager
 def stopping_at_scores(module: nn.Module) -> Iterator[None]:
-    """Let an attention module of a model that uses this implementation raise `FoundScores` with its query and key."""
+    """Let an attention module that uses this implementation raise `FoundScores` instead of its softmax."""
     with _entered(_stopping, {module: True}):
         yield
 
@@ -248,8 +248,8 @@ def frozen_vision(adapter: Adapter) -> Iterator[FrozenVision]:
         return mode.keep(lambda: output) if output.requires_grad else output
 
     with ExitStack() as stack:
-        stack.enter_context(recording_vision_patterns(adapter, []))  # patterns by softmax, not by a fused kernel
-        for module in adapter.vision_tower().modules():
+        stack.enter_context(recording_vision_patterns(adapter, []))  # eager attention: a fused kernel hides its softmax
+        for module in adapter.vision_tower().modules():  # gated MLPs: all of phi(gate)
             if hasattr(module, "gate_proj") and hasattr(module, "act_fn"):
                 stack.callback(module.act_fn.register_forward_hook(keep).remove)
         stack.enter_context(mode)

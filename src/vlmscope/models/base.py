@@ -37,8 +37,8 @@ INJECTIONS = "injections"  # [B, n, T, d], among an `InputBatch`'s tensors
 class ModelInputs:
     """One prompt with its pictures, batch size 1, ready for the Hugging Face model's forward."""
 
-    # Keyword arguments of `model(**tensors)`: `input_ids [1, T]`, `attention_mask [1, T]` and what else the family
-    # wants, such as `token_type_ids [1, T]`, `pixel_values [n_images, 3, height, width]`, `image_sizes`.
+    # Keyword arguments of `model(**tensors)`: `input_ids [1, T]`, `attention_mask [1, T]` and the family's own, such
+    # as `token_type_ids [1, T]`, `pixel_values [n_images, 3, height, width]`, `image_sizes`.
     tensors: dict[str, Tensor]
     tokens: list[str]  # T strings for display
     is_image: np.ndarray  # `[T]` bool, soft tokens
@@ -341,7 +341,7 @@ class Adapter:
         return [layer.get_submodule(kind.attention) for layer in layers[: self._last_state(len(layers))]]
 
     def vision_states(self) -> nn.Module:
-        """The module of the vision tower whose output `[B, S, d_v]` or `[N, d_v]`, or its first entry, is read."""
+        """The module of the vision tower whose output (or its first entry) is read: `[B, S, d_v]` or `[N, d_v]`."""
         tower = self.vision_tower()
         kind = tower_kind(tower)
         layers = tower.get_submodule(kind.layers)

@@ -216,7 +216,7 @@ def pool_tile(tile: Tile, factor: int = 1) -> sparse.csr_array:
 
 
 def pooled(tiles: Sequence[Tile], factor: int = 1) -> PicturePatches:
-    """A picture whose soft tokens are the pooled patches of each tile, tile after tile."""
+    """A picture whose soft tokens are the pooled patches of its tiles, in their order."""
     pooling = sparse.block_diag([pool_tile(tile, factor) for tile in tiles])
     return PicturePatches(list(tiles), sparse.csr_array(pooling))
 

@@ -92,7 +92,7 @@ class Gemma4Adapter(Adapter):
         "{% for item in message['content'] %}{{ '<|image|>' if item['type'] == 'image' else item['text'] }}"
         "{% endfor %}{{ '<turn|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|turn>model\\n' }}{% endif %}"
     )
-    # Setting -> what it switches on: each makes a layer depend on more than the stream that enters it.
+    # Setting -> the part that it switches on; with each, a layer depends on more than the stream that enters it.
     _refused = {
         "hidden_size_per_layer_input": "per-layer embeddings, as in E2B and E4B",
         "num_kv_shared_layers": "layers that reuse keys and values of earlier ones",
@@ -174,7 +174,7 @@ class PaliGemmaAdapter(Adapter):
 
 
 class LlavaAdapter(Adapter):
-    """LLaVA-1.5: one soft token a patch; the class token, where the model keeps it, stands for the whole picture."""
+    """LLaVA-1.5: one soft token per patch; the class token, if the model keeps it, stands for the whole picture."""
 
     reads_tower_norm = False
     chat_template = (
@@ -194,11 +194,11 @@ class LlavaAdapter(Adapter):
     def soft_token_boxes(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[list[PatchBox]]:
         patches = super().soft_token_boxes(tensors, sizes, image_processor)
         tokens = int((tensors["input_ids"] == self.soft_token_id()).sum()) // max(len(sizes), 1)
-        pictures = []
-        for size, boxes in zip(sizes, patches, strict=True):
-            extra = tokens - len(boxes)  # the class token, unless `vision_feature_select_strategy` drops it
-            pictures.append(grid_boxes(1, 1, seen_window(size, image_processor)) * extra + boxes)
-        return pictures
+        # One token more than patches: the class token, unless `vision_feature_select_strategy` drops it.
+        return [
+            grid_boxes(1, 1, seen_window(size, image_processor)) * (tokens - len(boxes)) + boxes
+            for size, boxes in zip(sizes, patches, strict=True)
+        ]
 
     def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
         first = int(self.model.config.vision_feature_select_strategy == "default")  # dropped, whatever the tower
@@ -302,7 +302,7 @@ class LlavaOnevisionAdapter(Adapter):
         best = select_best_resolution((height, width), config.image_grid_pinpoints)
         blank = np.broadcast_to(np.uint8(0), (3, height, width))
         down, across = get_patch_output_size(blank, best, ChannelDimension.FIRST)
-        # The resized picture lies in the middle of the tiles, and the model drops rows or columns of padding alone.
+        # The resized picture lies in the middle of the tiles, and the model drops rows or columns that are all padding.
         top, left = (best[0] - down) // 2, (best[1] - across) // 2
         window = PatchBox(-left / across, -top / down, (best[1] - left) / across, (best[0] - top) / down)
         tiles = (best[0] // int(config.vision_config.image_size), best[1] // int(config.vision_config.image_size))

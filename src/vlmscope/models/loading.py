@@ -249,7 +249,7 @@ def _load_processor(name: str, folder: Path) -> Any:
 def _check_processor(processor: Any, config: Any, folder: Path) -> None:
     """Raise a `UserError` when a processor's numbers are not those of the model's `config`."""
     tokenizer, rows = getattr(processor, "tokenizer", processor), int(config.get_text_config().vocab_size)
-    # Of its own vocabulary: added tokens may have no row in the embedding, as in Gemma 3 270M and 1B.
+    # `vocab_size` leaves out added tokens, which may have no row in the embedding, as in Gemma 3 270M and 1B.
     if tokenizer.vocab_size > rows:
         raise UserError(
             f"the tokenizer at {folder} knows {tokenizer.vocab_size:,} tokens, the model {rows:,}; use the tokenizer "
@@ -335,7 +335,7 @@ def load_named(
     """
     folder = model_folder(path, hub, revision)
     repo = hub or (path if is_hub_id(path) else None)
-    # The folder of a cached model is called by its commit.
+    # The folder of a cached model is named by its commit.
     name = repo.partition("/")[2] if repo is not None and str(folder) != path else None
     return load_vlm(folder, dtype, device, offload, name)
 

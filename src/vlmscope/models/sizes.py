@@ -147,9 +147,10 @@ def forward_elements(adapter: Adapter, n_tokens: int, n_images: int, *, recorded
     most = n_tokens * (4 * d + 3 * hidden)
     if recorded:
         most = max(most + 5 * adapter.n_heads * n_tokens**2, n_tokens * (adapter.vocab_size + d))
-    vision, patches = getattr(adapter.model.config, "vision_config", None), n_patches(adapter)
-    if vision is None or not patches:
+    patches = n_patches(adapter)
+    if not patches:
         return most
+    vision = adapter.model.config.vision_config
     width = int(vision.hidden_size)
     return max(most, n_images * patches * (6 * width + 2 * int(getattr(vision, "intermediate_size", 4 * width))))
 
@@ -159,14 +160,14 @@ def forward_flops(adapter: Adapter, n_tokens: float, n_images: float, context: i
 
     Two per weight and token, and those of unmasked attention; for pictures two per weight and patch.
     """
-    parts, config = parameters_by_part(adapter), adapter.model.config
+    parts, patches = parameters_by_part(adapter), n_patches(adapter)
     flops = 2.0 * parts["decoder"] * n_tokens
     flops += 4.0 * adapter.n_layers * attention_widths(adapter)[0] * n_tokens * (context or n_tokens)
     if context is None:
         flops += 2.0 * adapter.vocab_size * adapter.d_model * n_tokens
-    vision, patches = getattr(config, "vision_config", None), n_patches(adapter)
-    if vision is None or not patches:
+    if not patches:
         return flops
+    vision = adapter.model.config.vision_config
     depth = int(getattr(vision, "num_hidden_layers", 0) or getattr(vision, "depth", 0))
     attention = 4.0 * depth * int(vision.hidden_size) * patches**2
     return flops + n_images * (2.0 * (parts["vision"] + parts["projector"]) * patches + attention)

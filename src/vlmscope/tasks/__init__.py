@@ -1,5 +1,5 @@
-"""One module a task: a one-line docstring, a `Config` dataclass and `run(cfg, context) -> flat metrics`.
+"""One module per task: a one-line docstring, a `Config` dataclass and `run(cfg, context) -> flat metrics`.
 
 The only place that wires the other packages together; tasks never import each other. All task modules are imported to
-compose any configuration, so heavy imports (torch, transformers) stand inside their functions.
+compose any configuration, so heavy imports (torch, transformers) are inside functions.
 """

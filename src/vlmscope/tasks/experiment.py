@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 # Name in `analyses:` -> its class, a dataclass of settings with some of `check(cfg)`, `declare(bench)`,
-# `trials(bench, declared)` and `analyse(bench)`. Imported when used: they need torch and pandas.
+# `trials(bench, declared)` and `analyse(bench)`. Named by strings because they import torch and pandas.
 ANALYSES = {
     "discovery": "vlmscope.analyses.measures.Discover",
     "feature_kinds": "vlmscope.analyses.feature_codes.FeatureKinds",

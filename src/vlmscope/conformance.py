@@ -271,19 +271,20 @@ def parity(subject: Subject) -> float:
     # Before the cap too, which flattens an error of a large logit.
     unembedded = replay.logits.double()
     pairs = ((unembedded, subject.own_unembedded), (subject.replacement.capped(unembedded), subject.own_logits))
-    for replayed, own in pairs:
-        worst = _worse(worst, float((replayed - own.double()).abs().max() / own.double().abs().max()))
+    for replayed, plain in pairs:
+        worst = _worse(worst, float((replayed - plain.double()).abs().max() / plain.double().abs().max()))
     return worst
 
 
 @check("edges into a feature or logit sum to the model's own number")
 def completeness(subject: Subject) -> float:
     """Row sums, bias nodes included, against pre-activations and centred logits of Hugging Face's own forwards."""
-    own = np.concatenate([subject.own_pre_activations[subject.table_rows], subject.centred(subject.own_unembedded[-1])])
+    pre_activations = subject.own_pre_activations[subject.table_rows]
+    numbers = np.concatenate([pre_activations, subject.centred(subject.own_unembedded[-1])])
     sums = np.asarray(subject.matrix[subject.rows].sum(1)).ravel()
     stated = subject.edges.nodes.target[subject.rows]
     # Correct sums must not hide wrong targets or residuals in the graph.
-    wrong = np.maximum(np.abs(sums - own), np.abs(stated - own)) / subject.scale
+    wrong = np.maximum(np.abs(sums - numbers), np.abs(stated - numbers)) / subject.scale
     return float(np.maximum(wrong, subject.edges.residual[subject.rows]).max())
 
 
@@ -411,9 +412,9 @@ def soft_tokens(subject: Subject) -> float:
     if subject.other is None:
         raise Skipped("no picture in the prompt")
     with torch.no_grad():
-        other = subject.scope.vlm.model(**subject.other.tensors).logits[0, -1]
-    own = subject.own_logits[-1]
-    return float((other - own).abs().max() / own.abs().max())
+        changed = subject.scope.vlm.model(**subject.other.tensors).logits[0, -1]
+    logits = subject.own_logits[-1]
+    return float((changed - logits).abs().max() / logits.abs().max())
 
 
 @check("cached under an edit of nothing = plain without a cache")

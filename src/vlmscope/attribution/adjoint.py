@@ -89,7 +89,7 @@ class LayerSources(NamedTuple):
 
 
 class SourceVectors:
-    """The sources of each layer by its number, kept once gathered if all take at most `cache_bytes`."""
+    """The sources of all layers, kept once gathered if all take at most `cache_bytes`."""
 
     def __init__(self, replacement: ReplacementModel, cache_bytes: float = CACHE_BYTES) -> None:
         self.replacement = replacement
@@ -106,7 +106,8 @@ class SourceVectors:
         counts = [self._writers_at_a_position(layer) for layer in range(n_layers)]
         return [positions * ((count + 2) * width * element + (count + 1) * 8) for count in counts]
 
-    def __getitem__(self, layer: int) -> LayerSources:
+    def of(self, layer: int) -> LayerSources:
+        """The sources of one layer."""
         if self._cache is None:
             return self._gather(layer)
         if layer not in self._cache:
@@ -257,7 +258,7 @@ class Adjoint:
             sweep.gradient = sweep.gradient * frozen.stream_scale
 
     def _mlp(self, layer: int, sweep: Sweep) -> None:
-        sources = self.sources[layer]
+        sources = self.sources.of(layer)
         edges = torch.bmm(sweep.gradient, sources.vectors[sweep.index].transpose(1, 2))  # [S, B, K + 2]
         columns, edges_in = sources.columns[sweep.index].flatten(), edges[:, :, :-1].transpose(0, 1).flatten(1)
         if self._crosses:

@@ -123,10 +123,10 @@ def feature_chunks(adjoint: Adjoint, targets: np.ndarray, batch_size: int, dtype
     first = np.concatenate([[0], np.cumsum(adjoint.columns.n_features)])
     ordered = np.sort(targets)
     for layer in range(adjoint.columns.n_layers):
-        mine = ordered[(ordered >= first[layer]) & (ordered < first[layer + 1])]
+        of_layer = ordered[(ordered >= first[layer]) & (ordered < first[layer + 1])]
         features = adjoint.replacement.features[layer]
-        for begin in range(0, len(mine), batch_size):
-            batch = mine[begin : begin + batch_size]
+        for begin in range(0, len(of_layer), batch_size):
+            batch = of_layer[begin : begin + batch_size]
             which = torch.from_numpy(batch - first[layer]).to(features.position.device)
             # The rows have no name here: a name would keep them in memory while the next ones are made.
             yield _compress(layer, batch, adjoint.feature_rows(layer, which), features.pre_activation[which], dtype)

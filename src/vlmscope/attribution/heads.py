@@ -141,7 +141,7 @@ class HeadSplitter:
             shares[layer] = torch.einsum("shd,hd,hs->h", z, values, pattern)
             if layer == read.layer:
                 break
-            sources, skip = self._adjoint.sources[layer], replacement.features[layer].w_skip
+            sources, skip = self._adjoint.sources.of(layer), replacement.features[layer].w_skip
             # What the source writes here, if anything.
             out = x + sources.vectors[position, :-1][sources.columns[position] == column].sum(0)
             if skip is not None:

@@ -1,4 +1,4 @@
-"""The configuration: dataclass schemas, their registration with Hydra, and all between a command line and them."""
+"""The configuration: dataclass schemas, their registration with Hydra, and the way from a command line to them."""
 
 from vlmscope.config.schema import AppConfig
 

@@ -1,4 +1,4 @@
-"""Hydra callbacks of a sweep: its tracked parent, and a table of all jobs with, for transcoders, a figure."""
+"""Hydra callbacks of a sweep: its tracked parent run, a table of all jobs and, for transcoders, a figure."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from vlmscope.tracking import sweep
 
 
 def summarise(folder: Path) -> list[Path]:
-    """Write `sweep.csv` and perhaps `figures/sweep.png` into a sweep's folder; returns what was written.
+    """Write `sweep.csv` and, for transcoders, `figures/sweep.png` into a sweep's folder; return the written files.
 
-    A job that failed is a row without numbers. Folders that are no jobs are passed over.
+    A failed job is a row without numbers. Other folders are ignored.
     """
-    found = {path.parent: job_settings(read_yaml(path)) for path in sorted(folder.glob(f"*/{OVERRIDES}"), key=_number)}
-    if not found:
+    paths = sorted(folder.glob(f"*/{OVERRIDES}"), key=_number)
+    if not paths:
         return []
-    jobs = read_jobs(found)
+    jobs = read_jobs({path.parent: job_settings(read_yaml(path)) for path in paths})
     table = folder / "sweep.csv"
     write_table(jobs, table)
     written = [table]
@@ -38,24 +38,24 @@ def summarise(folder: Path) -> list[Path]:
 
 
 def _number(path: Path) -> tuple[int, str]:
-    """Jobs in their order: 2 before 10."""
+    """Sort key of a job's folder, by number: 2 before 10."""
     name = path.parent.name
     return (int(name) if name.isdigit() else -1, name)
 
 
 class SweepRefused(BaseException):
-    """A sweep that must not start. Not an `Exception`, since Hydra only warns of those in callbacks."""
+    """A sweep that must not start. Not an `Exception`, since Hydra only warns about those in callbacks."""
 
 
 class SweepParent(Callback):
-    """Opens the parent run when a sweep starts. `vlmscope.app` closes it, since Hydra may skip a sweep's end."""
+    """Opens the parent run of a sweep; `vlmscope.app` closes it, since Hydra may skip `on_multirun_end`."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Open the parent run.
 
         Raises:
-            SweepRefused: when it was started by several processes, or the tracking store or the sweep's folder cannot
-                be used; its text is the UserError's.
+            SweepRefused: the sweep was started by several processes, or the tracking store or the sweep's folder
+                cannot be used.
         """
         if place_of(os.environ) is not None:
             raise SweepRefused("several processes cannot share a sweep; start them once for each combination")
@@ -73,7 +73,7 @@ class SweepParent(Callback):
             raise SweepRefused(f"cannot write {folder}: {error.strerror}; choose another hydra.sweep.dir") from error
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Write and record the table of all jobs, then print the folder of the whole sweep, after those of its jobs."""
+        """Write and log the table of all jobs, then print the folder of the sweep."""
         folder = Path(config.hydra.sweep.dir).resolve()
         sweep.log_to_parent(summarise(folder), folder)
         print(folder, flush=True)

@@ -1,4 +1,4 @@
-"""The clone's folders, what can be chosen in them, and what Hydra must know: schemas and resolvers."""
+"""The folders of the clone, the options in `conf/`, and the schemas and resolvers registered with Hydra."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from vlmscope.training.config import TranscoderArchConfig
 
 
 def project_root() -> Path:
-    """The clone that this package was installed from with `pip install -e`.
+    """Root of the clone that this package was installed from with `pip install -e`.
 
     Raises:
-        UserError: when `conf/` is not there, as in a plain wheel.
+        UserError: there is no `conf/`, as in a plain wheel.
     """
     root = Path(__file__).resolve().parents[3]
     if not (root / "conf" / "config.yaml").is_file():
@@ -29,17 +29,17 @@ def project_root() -> Path:
 
 
 def conf_dir() -> Path:
-    """The folder of Hydra's configuration groups."""
+    """Folder of Hydra's configuration groups."""
     return project_root() / "conf"
 
 
 def asset(relative: str) -> str:
-    """The absolute path of a shipped asset; `${asset:orrery}` in configuration files."""
+    """Absolute path of a shipped asset; `${asset:orrery}` in configuration files."""
     return str(project_root() / "assets" / relative)
 
 
 def first_comment(path: Path) -> str:
-    """The first comment line of a YAML file that is not a `@package` directive, or an empty string."""
+    """First comment line of a YAML file that is not a `@package` directive, or an empty string."""
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.strip()
         if text and not text.startswith("#"):
@@ -51,13 +51,13 @@ def first_comment(path: Path) -> str:
 
 
 def options(group: str, folder: Path | None = None) -> dict[str, str]:
-    """Name and first comment line of every YAML file of a group, sorted by name; `folder` defaults to `conf/`."""
+    """Name -> first comment line of every YAML file of a group, by name; `folder` defaults to `conf/`."""
     files = sorted((folder or conf_dir()).joinpath(group).glob("*.yaml"))
     return {path.stem: first_comment(path) for path in files}
 
 
 def reproducible(folders: Sequence[Path]) -> dict[str, Path]:
-    """Name -> file of every experiment below `folders`, such as `conf/`, that says `reproduce: true`, by name."""
+    """Name -> file of every experiment below `folders`, such as `conf/`, with `reproduce: true`, by path."""
     files = sorted(path for folder in folders for path in folder.joinpath("experiment").glob("*.yaml"))
     return {path.stem: path for path in files if (read_yaml(path) or {}).get("reproduce") is True}
 
@@ -67,25 +67,25 @@ def _run_label(*names: Any) -> str:
 
 
 def run_label(cfg: DictConfig, choices: Mapping[str, Any]) -> str:
-    """What a run belongs to: its `name`, else its experiment, else its task; `choices` are Hydra's group choices.
+    """Label of a run: its `name`, else its experiment, else its task; `choices` are Hydra's group choices.
 
-    It names the folder under `outputs/` and the experiment in MLflow.
+    It names the folder under `outputs/` and the MLflow experiment.
     """
     return _run_label(cfg.name, choices.get("experiment"), choices["task"])
 
 
-OVERRIDES = "overrides.yaml"  # in every run folder: what the command line said, a list
+OVERRIDES = "overrides.yaml"  # in every run folder: the list of command-line overrides
 _ELSEWHERE = ("experiment=", "task=", "hydra", "tracking", "trainer.threads=", "data.path=")
 
 
 def job_settings(overrides: Sequence[str]) -> list[str]:
-    """What a job of a sweep sets, without what says where it runs and is recorded: `transcoder.k=8`, `seed=1`."""
+    """Overrides of a sweep's job that decide its result, such as `transcoder.k=8`; not where it runs or is logged."""
     plain = [override.lstrip("+") for override in overrides]
     return [override for override in plain if not override.startswith(_ELSEWHERE)]
 
 
 def _named(name: str, config: type) -> type:
-    """The task's dataclass with a leading `name`, so that a saved configuration says which task it was for."""
+    """The task's dataclass with a field `name`, so that a saved configuration names its task."""
     if "name" in {item.name for item in fields(config)}:
         return config
     return make_dataclass(config.__name__, [("name", str, field(default=name, kw_only=True))], bases=(config,))
@@ -95,11 +95,8 @@ _registered: dict[str, type] = {}
 
 
 def register(task_configs: Mapping[str, type]) -> None:
-    """Tell Hydra about every schema. `task_configs` maps a task's name to its `Config` dataclass. Repeatable.
-
-    Repeating costs nothing: Hydra takes 0.1 s to read the schemas, and a process may run many commands.
-    """
-    if task_configs == _registered:
+    """Register all schemas and resolvers with Hydra; `task_configs` maps task names to `Config` dataclasses."""
+    if task_configs == _registered:  # registering takes 0.1 s, and a process may run many commands
         return
     store = ConfigStore.instance()
     store.store(name="app_schema", node=AppConfig)

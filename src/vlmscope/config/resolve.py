@@ -1,8 +1,8 @@
-"""From a command line to the typed configuration: words taken as typed, errors in one line.
+"""From a command line to the typed configuration: words are taken as typed, errors are one line.
 
-Hydra parses the right side of an override: commas make a sweep, parentheses a function, `=`, `#` and accents an error,
-`1e3` a number. The schema says which keys hold words (`str`, `list[str]`); their values are quoted here before Hydra
-parses them. What a user quoted for Hydra already stays as it is (docs/bring_your_own.md, "Paths and words").
+Hydra parses the right side of an override: commas make a sweep, parentheses a function call, `=`, `#` and accents an
+error, `1e3` a number. For keys that the schema types as words (`str`, `list[str]`), values are therefore quoted before
+Hydra parses them, unless the user quoted them already (docs/bring_your_own.md, "Paths and words").
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CONFIG_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?`, or all the names when none is near, or how to see them when there are many."""
+    """`did you mean 'x'?` if a name is close, else all the names, or for many names how to list them."""
     names = sorted(set(known))
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     if near:
@@ -66,11 +66,11 @@ def _chain(error: BaseException) -> Iterable[BaseException]:
 
 
 def _missing_option(error: MissingConfigException) -> str:
-    wanted = error.missing_cfg_file or ""
-    group, slash, name = wanted.rpartition("/")
+    path = error.missing_cfg_file or ""
+    group, slash, name = path.rpartition("/")
     names = [option for option in error.options or () if not option.endswith("_schema")]
     if not slash:
-        return f"no configuration {wanted!r}; run from a clone whose conf/ is complete"
+        return f"no configuration {path!r}; run from a clone whose conf/ is complete"
     if group == "hydra/launcher" and name.startswith("submitit"):
         return f"hydra/launcher={name} comes with an extra that is not installed; pip install 'vlmscope[slurm]'"
     if not names:
@@ -92,7 +92,7 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
 
 
 def _origin(error: BaseException) -> str:
-    """The configuration file that an error was found in, when Hydra names one."""
+    """The configuration file of an error as a prefix of its message; empty if Hydra names none."""
     match = re.match(r"In '([^']+)':", str(error))
     return f"in conf/{match[1]}.yaml: " if match and match[1] != "config" else ""
 
@@ -103,7 +103,7 @@ def _missing_value(error: OmegaConfBaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The message for the user about an error of composing the configuration."""
+    """One-line message for the user about an error in composing the configuration."""
     chain = list(_chain(error))
     origin = _origin(error)
     for link in chain:
@@ -139,7 +139,7 @@ _SWEEP = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.D
 
 
 def quote(text: str, *, interpolate: bool = False) -> str:
-    """`text` as a quoted Hydra value that parses and resolves to exactly `text`; `interpolate` keeps `${...}` live."""
+    """`text` quoted so that Hydra parses and resolves it to exactly `text`; `interpolate` keeps `${...}` active."""
     # In OmegaConf `\\${` is a literal `${`, and backslashes before it count in pairs; in Hydra's grammar the same holds
     # for backslashes before a quote or at the end. Other backslashes stand for themselves in both.
     if not interpolate:
@@ -151,19 +151,16 @@ def quote(text: str, *, interpolate: bool = False) -> str:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a key holds: one word, a list of words, or a text in which nothing is Hydra's, not even quotes or `${`.
+    """How the value of a key is read."""
 
-    `new`: it is below a dict, so its name need not be in the configuration yet.
-    """
-
-    word: bool = False
-    words: bool = False
-    exact: bool = False
-    new: bool = False
+    word: bool = False  # as a word
+    words: bool = False  # as a list of words
+    exact: bool = False  # as text without any Hydra syntax, not even quotes or `${`
+    new: bool = False  # the key lies below a dict, so it may be absent from the configuration
 
 
 def _kind(schemas: Sequence[tuple[Any, Mapping[str, Any]]], new: bool) -> _Kind:
-    """Of a key, from its types and the metadata of its fields; several tasks may share its name."""
+    """Kind of a key from its types and field metadata, of which several tasks may have one each."""
     types = [inner for kind, _ in schemas for inner in ((*get_args(kind), kind) if _optional(kind) else (kind,))]
     metadata = [data for _, data in schemas]
     paths = any(data.get("paths") for data in metadata)
@@ -178,20 +175,20 @@ def _optional(kind: Any) -> bool:
 
 @cache
 def _roots(tasks: tuple[type, ...]) -> dict[str, tuple[Any, ...]]:
-    """Where the composed configuration holds another class than its schema says."""
+    """Classes below the keys whose class is chosen at composition, not fixed by `AppConfig`."""
     transcoders = (TranscoderSetConfig, RandomTranscodersConfig, TranscoderArchConfig)
     return {"task": tasks, "transcoder": transcoders, "hydra": (HydraConf,)}
 
 
 def _look_up(key: str, tasks: tuple[type, ...]) -> _Kind:
-    """What the schema says about a dotted key; nothing where it does not know it."""
+    """Kind of a dotted key in the schema; the default kind for an unknown key."""
     first, *rest = key.split(".")
     roots = _roots(tasks)
-    found: list[tuple[Any, Mapping[str, Any]]] = [(root, {}) for root in roots.get(first, (AppConfig,))]
+    schemas: list[tuple[Any, Mapping[str, Any]]] = [(root, {}) for root in roots.get(first, (AppConfig,))]
     new = False
     for part in rest if first in roots else [first, *rest]:
         below: list[tuple[Any, Mapping[str, Any]]] = []
-        for kind, _ in found:
+        for kind, _ in schemas:
             for inner in get_args(kind) if _optional(kind) else (kind,):
                 if get_origin(inner) is dict:
                     new = True
@@ -200,8 +197,8 @@ def _look_up(key: str, tasks: tuple[type, ...]) -> _Kind:
                     metadata = {item.name: item.metadata for item in fields(inner)}
                     if part in metadata:
                         below.append((_hints(inner)[part], metadata[part]))
-        found = below
-    return _kind(found, new)
+        schemas = below
+    return _kind(schemas, new)
 
 
 @cache
@@ -215,7 +212,7 @@ def _parser() -> OverridesParser:
 
 
 def _parsed(text: str) -> Any:
-    """What Hydra reads in an unquoted value; None where it cannot, or sweeps."""
+    """Hydra's value of an unquoted text; None if it cannot be parsed or makes a sweep."""
     try:
         override = _parser().parse_overrides([f"key={text}"])[0]
         return None if override.is_sweep_override() else override.value()
@@ -224,7 +221,7 @@ def _parsed(text: str) -> Any:
 
 
 def _interpolates(text: str) -> bool:
-    """Whether OmegaConf can read the `${...}` in it."""
+    """Whether the text contains `${...}` that OmegaConf can parse."""
     try:
         return "${" in text and parse(text) is not None
     except GrammarParseError:
@@ -232,8 +229,8 @@ def _interpolates(text: str) -> bool:
 
 
 def _word(text: str) -> str:
-    """One word as Hydra must see it to read just that; unchanged where it does anyway or the user quoted it."""
-    if os.path.lexists(text):
+    """One word, quoted if Hydra would otherwise change it and the user has not quoted it."""
+    if os.path.lexists(text):  # a file's name is taken literally, quotes and `${` included
         return text if _parsed(text) == text and "${" not in text else quote(text)
     read = _parsed(text)
     quoted = re.fullmatch(_QUOTED, text, re.DOTALL) or _ESCAPED.search(text)
@@ -241,7 +238,7 @@ def _word(text: str) -> str:
 
 
 def _pieces(text: str, *, lists: bool = False) -> list[str]:
-    """`text` cut at its commas, not those inside quotes or, with `lists`, inside brackets."""
+    """`text` split at commas, except those inside quotes or, with `lists`, inside brackets."""
     whole = _QUOTED + (r"|\[[^\]]*\]+" if lists else "")
     pattern = re.compile(rf"\s*((?:{whole})(?=\s*(?:,|\Z))|[^,]*)\s*(,|\Z)", re.DOTALL)
     pieces, start = [], 0
@@ -255,7 +252,7 @@ def _pieces(text: str, *, lists: bool = False) -> list[str]:
 
 
 def _value(text: str, kind: _Kind, sweeps: bool) -> str:
-    """The right side of an override whose key holds words."""
+    """The right side of an override whose key holds words, quoted as needed."""
     if kind.word and os.path.lexists(text):
         return _word(text)
     if not text or text.lower() == "null" or text.startswith("{"):
@@ -283,7 +280,7 @@ def _rewrite(argument: str, tasks: tuple[type, ...], sweeps: bool) -> str:
     if kind.exact:
         return f"{name}={quote(value)}"
     if name == "task.features" and value.lstrip().startswith("{"):
-        return f"++{name}={value}"  # new names in a dict need it
+        return f"++{name}={value}"  # Hydra requires `++` for new names in a dict
     if name.startswith("images."):
         # A new name in a dict needs `++`, and one picture is a list of one.
         whole = value.startswith("[") and value.endswith("]")
@@ -295,20 +292,20 @@ def _rewrite(argument: str, tasks: tuple[type, ...], sweeps: bool) -> str:
 
 
 def _sweeps(argv: Sequence[str]) -> bool:
-    """Whether the command line may be a sweep: only then do commas outside quotes part the values of a key."""
+    """Whether the command line may be a sweep: only then do commas outside quotes separate values of a key."""
     if {"-m", "--multirun"}.intersection(argv):
         return True
     chosen = [
         argument.lstrip("+").partition("=") for argument in argv if argument.startswith(("experiment=", "sweep="))
     ]
-    # A folder of the user's own is left to Hydra, which refuses commas if it is no sweep after all.
+    # Options outside conf/ (--config-dir) are left to Hydra, which refuses commas if it is not a sweep.
     files = [conf_dir() / group / f"{option}.yaml" for group, _, option in chosen if option]
     multirun = [not file.is_file() or "MULTIRUN" in file.read_text(encoding="utf-8") for file in files]
     return any(multirun) or "hydra.mode=MULTIRUN" in argv
 
 
 def quote_arguments(argv: Sequence[str], tasks: Mapping[str, type]) -> list[str]:
-    """The command line, the values of keys that hold words safe for Hydra. `tasks`: the `Config` class of each task."""
+    """The command line with words quoted for Hydra; `tasks` maps task names to `Config` classes."""
     sweeps, configs = _sweeps(argv), tuple(tasks.values())
     return [_rewrite(argument, configs, sweeps) for argument in argv]
 
@@ -318,20 +315,21 @@ def _override_key(override: str) -> str:
 
 
 def _prompt(app: AppConfig, overrides: Sequence[str]) -> str | None:
-    """The text of `prompt`, `prompt_file` or `prompt_name`: what the command line says goes before what an experiment
-    says; two of them at once are an error.
+    """The text of `prompt`, `prompt_file` or `prompt_name`; two at once raise `UserError`.
+
+    The command line overrides the experiment.
     """
     keys = ("prompt", "prompt_file", "prompt_name")
-    given = [key for key in keys if key in {_override_key(override) for override in overrides}]
-    if len(given) > 1:
-        raise UserError(f"both {given[-1]}= and {given[0]}= were given; give one of them")
-    spelt = given or [key for key in keys if getattr(app, key) is not None]
-    if {"prompt", "prompt_file"} <= set(spelt):
+    typed = [key for key in keys if key in {_override_key(override) for override in overrides}]
+    if len(typed) > 1:
+        raise UserError(f"both {typed[-1]}= and {typed[0]}= were given; give one of them")
+    active = typed or [key for key in keys if getattr(app, key) is not None]
+    if {"prompt", "prompt_file"} <= set(active):
         raise UserError("the experiment sets both prompt and prompt_file; remove one of them")
-    if "prompt_file" in spelt and app.prompt_file is not None:
+    if "prompt_file" in active and app.prompt_file is not None:
         return read_text(app.prompt_file).removesuffix("\n").removesuffix("\r")
     name = app.prompt_name
-    if "prompt_name" not in spelt or name is None:
+    if "prompt_name" not in active or name is None:
         return app.prompt
     if app.prompts is None:
         raise UserError(f"prompt_name={name} names a prompt of a set; choose one too, as in prompts=mars_earth")
@@ -339,8 +337,8 @@ def _prompt(app: AppConfig, overrides: Sequence[str]) -> str | None:
         raise UserError(f"prompt_name={name}: no such prompt; {suggestion(name, app.prompts.prompts)}")
     chosen, pictures = app.prompts.prompts[name], len(app.image or [])
     if pictures != len(chosen.images):
-        wanted = f"{len(chosen.images)}: {'; '.join(chosen.images)}" if chosen.images else "none"
-        raise UserError(f"prompt_name={name}: image= gives {pictures} pictures, it needs {wanted}; make them equal")
+        needs = f"{len(chosen.images)}: {'; '.join(chosen.images)}" if chosen.images else "none"
+        raise UserError(f"prompt_name={name}: image= gives {pictures} pictures, it needs {needs}; make them equal")
     return chosen.prompt
 
 
@@ -353,7 +351,7 @@ def _image_list(image: Any) -> list[str] | None:
 
 
 def _refuse_unknown_keys(node: Any, prefix: str = "") -> None:
-    """`+key=value` slips past Hydra's own check, which `+` switches off."""
+    """Raise `UserError` for keys outside the schema, which `+key=value` hides from Hydra's own check."""
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
         return
     schema = OmegaConf.get_type(node)
@@ -366,7 +364,7 @@ def _refuse_unknown_keys(node: Any, prefix: str = "") -> None:
 
 
 def _refuse_unknown_choice(cfg: DictConfig) -> None:
-    """A group that has no options at all lets `group=name` through as a plain string."""
+    """Raise `UserError` for `group=name` of a group without options, which Hydra accepts as a plain string."""
     for group in ("task", "transcoder", "study", "circuit", "circuit_spec", "prompts", "pairs"):
         if isinstance(cfg[group], str):
             raise UserError(f"no {group} named {cfg[group]!r}; `ls conf/{group}` shows the choices")
@@ -378,26 +376,26 @@ _TEXTS = ("prompt", "query", "task.donor_prompt", "task.second_prompt", "task.wo
 
 
 def _refuse_no_characters(cfg: DictConfig) -> None:
-    """A byte of the command line that is not UTF-8 may be a part of a file's name, but of no text."""
+    """Raise `UserError` for texts with bytes that are not UTF-8; file names may contain them."""
     for key in _TEXTS:
-        found = OmegaConf.select(cfg, key)
-        for text in found if isinstance(found, ListConfig) else [found]:
+        value = OmegaConf.select(cfg, key)
+        for text in value if isinstance(value, ListConfig) else [value]:
             check_characters(str(text or ""), f"{key}=")
 
 
-def _limit(node: Any, path: Sequence[str], most: Any, given: Collection[str], prefix: str = "") -> None:
-    """Lower the numbers at `path` below `node` to `most`, where it has such a key; `*` stands for every key.
+def _limit(node: Any, path: Sequence[str], most: Any, typed: Collection[str], prefix: str = "") -> None:
+    """Lower numbers at `path` below `node` to `most`, if present; `*` stands for every key.
 
-    A list keeps its first `most` entries; `most` None leaves the key out; else the value is replaced. An empty list
-    stays, and so does what the command line set, `given`.
+    A list keeps its first `most` entries; `most` None deletes the key; other values are replaced. Empty lists and the
+    keys that the command line set, `typed`, stay unchanged.
     """
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
         return
     for key in [str(name) for name in node] if path[0] == "*" else [path[0]]:
-        if key not in node or prefix + key in given or (isinstance(node[key], ListConfig) and not len(node[key])):
+        if key not in node or prefix + key in typed or (isinstance(node[key], ListConfig) and not len(node[key])):
             continue
         if len(path) > 1:
-            _limit(node[key], path[1:], most, given, f"{prefix}{key}.")
+            _limit(node[key], path[1:], most, typed, f"{prefix}{key}.")
         elif most is None:
             with open_dict(node):
                 del node[key]
@@ -413,17 +411,17 @@ def to_app_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> AppConfig:
     """Resolve interpolations, apply `limits`, read `prompt_file`, make `image` a list, and build the dataclasses.
 
     Raises:
-        UserError: for a value that no dataclass accepts or a prompt file that cannot be read.
-        omegaconf.errors.OmegaConfBaseException: for a missing mandatory value or a broken interpolation.
+        UserError: a value is missing or refused by a dataclass, or a prompt file cannot be read.
+        omegaconf.errors.OmegaConfBaseException: an interpolation is broken or a value has the wrong type.
     """
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(f"{key} has no value; give it on the command line as {key}=...")
     _refuse_unknown_choice(cfg)
     _refuse_unknown_keys(cfg)
     _refuse_no_characters(cfg)
-    given = {key for key in map(_override_key, overrides) if "." in key}  # without a dot it chooses a group's option
+    typed = {key for key in map(_override_key, overrides) if "." in key}  # without a dot it chooses a group's option
     for key, most in cfg.limits.items():
-        _limit(cfg, key.split("."), most, given)
+        _limit(cfg, key.split("."), most, typed)
     app = OmegaConf.to_object(cfg)
     assert isinstance(app, AppConfig), type(app)
     app.image = _image_list(app.image)
@@ -431,24 +429,24 @@ def to_app_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> AppConfig:
     return app
 
 
-def declared_circuit(given: CircuitSpecConfig) -> CircuitSpecConfig:
-    """What the group says, or the file that it names.
+def declared_circuit(spec: CircuitSpecConfig) -> CircuitSpecConfig:
+    """The declaration of a circuit in the configuration group, or in the file that it names.
 
     Raises:
-        UserError: the file is not there or not such a declaration, or both say something.
+        UserError: the file is missing or not a declaration, or both declare supernodes.
     """
-    if given.path is None:
-        return given
-    if given.supernodes:
-        raise UserError(f"circuit_spec.path={given.path} and circuit_spec.supernodes: give one of them")
-    body = read_yaml(given.path)
+    if spec.path is None:
+        return spec
+    if spec.supernodes:
+        raise UserError(f"circuit_spec.path={spec.path} and circuit_spec.supernodes: give one of them")
+    body = read_yaml(spec.path)
     try:
         if not isinstance(body, dict):
-            raise UserError(f"{given.path} is no declaration of a circuit; it begins with 'supernodes:'")
+            raise UserError(f"{spec.path} is no declaration of a circuit; it begins with 'supernodes:'")
         merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CircuitSpecConfig), body))
     except CONFIG_ERRORS as error:
-        raise UserError(f"{given.path}: {one_line(error)}") from error
+        raise UserError(f"{spec.path}: {one_line(error)}") from error
     except UserError as error:
-        raise UserError(str(error).replace("circuit_spec.", f"{Path(given.path).name}: ", 1)) from error
+        raise UserError(str(error).replace("circuit_spec.", f"{Path(spec.path).name}: ", 1)) from error
     assert isinstance(merged, CircuitSpecConfig), type(merged)
     return merged

@@ -1,7 +1,7 @@
-"""The shape of the whole configuration: one dataclass a group, so that Hydra refuses a key that does not exist.
+"""Schema of the whole configuration: one dataclass per group, so that Hydra refuses unknown keys.
 
-A component with settings of its own keeps its dataclass beside its code (`attribution`, `tracking`, each task);
-the ones here are read by several tasks. Defaults are values that suit two CPU cores.
+Components keep the dataclasses of their own settings next to their code (`attribution`, `tracking`, each task); several
+tasks read those defined here. Defaults suit two CPU cores.
 """
 
 import re
@@ -33,12 +33,11 @@ from vlmscope.transcoders.config import ACTIVATIONS, FORMAT_NAMES
 
 @dataclass
 class ModelConfig:
-    """Which vision-language model, and where and how it computes (docs/models.md).
+    """The vision-language model, its device and its dtype (docs/models.md).
 
-    `path` is a local folder; `hub` says which model of the Hugging Face hub belongs there and is fetched at the commit
-    `revision` when it is not there. A hub id may stand as `path` itself, with a `revision`. With an empty path,
-    `family` names the family of a small random model, made in memory. `offload` says where weights rest that do not fit
-    the device: "none", "cpu" or "disk".
+    `path` is a local folder; if it is missing, the hub model `hub` is fetched at the commit `revision`. `path` may also
+    be a hub id itself, with a `revision`. With an empty path, `family` is that of a small random model, made in memory.
+    `offload` is where weights are kept that do not fit the device: "none", "cpu" or "disk".
     """
 
     name: str = MISSING
@@ -65,8 +64,8 @@ class ModelConfig:
 class TranscoderSetConfig:
     """A trained transcoder set (docs/formats_transcoders.md).
 
-    `path` is a folder, or a hub id with the commit `revision`. `format` "auto" takes what lies in the folder. `width`,
-    `l0` and `affine` choose among the several sets of a folder of Gemma Scope, as in its folders' names.
+    `path` is a folder, or a hub id with the commit `revision`. `format` "auto" detects the format. `width`, `l0` and
+    `affine` select one of the several sets in a Gemma Scope folder, as in its folders' names.
     """
 
     path: str = MISSING
@@ -82,7 +81,7 @@ class TranscoderSetConfig:
 
 @dataclass
 class RandomTranscodersConfig:
-    """Random transcoders, sized for the model. `n_features` None takes four times the model's width."""
+    """Random transcoders sized for the model; `n_features` None means four times the model's width."""
 
     seed: int = II("seed")
     n_features: int | None = None
@@ -97,7 +96,7 @@ class RandomTranscodersConfig:
 
 @dataclass
 class HeadlineConfig:
-    """Where one metric of an experiment must lie, both ends included, and what it means, in one line."""
+    """The range of one metric of an experiment, both ends included, and its meaning in one line."""
 
     low: float = MISSING
     high: float = MISSING
@@ -114,26 +113,25 @@ class HeadlineConfig:
             )
 
     def holds(self, value: float | None) -> bool:
-        """Whether a measured value lies in the range; one that is missing or not a number does not."""
+        """Whether a measured value lies in the range; None and NaN do not."""
         return value is not None and self.low <= value <= self.high
 
 
 @dataclass
 class AppConfig:
-    """Everything that one run is told. Tasks receive it resolved, as real instances of these classes.
+    """The whole configuration of a run. Tasks receive it resolved, as instances of these classes.
 
-    `image` is a path or a list of paths on the command line and always a list of paths (or None) in a task; `prompt`
-    holds the text of `prompt_file`, or the prompt of `prompts` that `prompt_name` names; `query` is what task=find
-    looks for. `images` names the user's own picture sets, `association` sets of concepts (conf/cross_modal/).
-    `task` and `transcoder` hold the dataclass (or mapping) of the chosen option; `circuit`, `circuit_spec`,
-    `prompts` and `pairs` may be None.
-    The metadata say what the types cannot (config/resolve.py): `verbatim`, a text that nobody parses, and `paths`.
-    `analyses` names general analyses (docs/experiments.md) with their settings; `analysis` holds the settings of
+    `image` is a path or a list of paths on the command line, and a list of paths (or None) in a task. In a task,
+    `prompt` holds the text of `prompt_file`, or of the prompt in `prompts` named by `prompt_name`. `query` is the text
+    that task=find searches for. `images` names the user's picture sets, `association` sets of concepts
+    (conf/cross_modal/). `task` and `transcoder` hold the dataclass (or mapping) of the chosen option.
+    Field metadata add what types cannot express (config/resolve.py): `verbatim` text, never parsed, and `paths`.
+    `analyses` are general analyses (docs/experiments.md) with their settings; `analysis` holds the settings of
     `experiments/<name>.py`. Their own classes check them.
-    `limits` lower settings wherever a run has them (`debug=fast`): a dotted key, in which `*` is any key -> the most
-    (of a list: entries), or null to leave the key out.
-    An experiment with `reproduce` is run by task=reproduce, which holds the metrics named in `headline` against their
-    ranges and shows them beside `paper`, what the paper reports, and `figure`, a file of its figures/.
+    `limits` lower settings where a run has them (`debug=fast`): dotted key, with `*` for any key -> maximum (for a
+    list, number of entries), or null to delete the key.
+    task=reproduce runs experiments with `reproduce`, checks the metrics in `headline` against their ranges, and shows
+    them next to `paper`, what the paper reports, and `figure`, a file in the run's figures/.
     """
 
     task: Any = MISSING
@@ -180,26 +178,26 @@ class AppConfig:
             raise UserError("reproduce=true needs paper: what the paper reports, in a sentence, or: nothing comparable")
 
 
-_SHARES = ("rate", "accuracy", "share", "frac")  # ends of names of shares of cases
+_SHARES = ("rate", "accuracy", "share", "frac")  # metrics with these name endings are shares of cases
 
 
 def numbers_of(headline: Mapping[str, HeadlineConfig], metrics: Mapping[str, float | None]) -> tuple[Number, ...]:
-    """The headline numbers of a run, each against its range; one that the run does not have is missing, and is out."""
+    """The headline numbers of a run with their ranges; a metric that the run lacks is None and out of range."""
     numbers = []
-    for metric, wanted in headline.items():
+    for metric, target in headline.items():
         value, low, high, control = (
-            metrics.get(_beside(metric, end)) for end in ("", "_ci_low", "_ci_high", "_control")
+            metrics.get(_with_suffix(metric, suffix)) for suffix in ("", "_ci_low", "_ci_high", "_control")
         )
         rate = None if value is None or low is None or high is None else Rate(value, low, high, 0, control)
-        # Shown in per cent if value and range lie within 0 and 1, and its name or an interval says that it is a share.
+        # Shown in per cent if value and range lie within 0 and 1, and its name or an interval marks it as a share.
         base = metric.removesuffix("_control")
-        named = _beside(base, "_ci_low") in metrics or base.rpartition("/")[2].endswith(_SHARES)
-        share = named and wanted.low >= 0 and wanted.high <= 1 and (value is None or 0 <= value <= 1)
-        numbers.append(Number(metric, wanted.says, value, wanted.low, wanted.high, wanted.holds(value), share, rate))
+        named = _with_suffix(base, "_ci_low") in metrics or base.rpartition("/")[2].endswith(_SHARES)
+        share = named and target.low >= 0 and target.high <= 1 and (value is None or 0 <= value <= 1)
+        numbers.append(Number(metric, target.says, value, target.low, target.high, target.holds(value), share, rate))
     return tuple(numbers)
 
 
-def _beside(metric: str, end: str) -> str:
-    """The name of a number that belongs to a metric: `a/rate_ci_low`, but `layers/a_ci_low/layer_07`."""
+def _with_suffix(metric: str, suffix: str) -> str:
+    """Name of a number that belongs to a metric: `a/rate_ci_low`, but `layers/a_ci_low/layer_07`."""
     name, slash, layer = metric.rpartition("/")
-    return f"{name}{end}/{layer}" if slash and re.fullmatch(r"layer_\d+", layer) else metric + end
+    return f"{name}{suffix}/{layer}" if slash and re.fullmatch(r"layer_\d+", layer) else metric + suffix

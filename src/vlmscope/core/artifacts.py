@@ -1,10 +1,10 @@
-"""Reading and writing artifacts (JSON, YAML and safetensors, always atomically, never pickle), and their origins.
+"""Read and write artifacts (JSON, YAML and safetensors, atomically, never pickle), and compare their origins.
 
-A reader sees the old file or the new one, never half of one: every writer fills a temporary file in the same folder,
-flushes it to the disk and renames it over the target.
+Every writer fills a temporary file in the same folder, flushes it to the disk and renames it over the target, so a
+reader sees the old file or the new one, never a part.
 
-A result's origin is everything that decided it, by name: settings as they are, files by a digest. Work is resumed only
-with the same origin, so that no result is made of two models or of two data sets.
+The origin of a result is everything that it depends on, by name: settings by value, files by digest. Work resumes only
+with the same origin, so that no result mixes two models or two data sets.
 """
 
 import errno
@@ -28,17 +28,17 @@ from safetensors.numpy import save_file
 from vlmscope.core.errors import NoRoom, UserError
 
 _LFS = b"version https://git-lfs"
-_MOST_VALUES = 10_000_000
+_MOST_VALUES = 10_000_000  # of a YAML file, aliases unfolded
 _DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_TEMPORARY = re.compile(r"\..*\.(\d+)\.[0-9a-f]{8}\.tmp(\..*)?")  # the names that are made here
+_TEMPORARY = re.compile(r"\..*\.(\d+)\.[0-9a-f]{8}\.tmp(\..*)?")  # names made by `atomic_path` and `atomic_folder`
 
 
 def no_room(error: BaseException, path: str | Path) -> NoRoom | None:
-    """What to tell the user when `error` came of a full disk or quota while `path` was written, else None."""
+    """The user's error if a full disk or quota caused `error` while `path` was written, else None."""
     current: BaseException | None = None if isinstance(error, UserError) else error
     while current is not None:
-        # safetensors keeps the number of the system's error in its text only.
+        # safetensors reports the errno in its message only.
         text = re.search(r"\(os error (\d+)\)", str(current)) if isinstance(current, SafetensorError) else None
         code = int(text[1]) if text else getattr(current, "errno", None)
         if code in _FULL:
@@ -49,11 +49,12 @@ def no_room(error: BaseException, path: str | Path) -> NoRoom | None:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
+    """Yield a temporary path next to `path`; it replaces `path` on success and is removed on any error.
 
-    Missing parent folders are made. The temporary name keeps the suffix, since some writers look at it.
+    Missing parent folders are created. The temporary name keeps the suffix, which some writers depend on.
 
-    A folder that cannot be written is a `UserError`, a full disk or quota a `NoRoom`.
+    Raises:
+        UserError: the folder cannot be written (`NoRoom`: its disk or quota is full).
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp{path.suffix}")
@@ -64,23 +65,22 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:
-        full = no_room(error, path)
-        if full is not None:
+        if full := no_room(error, path):
             raise full from error
-        # An OSError from the caller's own reading, for example of another file, must stay what it is.
-        own = (None, str(temporary), str(path), *map(str, path.parents))
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS and error.filename in own:
+        # Only errors about this path are translated: the caller may read other files inside the block.
+        paths = (None, str(temporary), str(path), *map(str, path.parents))
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS and error.filename in paths:
             raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
         raise
     finally:
-        # After a replace nothing is left to remove; the folder itself may be missing or not be one.
+        # Absent after a replace; `unlink(missing_ok=True)` would raise where the parent is a file.
         if os.path.lexists(temporary):
             temporary.unlink()
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`, which must not be there; on success it becomes `path`."""
+    """Yield an empty temporary folder that becomes `path` on success; `path` must be absent or empty."""
     path = Path(path).absolute()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} is there already; choose a folder that is not, or remove it first")
@@ -98,38 +98,37 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: str | Path, older_than: float = 0.0) -> None:
-    """Remove the temporary files and folders that killed processes left anywhere below `folder`, which may be missing.
+    """Remove temporary files and folders that killed processes left below `folder`, which may be missing.
 
-    Those younger than `older_than` seconds stay, where processes of other machines, which cannot be seen, write too.
+    Those younger than `older_than` seconds stay, since processes of other machines, which cannot be checked, may be
+    writing them.
     """
     for path in list(Path(folder).rglob(".*.tmp*")):
         named = _TEMPORARY.fullmatch(path.name)
-        with suppress(FileNotFoundError):  # another process may be at it too
+        with suppress(FileNotFoundError):  # another process may remove it at the same time
             if named and _is_gone(int(named[1])) and time.time() - path.stat().st_mtime >= older_than:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_gone(process: int) -> bool:
-    """Whether a process has ended; what bears this one's own number is of one before it, in another container."""
-    if process == os.getpid():
+    """Whether a process has ended."""
+    if process == os.getpid():  # of an earlier process with the same number, in another container
         return True
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
+        os.kill(process, 0)  # signal 0 only checks that the process exists
+    except OSError as error:  # PermissionError: it exists, and belongs to another user
+        return isinstance(error, ProcessLookupError)
     return False
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically. Bytes of a file name that are not UTF-8 become `\\udce9`, which JSON reads back."""
+    """Write UTF-8 text atomically; surrogates for non-UTF-8 file names become `\\udce9`, which JSON reads back."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def read_text(path: str | Path) -> str:
-    """Read UTF-8 text, without the byte order mark with which editors on Windows begin a file."""
+    """Read UTF-8 text, without the byte order mark that editors on Windows write."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -139,18 +138,16 @@ def read_text(path: str | Path) -> str:
 
 
 def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file that are not blank, each with its number from 1.
-
-    Only a line feed (with or without a carriage return) ends a line. `str.splitlines` would also cut at form feeds and
-    at U+0085, U+2028 and U+2029, which stand unescaped inside the strings of valid JSON.
-    """
+    """Yield the lines of a text file that are not blank, with their numbers from 1."""
+    # Not `str.splitlines`, which also splits at form feeds, U+0085, U+2028 and U+2029: they may stand unescaped inside
+    # the strings of valid JSON.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             yield number, line
 
 
 def write_json(path: str | Path, obj: Any, *, indent: int | None = 2) -> None:
-    """Write `obj` as JSON; numpy scalars, arrays and paths become plain. NaN and infinity raise `ValueError`."""
+    """Write `obj` as JSON, numpy values as numbers and paths as strings; NaN and infinity raise `ValueError`."""
 
     def jsonable(value: Any) -> Any:
         if isinstance(value, np.generic | np.ndarray):
@@ -163,7 +160,7 @@ def write_json(path: str | Path, obj: Any, *, indent: int | None = 2) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON; a file that is missing or not JSON is a `UserError`."""
+    """Read JSON; a missing file or invalid JSON raises `UserError`."""
     text = read_text(path)
     try:
         return parse_json(text)
@@ -172,7 +169,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text; else a `UserError` "not valid JSON ...", without the name of a file."""
+    """Parse JSON text; invalid text raises `UserError` "not valid JSON ...", without a file name."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -183,17 +180,17 @@ def parse_json(text: str) -> Any:
 
 
 def write_yaml(path: str | Path, obj: Any) -> None:
-    """Write plain containers and scalars as YAML, keys in their own order."""
+    """Write plain containers and scalars as YAML, keys unsorted."""
     write_text(path, yaml.safe_dump(obj, sort_keys=False, allow_unicode=True, width=120))
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Read YAML of plain values (`parse_yaml`)."""
+    """Read a YAML file of plain values, as `parse_yaml` does."""
     return parse_yaml(read_text(path), str(path))
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of YAML text, of plain containers and scalars only: a tag such as !!python/object makes nothing."""
+    """Parse YAML text of plain containers and scalars; tags such as !!python/object raise `UserError`."""
     try:
         value = yaml.safe_load(text)
         if _size(value, {}) > _MOST_VALUES:
@@ -209,11 +206,11 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _size(value: Any, known: dict[int, int]) -> int:
-    """Values in a tree, those that aliases repeat counted each time; a value within itself raises `RecursionError`."""
+    """Number of values in a tree, aliases counted each time; a value inside itself raises `RecursionError`."""
     if not isinstance(value, dict | list | tuple | set):
         return 1
     if id(value) not in known:
-        known[id(value)] = -1
+        known[id(value)] = -1  # while its parts are counted
         parts = [*value, *value.values()] if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(_size(part, known) for part in parts)
     if known[id(value)] < 0:
@@ -234,9 +231,9 @@ def save_tensors(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: M
 
 @contextmanager
 def open_tensors(path: str | Path, framework: str = "numpy") -> Iterator[Any]:
-    """An opened safetensors file, its header checked: dtypes, shapes, offsets, and that the file is exactly as long.
+    """Open a safetensors file; safetensors checks its dtypes, shapes, offsets and exact length.
 
-    Its tensors are those of `framework`, "numpy" or "pt" (numpy has neither bfloat16 nor float8).
+    `framework` of the tensors is "numpy" or "pt" (numpy has neither bfloat16 nor float8).
     """
     if not Path(path).is_file():
         raise UserError(f"cannot read {path}: no such file; check the path")
@@ -245,7 +242,7 @@ def open_tensors(path: str | Path, framework: str = "numpy") -> Iterator[Any]:
         with safe_open(str(path), framework=framework) as file:
             yield file
     except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]  # it quotes the header, which may be anything
+        reason = " ".join(str(error).split())[:200]  # it may quote the header, of any length
         size = f"{Path(path).stat().st_size:,} bytes"
         raise UserError(
             f"cannot read {path}: not a complete safetensors file ({size}; {reason}); download or make it again"
@@ -254,7 +251,7 @@ def open_tensors(path: str | Path, framework: str = "numpy") -> Iterator[Any]:
 
 @contextmanager
 def built_from(path: str | Path, what: str, remedy: str) -> Iterator[None]:
-    """Around code that builds `what` from a file's content: whatever does not fit is one line, `remedy` at its end."""
+    """Turn errors of code that builds `what` from a file into a one-line `UserError` that ends in `remedy`."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
@@ -263,7 +260,7 @@ def built_from(path: str | Path, what: str, remedy: str) -> Iterator[None]:
 
 
 def refuse_lfs_pointer(path: str | Path) -> None:
-    """Refuse the few lines that a clone without Git LFS has in place of a large file."""
+    """Raise `UserError` for the pointer that a clone without Git LFS has in place of a large file."""
     with Path(path).open("rb") as file:
         if file.read(len(_LFS)) == _LFS:
             raise UserError(
@@ -273,54 +270,58 @@ def refuse_lfs_pointer(path: str | Path) -> None:
 
 
 class TensorHead(NamedTuple):
-    """What a safetensors file's header says of one tensor; `dtype` in its own words, such as F32."""
+    """Header entry of one tensor; `dtype` as safetensors names it, such as F32."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 def tensor_heads(path: str | Path) -> dict[str, TensorHead]:
-    """Dtype and shape of each tensor of a safetensors file by name; no values are read."""
+    """Dtype and shape of each tensor of a safetensors file by name, without reading values."""
     with open_tensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        return {name: TensorHead(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+        return {name: TensorHead(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read a safetensors file: its arrays and its metadata (empty when it has none); no dtype that numpy lacks."""
+    """Arrays and metadata (empty if absent) of a safetensors file, which must not have dtypes that numpy lacks."""
     with built_from(path, "file of arrays", "make it again"), open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 _HEX = 16  # hexadecimal digits of a digest
-_LISTS = ("*.jsonl", "index.json", "state.json", "dataset_info.json")  # they hold the words, or digests of shards
-_WHOLE, _BLOCKS, _BLOCK = 1 << 20, 16, 1 << 16  # larger files are read in so many blocks of so many bytes
+_LISTS = ("*.jsonl", "index.json", "state.json", "dataset_info.json")  # texts, or digests of shards: read in full
+_WHOLE, _BLOCKS, _BLOCK = (
+    1 << 20,
+    16,
+    1 << 16,
+)  # files above `_WHOLE` bytes are read in `_BLOCKS` blocks of `_BLOCK` bytes
 _SHOWN = 4  # differences that a message names
 
 
 def flat(name: str, value: Any) -> dict[str, Any]:
-    """Nested settings as one mapping: `flat("optim", {"lr": 1})` is `{"optim.lr": 1}`."""
+    """Nested settings as one mapping with dotted keys: `flat("optim", {"lr": 1})` is `{"optim.lr": 1}`."""
     if not isinstance(value, Mapping) or not value:
         return {name: value}
     return {key: leaf for part, inner in value.items() for key, leaf in flat(f"{name}.{part}", inner).items()}
 
 
 def plain(origin: Mapping[str, Any]) -> dict[str, Any]:
-    """An origin as it comes back from JSON."""
+    """An origin after a round trip through JSON."""
     return json.loads(json.dumps(dict(origin), default=str))
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`name old -> new` for each name whose value differs; a name that only one of them has differs too."""
+    """`name old -> new` for each name whose value differs, or that only one of the origins has."""
     then, now = plain(then), plain(now)
     changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
     return [f"{name} {then.get(name)} -> {now.get(name)}" for name in changed]
 
 
 def refuse_other(what: str, then: Any, now: Mapping[str, Any], advice: str = "choose a new hydra.run.dir") -> None:
-    """Refuse to resume `what`, such as a folder, that was begun with the origin `then` and not with `now`.
+    """Raise `UserError` if `what`, such as a folder, was begun with an origin `then` that differs from `now`.
 
-    `advice` says what else to do than to restore the old values.
+    `advice` is the alternative to restoring the old values.
     """
     if not isinstance(then, Mapping):
         raise UserError(f"{what} was begun by an earlier version, which did not record model and data; {advice}")
@@ -334,7 +335,7 @@ def refuse_other(what: str, then: Any, now: Mapping[str, Any], advice: str = "ch
 
 
 def files_digest(files: Iterable[Path]) -> str:
-    """Digest of the whole content of some files, in their order; their names do not matter."""
+    """Digest of the full contents of files, in order and without their names."""
     total = hashlib.sha256()
     for path in files:
         try:
@@ -346,15 +347,14 @@ def files_digest(files: Iterable[Path]) -> str:
 
 
 def folder_digest(folder: str | Path, without: Path | None = None) -> str:
-    """Digest of a folder of data: names and contents of all files below it, hidden ones and one file left out.
+    """Digest of a data folder: names and contents of all files below it, except hidden ones and `without`.
 
-    Of a file above 1 MiB that is no list, 16 blocks from its beginning to its end and its size stand for its content:
-    a data set may have terabytes. Of shards, the digests in their index do.
-    A folder that is not there has a digest too: what reads it reports that better.
+    Since data sets may have terabytes, a large file is represented by its size and 16 blocks spread over it, and shards
+    by the digests in their index. A missing folder has a digest too; its reader reports it with a better message.
     """
     folder, total = Path(folder), hashlib.sha256()
     indexed = (folder / "index.json").is_file()
-    for file in sorted(one for one in folder.rglob("*") if one.is_file()):
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         if without is not None and file.absolute() == without.absolute():
             continue
         name = file.relative_to(folder)

@@ -1,15 +1,15 @@
-"""Records of attribution graphs and of graphs laid on one another: plain numpy, no torch.
+"""Records of attribution graphs and of merged graphs: plain numpy, no torch.
 
-Legend: N nodes, E edges, T positions, L decoder layers, K ends. Node order is by layer (embeddings, then per layer the
-bias, the features by position and index, the errors by position, the left-out features; last the ends, K nodes that the
-graph explains: logits, or what else was asked about), so that every source comes before its targets and the adjacency
-matrix is strictly lower triangular. A graph of something inside the model ends at its layer.
+Legend: N nodes, E edges, T positions, L decoder layers, K ends. Nodes are ordered by layer: embeddings; then per layer
+the bias, the features by position and index, the errors by position, the left-out features; last the K ends, which the
+graph explains (logits or other targets). So every source comes before its targets, and the adjacency matrix is strictly
+lower triangular. A graph of a target inside the model ends at its layer.
 
-Of graphs laid on one another, a comparison of two or an aggregate of many: M matched nodes, E matched edges, C columns,
-G graphs. Nodes that mean the same have become one; `match` says by which rule (`attribution/compare.py`). A column
-is where a matched node stands: a position, a role, or the one column of graphs that were matched without positions. A
-node's share is its influence over that of all nodes of its graph, an edge's the influence that it hands down over the
-same sum, both of the whole graph, so that shares of graphs of different sizes compare.
+Legend of merged graphs, a comparison of two or an aggregate of many: M matched nodes, E matched edges, C columns, G
+graphs. Equivalent nodes are merged by the rule `match` (`attribution/compare.py`). A column is the place of a matched
+node: a position, a role, or the only column of graphs matched without positions. The share of a node is its influence
+over that of all nodes of its graph; the share of an edge is the influence that it passes on over the same sum. Both
+refer to the whole graph, so shares are comparable between graphs of different sizes.
 """
 
 from __future__ import annotations
@@ -32,36 +32,35 @@ class NodeKind(IntEnum):
     ERROR = 2  # MLP output minus reconstruction at (layer, position)
     BIAS = 3  # all constants of a layer: decoder, attention and, for its own features, encoder biases
     LOGIT = 4  # logit of a token at a position, the last one but for answers, minus the mean logit
-    LEFT_OUT = 5  # active features of a layer that got no row of their own, summed
-    TARGET = 6  # what else is explained: a difference of logits, a feature's pre-activation, a side of a score
+    LEFT_OUT = 5  # active features of a layer without a row of their own, summed
+    TARGET = 6  # another explained quantity: a difference of logits, a feature's pre-activation, a side of a score
 
 
-# Nodes that a graph explains; it has no edges out of them.
-ENDS = (NodeKind.LOGIT, NodeKind.TARGET)
+ENDS = (NodeKind.LOGIT, NodeKind.TARGET)  # the nodes that a graph explains, without outgoing edges
 
 
 @dataclass(frozen=True)
 class NodeTable:
-    """One row a node."""
+    """Attributes of the nodes, one row per node."""
 
     kind: np.ndarray  # [N] int8, `NodeKind`
-    layer: np.ndarray  # [N] int16; -1 for embeddings, L for logits, its own for another target
+    layer: np.ndarray  # [N] int16; -1 for embeddings, L for logits, the layer of another target
     position: np.ndarray  # [N] int32; -1 for nodes without one (bias, left out)
-    index: np.ndarray  # [N] int64; feature index (of a target that is a feature, too), token id, or -1
+    index: np.ndarray  # [N] int64; feature index (also of a feature as TARGET), token id, or -1
     activation: np.ndarray  # [N] float; a feature's activation, a logit's probability, 1 for a TARGET, else 0
     # [N] float; the affine value that a row's edges sum to: a feature's pre-activation, a logit minus the mean logit,
-    # what a TARGET's label says; 0 for nodes without a row
+    # the quantity that a TARGET's label names; 0 for nodes without a row
     target: np.ndarray
 
     def __len__(self) -> int:
         return len(self.kind)
 
     def of(self, kind: NodeKind) -> np.ndarray:
-        """The node numbers of one kind, ascending, int64."""
+        """Node numbers of one kind, ascending, int64."""
         return np.flatnonzero(self.kind == kind)
 
     def ends(self) -> np.ndarray:
-        """The node numbers of what the graph explains, ascending, int64."""
+        """Node numbers of the ends, ascending, int64."""
         return np.flatnonzero(np.isin(self.kind, ENDS))
 
     def feature_id(self, node: int) -> FeatureId:
@@ -72,11 +71,11 @@ class NodeTable:
 
 @dataclass(frozen=True)
 class AttributionGraph:
-    """The whole graph at one input, unpruned. Edge `weights[e]` is target change per unit source times the source."""
+    """The unpruned graph of one input; edge weights are target change per unit of the source, times the source."""
 
     nodes: NodeTable
-    indptr: np.ndarray  # [N + 1] int64; row i (a target) owns edges `indptr[i]:indptr[i + 1]`
-    indices: np.ndarray  # [E] int32, source nodes, ascending in a row
+    indptr: np.ndarray  # [N + 1] int64; the edges into node i are `indptr[i]:indptr[i + 1]`
+    indices: np.ndarray  # [E] int32, source nodes, ascending within a row
     weights: np.ndarray  # [E] float32 (float64 if asked), signed
     residual: np.ndarray  # [N] float64, |target - sum of edges| / sum of |edges|; 0 for nodes without a row
     # [N, L] float64, per row and layer the sum of |edges| from left-out features; [N, 0] when none was left out. The
@@ -91,11 +90,11 @@ class AttributionGraph:
     roles: np.ndarray  # [T] strings
     prompt: str  # as the user wrote it
     meta: dict[str, str | int | float | bool] = field(default_factory=dict)  # names, counts, settings
-    target_weights: np.ndarray | None = None  # [K] float64, where influence starts; the probabilities when None
+    target_weights: np.ndarray | None = None  # [K] float64, the influence of the ends; None for the probabilities
 
     @property
     def end_weights(self) -> np.ndarray:
-        """What each end is worth, `[K]` float64."""
+        """Weight of each end, at which influence starts, `[K]` float64."""
         return self.logit_probabilities if self.target_weights is None else self.target_weights
 
     @property
@@ -111,15 +110,16 @@ class AttributionGraph:
         return int(self.meta["n_layers"])
 
     def edge_targets(self) -> np.ndarray:
-        """The target node of every edge, `[E]` int64."""
+        """Target node of every edge, `[E]` int64."""
         return np.repeat(np.arange(self.n_nodes), np.diff(self.indptr))
 
     def targets_of(self, edges: np.ndarray) -> np.ndarray:
-        """The target nodes of some `edges [n]`, `[n]` int64, without a list of all."""
+        """Target nodes of `edges [n]`, `[n]` int64, without expanding all edges."""
         return np.searchsorted(self.indptr, edges, side="right") - 1
 
     def absolute_sums(self) -> np.ndarray:
-        """Sum of |edges| into each node, `[N]` float64, without a copy of all edges."""
+        """Sum of |edges| into each node, `[N]` float64."""
+        # In blocks, so that |weights| of a large graph is never copied as a whole.
         rows = np.flatnonzero(np.diff(self.indptr))
         out = np.zeros(self.n_nodes)
         for block in np.array_split(rows, 1 + self.n_edges // (1 << 20)):
@@ -137,9 +137,9 @@ class AttributionGraph:
 
 @dataclass(frozen=True)
 class GraphScores:
-    """How much of the logits' influence the graph explains; each 0..1, defined in `vlmscope.attribution.influence`.
+    """How much of the logits' influence the graph explains, each 0..1 (`vlmscope.attribution.influence`).
 
-    Shares are of the influence that ends at sources, so `token + error + bias + left_out` is 1.
+    Shares refer to the influence that ends at sources, so `token + error + bias + left_out` is 1.
     """
 
     replacement: float
@@ -152,16 +152,16 @@ class GraphScores:
 
 @dataclass(frozen=True)
 class PrunedGraph:
-    """The part of a graph that matters to its logits, as masks over the whole."""
+    """The part of a graph with most influence on its ends, as masks over the whole graph."""
 
     graph: AttributionGraph
     node_mask: np.ndarray  # [N] bool, kept nodes
     edge_mask: np.ndarray  # [E] bool, kept edges; both ends of a kept edge are kept
-    influence: np.ndarray  # [N] float64, on the logits in the whole graph
+    influence: np.ndarray  # [N] float64, on the ends in the whole graph
     cumulative: np.ndarray  # [N] float64, share of the total influence of all nodes at least as influential as this one
     scores: GraphScores  # of the whole graph
     node_threshold: float  # share of influence that the kept nodes had to reach
-    edge_threshold: float  # the same of the edges
+    edge_threshold: float  # the same for edges
 
     @property
     def n_nodes(self) -> int:
@@ -176,15 +176,15 @@ class PrunedGraph:
 
 @dataclass(frozen=True, eq=False)
 class MatchedNodes:
-    """One row a matched node, sources before targets."""
+    """Attributes of matched nodes, one row per node, sources before targets."""
 
     kind: np.ndarray  # [M] int8, `NodeKind`
     layer: np.ndarray  # [M] int16; -1 for embeddings, L for logits
-    position: np.ndarray  # [M] int32, the number of its column; -1 for nodes that stand nowhere (bias, left out)
-    index: np.ndarray  # [M] int64; feature index, token id, or -1 (soft tokens too: picture and box tell them apart)
+    position: np.ndarray  # [M] int32, column number; -1 for nodes without a place (bias, left out)
+    index: np.ndarray  # [M] int64; feature index, token id, or -1 (also soft tokens, which `image` and `box` identify)
     image: np.ndarray  # [M] int64; the picture of a soft token, else -1
-    box: np.ndarray  # [M, 4] float64; where in it, as `PatchBox`; NaN for all others
-    label: list[str]  # M: the token of an embedding or logit, else what the node is
+    box: np.ndarray  # [M, 4] float64; its part of the picture, as `PatchBox`; NaN for other nodes
+    label: list[str]  # M: the token of an embedding or logit, else a name
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -200,21 +200,21 @@ class MatchedNodes:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MergedGraph:
-    """What comparisons and aggregates have in common; they show themselves as a table, in a notebook as HTML."""
+    """Base of comparisons and aggregates; prints as a table, in notebooks as HTML."""
 
     nodes: MatchedNodes
     columns: list[str]  # C
-    column_is_image: np.ndarray  # [C] bool, whether soft tokens stand there
+    column_is_image: np.ndarray  # [C] bool, columns of soft tokens
     sources: np.ndarray  # [E] int32, node numbers; edges are sorted by target, then source
     targets: np.ndarray  # [E] int32
     match: str  # the rule by which nodes were matched
-    n_layers: int  # L, of the model
+    n_layers: int  # L
     model: str
     names: list[str]  # G
     prompts: list[str]  # G
 
     def where(self, node: int) -> str:
-        """The column of a node in words, empty where it has none."""
+        """The column of a node in words; empty if it has none."""
         column = int(self.nodes.position[node])
         return "" if column < 0 else self.columns[column]
 
@@ -233,12 +233,12 @@ class MergedGraph:
 
 @dataclass(frozen=True)
 class ComparisonSummary:
-    """A comparison in numbers; a node or edge counts where pruning kept it.
+    """Numbers of a comparison; counts are of nodes and edges that pruning kept.
 
     The weighted Jaccard index is the sum of the smaller shares over the sum of the larger ones, 1 for equal graphs and
-    0 for disjoint ones; `feature_jaccard` looks at features alone, since biases, errors and tokens are in most graphs.
-    `edge_correlation` is Pearson's, of the weights of the edges that both keep, `sign_agreement` the share of them with
-    the same sign; NaN where there are fewer than two (none).
+    0 for disjoint ones; `feature_jaccard` is of features alone, since biases, errors and tokens are in most graphs.
+    `edge_correlation` is Pearson's correlation of the weights of edges that both graphs keep (NaN for fewer than two),
+    `sign_agreement` the share of those edges with equal signs (NaN for none).
     """
 
     nodes_both: int
@@ -256,13 +256,13 @@ class ComparisonSummary:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GraphComparison(MergedGraph):
-    """Two graphs, matched: their nodes and edges that pruning kept in at least one, with what each has of them."""
+    """Two matched graphs: the nodes and edges that pruning kept in at least one, with their values in each graph."""
 
     share: np.ndarray  # [2, M] float64, shares of influence in the first and the second graph
-    kept: np.ndarray  # [2, M] bool, whether pruning kept it there
+    kept: np.ndarray  # [2, M] bool, whether pruning kept the node
     present: np.ndarray  # [2, M] bool, whether it is in the whole graph
     activation: np.ndarray  # [2, M] float64, a feature's largest activation, a logit's probability; NaN where absent
-    weights: np.ndarray  # [2, E] float64, signed, of the whole graphs; summed over edges that became one; 0 where none
+    weights: np.ndarray  # [2, E] float64, signed, of the whole graphs; sums over merged edges; 0 where absent
     edge_share: np.ndarray  # [2, E] float64
     edge_kept: np.ndarray  # [2, E] bool
 
@@ -272,7 +272,7 @@ class GraphComparison(MergedGraph):
         return self.weights[0] - self.weights[1]
 
     def only(self, graph: int, kind: NodeKind | None = NodeKind.FEATURE) -> np.ndarray:
-        """Nodes of a kind that pruning kept in graph 0 or 1 alone, those it uses most before the other first, int64."""
+        """Nodes of a kind kept only in graph 0 or 1, by how much their share there exceeds the other, int64."""
         alone = self.kept[graph] & ~self.kept[1 - graph]
         if kind is not None:
             alone &= self.nodes.kind == kind
@@ -321,16 +321,16 @@ class GraphComparison(MergedGraph):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AggregateGraph(MergedGraph):
-    """Many graphs, matched: means over all of them, 0 counted where a graph lacks a node or edge."""
+    """Many matched graphs: means over all of them, in which an absent node or edge counts as 0."""
 
     share: np.ndarray  # [M] float64, mean share of influence
-    count: np.ndarray  # [M] int64, in how many graphs pruning kept it
-    present: np.ndarray  # [M] int64, in how many whole graphs it is
+    count: np.ndarray  # [M] int64, number of graphs in which pruning kept it
+    present: np.ndarray  # [M] int64, number of whole graphs that contain it
     activation: np.ndarray  # [M] float64, as in `GraphComparison`, mean over the graphs where it is present
     weight: np.ndarray  # [E] float64, mean signed weight in the whole graphs
     absolute: np.ndarray  # [E] float64, mean |weight|; larger than |weight| where signs differ between graphs
     edge_share: np.ndarray  # [E] float64, mean share
-    edge_count: np.ndarray  # [E] int64, in how many graphs pruning kept it
+    edge_count: np.ndarray  # [E] int64, number of graphs in which pruning kept it
 
     @property
     def n_graphs(self) -> int:
@@ -338,8 +338,8 @@ class AggregateGraph(MergedGraph):
 
     def top_features(self, count: int = 8) -> np.ndarray:
         """The features with the largest mean share, largest first, int64."""
-        found = np.flatnonzero(self.nodes.kind == NodeKind.FEATURE)
-        return found[np.argsort(-self.share[found], kind="stable")][:count]
+        features = np.flatnonzero(self.nodes.kind == NodeKind.FEATURE)
+        return features[np.argsort(-self.share[features], kind="stable")][:count]
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [("feature", "where", "kept in", "mean share", "mean activation")]
@@ -354,12 +354,12 @@ class AggregateGraph(MergedGraph):
 
 
 def _counts(kept: np.ndarray) -> Sequence[int]:
-    """In both, only in the first, only in the second."""
+    """Numbers of elements in both, only in the first, only in the second row of `kept [2, n]`."""
     first, second = kept
     return int((first & second).sum()), int((first & ~second).sum()), int((second & ~first).sum())
 
 
 def _jaccard(shares: np.ndarray) -> float:
-    """Sum of the smaller of `shares [2, n]` over that of the larger; NaN of nothing."""
+    """Weighted Jaccard index of `shares [2, n]`; NaN if all are 0."""
     larger = shares.max(axis=0, initial=0.0).sum()
     return float(shares.min(axis=0).sum() / larger) if larger > 0 else float("nan")

@@ -1,9 +1,9 @@
-"""Which of several processes this one is, as the launcher that started it says in the environment.
+"""Rank and host of this process among several, from the environment that its launcher sets.
 
 torchrun (`python -m torch.distributed.run`) sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT. `srun` sets SLURM_PROCID, SLURM_LOCALID and, of its step, SLURM_STEP_NUM_TASKS, SLURM_STEP_TASKS_PER_NODE
-and SLURM_STEP_NODELIST (srun's manual, "output environment variables"); the names without STEP are those of the
-allocation and stand in where the former are missing. submitit's local executor sets SUBMITIT_LOCAL_NTASKS and so on.
+MASTER_PORT. `srun` sets SLURM_PROCID, SLURM_LOCALID and, for its step, SLURM_STEP_NUM_TASKS, SLURM_STEP_TASKS_PER_NODE
+and SLURM_STEP_NODELIST (srun's manual, "output environment variables"); the names without STEP describe the allocation
+and are the fallback. submitit's local executor sets SUBMITIT_LOCAL_NTASKS and so on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vlmscope.core.errors import UserError
 class Place:
     """Process `rank` of `world`, number `local_rank` of the `per_host` on its host; they meet at `address`:`port`.
 
-    Numbers that contradict each other, and ranks that are not counted host by host, are refused.
+    Inconsistent numbers, and ranks that are not numbered host by host, raise `UserError`.
     """
 
     launcher: str
@@ -44,12 +44,12 @@ class Place:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes, prints and tracks."""
+        """Whether this is the process that writes, prints and tracks."""
         return self.rank == 0
 
 
 def place_of(env: Mapping[str, str]) -> Place | None:
-    """The place that the environment `env` gives this process; None when it runs alone."""
+    """The place of this process in the environment `env`; None when it runs alone."""
     place = _torchrun(env) or _slurm(env) or _submitit_local(env)
     return place if place is not None and place.world > 1 else None
 
@@ -67,12 +67,12 @@ def _torchrun(env: Mapping[str, str]) -> Place | None:
 
 
 def _slurm(env: Mapping[str, str]) -> Place | None:
-    # A batch script has SLURM_PROCID and SLURM_NTASKS too, but is one process, not a task of a step.
+    # A batch script has SLURM_PROCID and SLURM_NTASKS too, but is a single process, not a task of a step.
     step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID"))
     if step is None or "SLURM_PROCID" not in env:
         return None
     world = _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))
-    if world == 1:  # an interactive shell, say, whose other variables may be those of its allocation
+    if world == 1:  # such as an interactive shell, whose other variables may describe its allocation
         return None
     counts = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or env.get("SLURM_NTASKS_PER_NODE")
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
@@ -81,8 +81,9 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
     each = {int(part) for part in re.findall(r"(?:^|,)(\d+)", counts)}  # of 4(x2),3 these are 4 and 3
     if len(each) != 1:
         raise UserError(f"SLURM put {counts} tasks on the nodes; start equally many on each (--ntasks-per-node)")
-    # The first host of gpu[003-006,9],login is gpu003: the first choice of each bracket, up to a comma outside of them.
+    # The first host of gpu[003-006,9],login is gpu003: the first entry of each bracket, up to a comma outside brackets.
     first = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodes).partition(",")[0]
+    # Steps of one job get ports of their own.
     job = _number(env, "SLURM_JOB_ID", 0) + 101 * (int(step) if step.isdigit() else 0)
     return Place(
         "srun",
@@ -105,7 +106,7 @@ def _submitit_local(env: Mapping[str, str]) -> Place | None:
 
 
 def _port(job: int) -> int:
-    """A port that two jobs on one host will hardly share, below those that systems give out by themselves."""
+    """A port that two jobs on one host are unlikely to share, below the ephemeral ports of operating systems."""
     return 12000 + job % 20000
 
 

@@ -1,6 +1,6 @@
-"""Maps over pictures: what each patch gives to a target or a soft token, and their compact form. Plain numpy, no torch.
+"""Maps of patch contributions to a target or a soft token, and their compact form in files. Plain numpy, no torch.
 
-In files a map is a small uint8 grid, coarser where it must be, with two numbers that bring the values back.
+In files a map is a small uint8 grid, made coarser if necessary, with two numbers to restore the values.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ LEVELS = 255
 
 @dataclass(frozen=True)
 class Grids:
-    """n maps on one grid: a value is `low + step * code`.
+    """n maps on one grid, with values `low + step * code`.
 
-    It differs from what was encoded by at most `step / 2`, that is (largest - least) / 510 of its map, and by what
-    float32 loses of `low` and `step`.
+    The error is at most `step / 2`, (largest - least) / 510 of the map, plus the float32 rounding of `low` and `step`.
     """
 
     codes: np.ndarray  # [n, rows, columns] uint8
@@ -40,13 +39,13 @@ def encode(values: np.ndarray) -> Grids:
 
 
 def decode(grids: Grids) -> np.ndarray:
-    """The values `[n, rows, columns]` in float64."""
+    """Values `[n, rows, columns]` in float64."""
     low, step = (part.astype(np.float64)[:, None, None] for part in (grids.low, grids.step))
     return low + step * grids.codes
 
 
 def coarse_shape(rows: int, columns: int, most: int) -> tuple[int, int]:
-    """The largest grid of about the same shape with at most `most` cells; the same one where it fits."""
+    """The largest grid of about the same aspect ratio with at most `most` cells; unchanged if it fits."""
     if rows * columns <= most:
         return rows, columns
     factor = (most / (rows * columns)) ** 0.5
@@ -55,10 +54,7 @@ def coarse_shape(rows: int, columns: int, most: int) -> tuple[int, int]:
 
 
 def resample(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """`[.., h, w]` spread over another grid of the same area: `[.., rows, columns]`, with the same sum.
-
-    Each cell gives to the cells that it overlaps, in proportion to the area.
-    """
+    """Spread `[.., h, w]` over another grid of the same area, by overlap: `[.., rows, columns]` with equal sum."""
     down, across = _overlaps(values.shape[-2], rows), _overlaps(values.shape[-1], columns)
     return down @ values @ across.T
 
@@ -81,22 +77,22 @@ class TileMap:
 
 @dataclass(frozen=True)
 class PictureMap:
-    """What one picture contributes to one target, and where: `edge = sum of tiles + sum of remainder`.
+    """Contributions of one picture to one target, by patch: `edge = sum of tiles + sum of remainder`.
 
-    The remainder is what is no patch's, by name: "position" embeddings, "class_token", "baseline" (the baseline's own
-    patches), "padding" (patches of no part of the picture), "bias" (all other constants), and of a feature's own
-    activation "no_patch" (soft tokens that no patch goes into, such as the end of a row).
+    The remainder comes from no patch of the picture, by name: "position" embeddings, "class_token", "baseline" (the
+    patches of the baseline), "padding" (patches outside the picture), "bias" (all other constants), and for a feature's
+    own activation "no_patch" (soft tokens without patches, such as the end of a row).
     """
 
     target: str
     picture: int  # its number in the prompt
-    tiles: list[TileMap]  # in the order of the tower; several where a family sees a picture as tiles
+    tiles: list[TileMap]  # in the order of the tower; several for models that divide a picture into tiles
     edge: float  # the sum of the edges from the picture's soft tokens, computed without the patches
     remainder: dict[str, float]
 
     @property
     def from_patches(self) -> float:
-        """The sum over the patches."""
+        """Sum over the patches."""
         return float(sum(tile.values.sum() for tile in self.tiles))
 
     @property
@@ -107,9 +103,9 @@ class PictureMap:
         return abs(self.edge - sum(parts)) / scale if scale else abs(self.edge)
 
     def raster(self, height: int, width: int) -> np.ndarray:
-        """`[height, width]` float64: the contributions spread evenly over their boxes, tiles summed.
+        """`[height, width]` float64: contributions spread evenly over their boxes, summed over tiles.
 
-        Sums to `from_patches` but for patches that show padding alone, whose boxes have no area.
+        The sum is `from_patches`, except for patches of padding alone, whose boxes have no area.
         """
         out = np.zeros((height, width))
         for tile in self.tiles:
@@ -122,24 +118,24 @@ class PictureMap:
 
 @dataclass(frozen=True)
 class TokenTile:
-    """What soft tokens take from one grid of patches."""
+    """Contributions of one grid of patches to soft tokens."""
 
     boxes: list[PatchBox]  # rows * columns parts of the picture, row by row
-    tokens: np.ndarray  # [n] int64, the soft tokens of the picture, from 0, that take anything from this tile
+    tokens: np.ndarray  # [n] int64, numbers within the picture of the soft tokens that this tile contributes to
     values: np.ndarray  # [n, rows, columns] float64
 
 
 @dataclass(frozen=True)
 class TokenMaps:
-    """A map over patches for every soft token of a picture."""
+    """One map over patches for every soft token of a picture."""
 
     kind: str  # "rollout" or "similarity"
     picture: int  # its number in the prompt
     tiles: list[TokenTile]  # in the order of the tower
-    class_token: np.ndarray  # [S] float64, what soft tokens take from class tokens, which are nowhere in the picture
+    class_token: np.ndarray  # [S] float64, contributions of class tokens, which have no place in the picture
 
     def weighted(self, weights: np.ndarray, target: str) -> PictureMap:
-        """One map of all: the sum of the soft tokens' maps times `weights [S]`, such as a feature's activations."""
+        """Sum of the soft tokens' maps weighted by `weights [S]`, such as a feature's activations."""
         tiles = [
             TileMap(tile.boxes, np.tensordot(weights[tile.tokens].astype(np.float64), tile.values, 1))
             for tile in self.tiles

@@ -1,7 +1,7 @@
-"""Records shared by all packages: ids of features, parts of pictures, positions, conversations, and random streams.
+"""Records shared by all packages: feature ids, parts of pictures, positions, conversations, and random streams.
 
-Ids become strings only at export and on the command line. Image files are opened by `vlmscope.data.images`; how a model
-reads a conversation is `vlmscope.models.batching`. Random streams do not depend on the order of use.
+Ids become strings only at export and on the command line. `vlmscope.data.images` opens picture files;
+`vlmscope.models.batching` defines how a model reads a conversation. Random streams do not depend on the order of use.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FEATURE = re.compile(r"L(\d+)/(\d+)", re.ASCII)
 
 
 class FeatureId(NamedTuple):
-    """One latent of one layer's transcoder. Sorts by layer, then index; prints as `L3/512`."""
+    """One latent of one layer's transcoder; sorts by layer, then index, and prints as `L3/512`."""
 
     layer: int
     index: int  # pyright: ignore[reportIncompatibleMethodOverride]  # a feature id is never searched with tuple.index
@@ -31,12 +31,12 @@ class FeatureId(NamedTuple):
 
     @property
     def cantor(self) -> int:
-        """The one number that the field's viewers know a feature by: (l + i)(l + i + 1) / 2 + i."""
+        """Cantor pairing (l + i)(l + i + 1) / 2 + i, by which circuit viewers identify a feature."""
         return (self.layer + self.index) * (self.layer + self.index + 1) // 2 + self.index
 
     @classmethod
     def parse(cls, text: str) -> FeatureId:
-        """Read `L3/512` (spaces around it are allowed)."""
+        """Parse `L3/512`; surrounding spaces are allowed."""
         match = _FEATURE.fullmatch(text.strip())
         if match is None:
             raise UserError(f"not a feature id: {text!r}; write it as L<layer>/<index>, for example L3/512")
@@ -44,7 +44,7 @@ class FeatureId(NamedTuple):
 
 
 _ORIENTATION = 0x0112  # EXIF
-_TOP = 65535  # white in 16 bits
+_WHITE_16 = 65535  # white in 16 bits
 
 
 class PatchBox(NamedTuple):
@@ -56,9 +56,9 @@ class PatchBox(NamedTuple):
     bottom: float
 
     def pixels(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """The box in whole pixels `(left, top, right, bottom)` of a picture of this size.
+        """The box in whole pixels `(left, top, right, bottom)` of a picture of this size, at least one pixel each way.
 
-        A box without area, such as that of a token that ends a row, becomes one pixel wide or high.
+        Tokens that end a row have boxes without area.
         """
         left, top = (
             min(round(start * length), length - 1) for start, length in ((self.left, width), (self.top, height))
@@ -66,35 +66,37 @@ class PatchBox(NamedTuple):
         return left, top, max(round(self.right * width), left + 1), max(round(self.bottom * height), top + 1)
 
     def overlaps(self, other: PatchBox) -> bool:
-        """Whether two parts of a picture have an area in common."""
+        """Whether two parts of a picture share an area."""
         across = min(self.right, other.right) > max(self.left, other.left)
         return across and min(self.bottom, other.bottom) > max(self.top, other.top)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture in RGB, upright; one that is RGB and upright already is returned as it is.
+    """Convert a picture to upright RGB; an upright RGB picture is returned itself, not as a copy.
 
-    EXIF orientation is applied, grey is repeated, and transparency is laid on white, as the image processors of
-    transformers do. 16-bit grey is scaled from 0..65,535 and floating-point grey from 0..1, whatever values occur; a
-    picture of which nothing says which value is white is a `UserError`.
+    EXIF orientation is applied, grey is repeated, and transparency is composited on white, as the image processors of
+    transformers do. 16-bit grey is scaled from 0..65,535 and floating-point grey from 0..1, whatever values occur.
+
+    Raises:
+        UserError: the value of white is unknown.
     """
     if image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     check_mode(image)
-    clear = image.info.get("transparency")
+    transparent = image.info.get("transparency")
     if image.mode == "F" or image.mode.startswith("I"):
-        white = np.asarray(image).astype(np.float32)  # shares of it
+        grey = np.asarray(image).astype(np.float32)
         if image.mode != "F":
-            if clear is not None:
-                white[white == clear] = _TOP
-            white /= _TOP
-        elif not (white.min() >= 0 and white.max() <= 1):  # NaN too
+            if transparent is not None:
+                grey[grey == transparent] = _WHITE_16
+            grey /= _WHITE_16
+        elif not (grey.min() >= 0 and grey.max() <= 1):  # refuses NaN too
             raise UserError(
-                f"its pixels are floating-point numbers from {white.min():.4g} to {white.max():.4g}, where 0 is black "
+                f"its pixels are floating-point numbers from {grey.min():.4g} to {grey.max():.4g}, where 0 is black "
                 "and 1 is white; scale them to 0..1, or save it with 8 or 16 bits"
             )
-        return Image.fromarray(np.rint(white * 255).astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or clear is not None:
+        return Image.fromarray(np.rint(grey * 255).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or transparent is not None:
         rgba = image.convert("RGBA")
         ground = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(ground, rgba).convert("RGB")
@@ -102,8 +104,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def check_mode(image: Image.Image) -> None:
-    """Raise a `UserError` when a picture's header does not say which value is white."""
-    if image.mode == "I" and image.format != "PPM":  # Pillow scales the files of that family to 16 bits
+    """Raise `UserError` if a picture's header does not define the value of white."""
+    if image.mode == "I" and image.format != "PPM":  # Pillow scales PPM files to 16 bits
         raise UserError("its pixels are 32-bit integers, of which none is known to be white; save it with 8 or 16 bits")
 
 
@@ -113,7 +115,7 @@ ANSWER = "answer"  # the role of an answer's positions, appended or generated
 
 @dataclass(frozen=True)
 class Places:
-    """The positions of a prompt, as far as they can be chosen by."""
+    """Properties of a prompt's T positions by which they can be selected."""
 
     roles: np.ndarray  # [T] strings
     patch_boxes: Sequence[PatchBox | None] = ()  # T, None for text; empty where a batch's pictures differ in shape
@@ -121,13 +123,13 @@ class Places:
 
 @dataclass(frozen=True)
 class Positions:
-    """Positions by role, or by a part of the picture: the union of both."""
+    """A selection of positions: those of some roles and those of a part of the picture."""
 
     roles: tuple[str, ...] = ()  # of `ROLES`, or "answer"
-    box: PatchBox | None = None  # soft tokens whose own part of the picture overlaps this one, of every picture
+    box: PatchBox | None = None  # selects the soft tokens of every picture whose patches overlap it
 
     def mask(self, places: Places) -> np.ndarray:
-        """`[T]` bool; a box needs the places of soft tokens."""
+        """`[T]` bool; a box requires `places.patch_boxes`."""
         chosen = np.isin(places.roles, self.roles)
         if self.box is None:
             return chosen
@@ -141,7 +143,7 @@ class Positions:
 
     @property
     def generated(self) -> bool:
-        """Whether tokens that are generated after the prompt are among them."""
+        """Whether tokens generated after the prompt are selected."""
         return ANSWER in self.roles
 
     def __str__(self) -> str:
@@ -149,11 +151,11 @@ class Positions:
         return ", ".join(parts)
 
 
-CAPTION_REQUEST = "Describe this image in detail."  # what a caption answers, as in the paper (arXiv 2602.20330)
+CAPTION_REQUEST = "Describe this image in detail."  # the user turn of captions, as in the paper (arXiv 2602.20330)
 
 
 class Exchange(NamedTuple):
-    """What the user says and what the assistant answers, both verbatim."""
+    """A turn of the user and the answer of the assistant, both verbatim."""
 
     user: str
     assistant: str
@@ -161,11 +163,11 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Exchanges about pictures, or about none; the pictures come with the first one."""
+    """Exchanges about any number of pictures, which come before the first question."""
 
     images: tuple[Image.Image, ...]  # RGB, in order
     exchanges: tuple[Exchange, ...]  # at least one
-    origin: str = ""  # where it came from, for messages, such as "train.jsonl line 12"
+    origin: str = ""  # for messages, such as "train.jsonl line 12"
 
 
 @dataclass(frozen=True)
@@ -177,17 +179,17 @@ class Document:
 
 
 def check_characters(text: str, what: str) -> None:
-    """Refuse a text with half a surrogate pair, which is no character: no tokenizer takes it, no UTF-8 file holds it.
+    """Raise `UserError` for a text with half a surrogate pair, which neither tokenizers nor UTF-8 files can represent.
 
     JSON can spell one ("\\ud800"), and a byte of the command line that is not UTF-8 becomes one.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        at = error.start
+        start = error.start
         raise UserError(
-            f"{what} has {text[at]!r} at character {at + 1}, after {text[max(0, at - 20) : at]!r}, which is no "
-            "character; write it in UTF-8"
+            f"{what} has {text[start]!r} at character {start + 1}, after {text[max(0, start - 20) : start]!r}, "
+            "which is no character; write it in UTF-8"
         ) from error
 
 
@@ -195,9 +197,9 @@ Sample = Conversation | Document
 
 
 def derive(seed: int, *keys: str | int) -> int:
-    """A 64-bit seed for the stream named by `keys` under `seed`, for libraries that take a plain integer.
+    """A 64-bit seed of the stream named by `keys` under `seed`, for libraries that take an integer.
 
-    `1` and `"1"`, or `("ab", "c")` and `("a", "bc")`, name different streams.
+    Types and lengths are hashed too, so `1` and `"1"`, or `("ab", "c")` and `("a", "bc")`, name different streams.
     """
     digest = hashlib.sha256(str(int(seed)).encode())
     for key in keys:
@@ -207,17 +209,17 @@ def derive(seed: int, *keys: str | int) -> int:
     return int.from_bytes(digest.digest()[:8], "little")
 
 
-_DRAWS = 1000  # of one control under one seed, at most
+_DRAWS = 1000  # maximum number of draws of one control under one seed
 
 
 def control_draws(seed: int, count: int) -> range:
-    """The numbers of `count` draws of a control under the root seed: 0, 1, 2 .. under seed 0, others under another."""
+    """Numbers of `count` draws of a control under the root seed: 0, 1, 2 .. for seed 0, disjoint for other seeds."""
     return range(seed * _DRAWS, seed * _DRAWS + count)
 
 
 def generator(seed: int, *keys: str | int) -> np.random.Generator:
-    """An independent random generator for each path of keys, for example `generator(0, "train", "planets", 17)`.
+    """An independent random generator per path of keys, such as `generator(0, "train", "planets", 17)`.
 
-    The same seed and keys give the same numbers on every machine and in every process, whatever else was drawn before.
+    Equal seeds and keys give equal numbers on every machine and in every process, whatever was drawn before.
     """
     return np.random.default_rng(derive(seed, *keys))

@@ -1,6 +1,6 @@
-"""Records of feature studies: what each feature fires on, read from a study folder (docs/study.md). No torch here.
+"""Records of feature studies: what each feature fires on, read from a study folder (docs/study.md), without torch.
 
-Legend: T positions of an item, S soft tokens among them, E positions that an example keeps.
+Legend: T positions of an item, S soft tokens among them, E positions stored with an example.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import numpy as np
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import Exchange, FeatureId, PatchBox
 
-KINDS = ("text", "image", "answer")  # of positions: what the user and the template say, soft tokens, what is answered
+KINDS = ("text", "image", "answer")  # of positions: prompt and template, soft tokens, answer
 TEXT, IMAGE, ANSWER = range(3)
 TOP = "top"  # the group of the strongest examples; samples are in "q1" (weakest) .. "q<n>"
-BINS = 64  # of histograms, two an octave
-LOWEST_OCTAVE = -16
-PICTURE = "[picture]"  # stands for soft tokens where text is shown
+BINS = 64  # of histograms, two per octave
+LOWEST_OCTAVE = -16  # the first bin starts at 2^-16
+PICTURE = "[picture]"  # replaces soft tokens in text
 LEVELS = 255  # the level of an example's peak
-MANIFEST = "study.json"  # head of a study folder, written last
+MANIFEST = "study.json"  # head of a study folder, written last: its presence means that the study is finished
 
 Words = tuple[tuple[str, float], ...]
 
 
 def study_folder(path: str | Path) -> Path:
-    """The folder with `study.json`: `path`, or `study/` in it when that is a run folder.
+    """The folder with `study.json`: `path` itself, or its `study/` if it is a run folder.
 
     Raises:
         UserError: there is no finished study.
@@ -41,7 +41,7 @@ def study_folder(path: str | Path) -> Path:
 def bin_edges() -> np.ndarray:
     """`[BINS + 1]` float64: bin b holds activations in [edge b, edge b + 1); the first and the last bin are open.
 
-    They are 2^-16, 1.5 2^-16, 2^-15, .., 2^16: the bin is read off a float32's exponent and first bit of its mantissa.
+    Edges are 2^-16, 1.5 2^-16, 2^-15, .., 2^16, so exponent and first mantissa bit of a float32 give its bin.
     """
     number = np.arange(BINS + 1)
     return 2.0 ** (LOWEST_OCTAVE + number // 2) * (1 + (number % 2) / 2)
@@ -49,27 +49,27 @@ def bin_edges() -> np.ndarray:
 
 @dataclass(frozen=True)
 class StudyItem:
-    """One input of the model: an example of the data, or one exchange of it."""
+    """One input of the model: an example of the data, or one of its exchanges."""
 
-    id: int  # grows in the order of the data
-    source: str  # which source of the study's data
-    row: int  # which of its rows
-    part: int  # which of the row's inputs
-    origin: str  # the same in words, such as a file and a line
-    digest: str  # SHA-256 (32 hexadecimal digits) of the row's pictures and words
-    exchanges: tuple[Exchange, ...]  # what is said; this or the text is empty
+    id: int  # ascending in the order of the data
+    source: str  # name of the source
+    row: int  # number in the source
+    part: int  # number among the inputs of the row
+    origin: str  # in words, such as a file and a line
+    digest: str  # 32 hexadecimal digits of the SHA-256 of the row's pictures and words
+    exchanges: tuple[Exchange, ...]  # either these or `text` is empty
     text: str
     n_pictures: int
     token_ids: np.ndarray  # [T]
     tokens: tuple[str, ...]  # T
     kinds: np.ndarray  # [T] uint8, `TEXT`, `IMAGE` or `ANSWER`
-    pictures: np.ndarray  # [S] int64, which picture each soft token belongs to
+    pictures: np.ndarray  # [S] int64, number of the picture of each soft token
     patch_boxes: tuple[PatchBox, ...]  # S
-    grids: tuple[tuple[int, int], ...]  # rows and columns of each picture's soft tokens; (0, 0) for no plain grid
+    grids: tuple[tuple[int, int], ...]  # rows and columns of each picture's soft tokens; (0, 0) if they form no grid
 
     @property
     def caption(self) -> str:
-        """What is said, in one line."""
+        """The item's words on one line."""
         if not self.exchanges:
             return " ".join(self.text.split())
         return " ".join(" ".join(part.split()) for turn in self.exchanges for part in turn)
@@ -79,33 +79,33 @@ class StudyItem:
 class StudyExample:
     """An item on which a feature fires."""
 
-    group: str  # `TOP`, or the part of the feature's firing items that it was drawn from: "q1" (weakest) .. "q<n>"
-    rank: int  # there, 0 for the strongest
-    activation: float  # the largest in the item
-    item: int  # its id
-    position: int  # where it is largest; the first of equals
-    positions: np.ndarray  # [E] uint16, ascending: where it fires, of all soft tokens and the text near `position`
-    levels: np.ndarray  # [E] uint8, activations there in 255ths of `activation`, at least 1
+    group: str  # `TOP`, or the quantile of firing items that it was drawn from: "q1" (weakest) .. "q<n>"
+    rank: int  # in the group, 0 for the strongest
+    activation: float  # maximum over the item
+    item: int  # id of the item
+    position: int  # of the maximum, the first one
+    positions: np.ndarray  # [E] uint16, ascending: where it fires, among soft tokens and text near `position`
+    levels: np.ndarray  # [E] uint8, activations at `positions` in 255ths of `activation`, at least 1
 
     def dense_levels(self, length: int) -> np.ndarray:
-        """`[length]` uint8 of all positions of the item, 0 where it does not fire or nothing was kept."""
+        """`[length]` uint8 levels of all positions of the item, 0 where it does not fire or nothing is stored."""
         out = np.zeros(length, dtype=np.uint8)
         out[self.positions] = self.levels
         return out
 
     def activations(self, length: int) -> np.ndarray:
-        """`[length]` float32 of all positions of the item, to 1/510 of the peak."""
+        """`[length]` float32 activations of all positions of the item, accurate to 1/510 of the peak."""
         return self.dense_levels(length).astype(np.float32) * np.float32(self.activation / LEVELS)
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a reader sees of some neighbouring positions: one token, or all soft tokens of a picture in a row."""
+    """One token as shown to a reader, or a run of soft tokens of one picture."""
 
     text: str  # the token; `PICTURE` for soft tokens
     kind: int  # `TEXT`, `IMAGE` or `ANSWER`
-    activation: float  # the largest there
-    peak: bool  # whether the example's peak is there
+    activation: float  # maximum over its positions
+    peak: bool  # whether it contains the example's peak
 
 
 @dataclass(frozen=True)
@@ -115,15 +115,15 @@ class ExampleView:
     example: StudyExample
     item: StudyItem
     activations: np.ndarray  # [T] float32
-    levels: np.ndarray  # [T] uint8, the same in 255ths of the peak
+    levels: np.ndarray  # [T] uint8, activations in 255ths of the peak
 
     @property
     def patch_activations(self) -> np.ndarray:
-        """`[S]` float32, beside `item.patch_boxes`."""
+        """`[S]` float32 activations of the soft tokens, in the order of `item.patch_boxes`."""
         return self.activations[self.item.kinds == IMAGE]
 
     def grid(self, picture: int = 0) -> np.ndarray | None:
-        """`[rows, columns]` uint8 levels of one picture; None where its soft tokens are no plain grid."""
+        """`[rows, columns]` uint8 levels of one picture; None if its soft tokens form no grid."""
         rows, columns = self.item.grids[picture]
         return self.picture_levels(picture).reshape(rows, columns) if rows else None
 
@@ -132,23 +132,23 @@ class ExampleView:
         return self.levels[self.item.kinds == IMAGE][self.item.pictures == picture]
 
     def picture_boxes(self, picture: int) -> tuple[PatchBox, ...]:
-        """The parts of one picture that its P soft tokens stand for."""
-        return tuple(self.item.patch_boxes[at] for at in np.flatnonzero(self.item.pictures == picture))
+        """The parts of one picture that its P soft tokens cover."""
+        return tuple(self.item.patch_boxes[token] for token in np.flatnonzero(self.item.pictures == picture))
 
     def window(self, size: int = 16) -> tuple[tuple[str, ...], np.ndarray]:
         """Text tokens within `size` of the peak, soft tokens left out, and their activations `[W]` float32."""
         text = np.flatnonzero(self.item.kinds != IMAGE)
         middle = int(np.searchsorted(text, self.example.position))
         near = text[max(0, middle - size) : middle + size + 1]
-        return tuple(self.item.tokens[i] for i in near), self.activations[near]
+        return tuple(self.item.tokens[position] for position in near), self.activations[near]
 
     def places(self, size: int = 16) -> tuple[Place, ...]:
-        """The text within `size` places of the peak, in which every run of a picture's soft tokens is one place."""
+        """The places within `size` of the peak; each run of a picture's soft tokens is one place."""
         kinds = self.item.kinds
         pictures = np.full(len(kinds), -1)
         pictures[kinds == IMAGE] = self.item.pictures
-        alone = (kinds[1:] != IMAGE) | (pictures[1:] != pictures[:-1])
-        runs = np.split(np.arange(len(kinds)), np.flatnonzero(alone) + 1)
+        starts = (kinds[1:] != IMAGE) | (pictures[1:] != pictures[:-1])
+        runs = np.split(np.arange(len(kinds)), np.flatnonzero(starts) + 1)
         middle = next(n for n, run in enumerate(runs) if run[-1] >= self.example.position)
         first = max(0, middle - size)
         places = []
@@ -161,22 +161,22 @@ class ExampleView:
 
 @dataclass(frozen=True)
 class FeatureRecord:
-    """What a study knows of a feature."""
+    """Statistics and examples of a feature."""
 
     feature: FeatureId
-    fired: dict[str, int]  # positions at which it is active, by `KINDS`
-    items_fired: int  # items with such a position
+    fired: dict[str, int]  # number of positions at which it is active, by `KINDS`
+    items_fired: int  # number of items with such a position
     activation_sum: float  # over all positions
     activation_max: float  # 0 when it never fires
     histogram: np.ndarray  # [3, BINS] int64, activations by kind of position and by bin (`bin_edges`)
-    quantile_values: tuple[float, ...]  # peaks that divide the sampled firing items into groups, weakest first
+    quantile_values: tuple[float, ...]  # peak activations between the groups of sampled items, weakest first
     examples: tuple[StudyExample, ...] = ()  # the strongest first, then samples by group
-    top_logits: Words = ()  # tokens that it raises most; empty where the study left them out
-    bottom_logits: Words = ()  # the same of tokens that it lowers
+    top_logits: Words = ()  # tokens that it raises most; empty if the study did not compute them
+    bottom_logits: Words = ()  # tokens that it lowers most
 
     @property
     def positions_fired(self) -> int:
-        """Positions at which it is active."""
+        """Number of positions at which it is active."""
         return sum(self.fired.values())
 
     def group(self, name: str) -> tuple[StudyExample, ...]:
@@ -189,12 +189,12 @@ class StudyInfo:
     """The head of a study folder, `study.json`."""
 
     model: str
-    transcoders: dict[str, object]  # name, activation, k and whether they are cross-layer
+    transcoders: dict[str, object]  # name, activation, k and cross_layer
     n_features: dict[int, int]  # by layer
-    data: dict[str, Any]  # the sources' settings as they were read, with the split and the limit
-    settings: dict[str, Any]  # those of the study
-    items: int  # inputs of the model
-    rows: int  # of the data that gave them
-    positions: dict[str, int]  # of all items, by `KINDS`
-    skipped: dict[str, int] = field(default_factory=dict)  # rows that could not be used, by source
-    origin: dict[str, Any] = field(default_factory=dict)  # all that decided it (`core.artifacts`); empty in old ones
+    data: dict[str, Any]  # settings of the sources, with split and limit
+    settings: dict[str, Any]  # of the study
+    items: int  # number of inputs of the model
+    rows: int  # number of rows that they come from
+    positions: dict[str, int]  # number in all items, by `KINDS`
+    skipped: dict[str, int] = field(default_factory=dict)  # number of unusable rows, by source
+    origin: dict[str, Any] = field(default_factory=dict)  # as in `core.artifacts`; empty in studies of old versions

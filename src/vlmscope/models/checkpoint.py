@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from vlmscope.core.artifacts import read_json, refuse_lfs_pointer, tensor_heads
 from vlmscope.core.errors import UserError
-from vlmscope.core.hub import Wanted, cached_folder, fetch, gb, is_commit, is_hub_id
+from vlmscope.core.hub import FilePatterns, cached_folder, fetch, gb, is_commit, is_hub_id
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _AGAIN = "download it again (a download resumes where it stopped)"
-WANTED = Wanted(
+WANTED = FilePatterns(
     ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"),
     ("*/*", "consolidated*"),  # other copies of the weights
 )

@@ -21,7 +21,7 @@ import yaml
 
 from vlmscope.core.artifacts import built_from, parse_yaml
 from vlmscope.core.errors import UserError
-from vlmscope.core.hub import Wanted, cached_folder, fetch, is_commit, is_hub_id, push
+from vlmscope.core.hub import FilePatterns, cached_folder, fetch, is_commit, is_hub_id, push
 from vlmscope.transcoders.formats import ANY, Choice, load_set, open_set
 from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -232,7 +232,7 @@ def set_folder(path: str | Path, revision: str | None = None, format: str = "aut
         layers = f"*layer_*_width_{choice.width or '*'}_l0_{choice.l0 or '*'}{end}/"
         patterns = (f"{layers}params.safetensors", f"{layers}config.json")
     try:
-        return fetch(repo, revision, Wanted(patterns), refusal)
+        return fetch(repo, revision, FilePatterns(patterns), refusal)
     except UserError:
         # In other layouts a partial download looks like a set of few layers, so the cache comes second.
         if readable:

@@ -1,4 +1,4 @@
-"""Do the identities of docs/maths.md hold on this model? A table of each, to what precision, and the time it took."""
+"""Check the identities of docs/maths.md on this model: a table with the error, tolerance and time of each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Config:
     new_tokens: int = 6
 
     def __post_init__(self) -> None:
-        # The first generated token needs no cache.
+        # The first generated token does not test the cache, so there are at least two.
         check_least("task", self, targets=1, sources=1, positions=1, new_tokens=2)
 
 

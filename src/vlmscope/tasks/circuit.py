@@ -118,7 +118,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 
 def check_source(cfg: AppConfig, spec: CircuitSpecConfig | None) -> None:
-    """Refuse a run that names no circuit, several, or pairs that cannot find one."""
+    """Refuse a run that names no circuit or several, or pairs that cannot find one."""
     from vlmscope.data.inputs import check_choosing
 
     declares = spec is not None and bool(spec.supernodes)

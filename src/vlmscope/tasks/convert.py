@@ -50,7 +50,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     folder, form, choice = chosen_set(cfg)
     files = [layer.path for layer in open_set(folder, form, choice).layers.values()]
     wide = any(head.dtype == "F64" for file in files for head in tensor_heads(file).values())
-    # float32 holds all other weights exactly.
+    # float64 only where the source has it: float32 holds all other weights exactly.
     dtype = torch.float64 if wide else torch.float32
     transcoders = load_set(folder, dtype=dtype, format=form, choice=choice).requires_grad_(False)
     why = refusal(transcoders, cfg.task.to)

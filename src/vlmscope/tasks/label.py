@@ -98,7 +98,7 @@ def label_by_contrast(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     print(basis(labels, samples))
     metrics = metrics_of(labels, "label") | metrics_of(shuffled, "label_shuffled")
     if shuffled:
-        # How many shuffled labels the test lets pass, and the false discovery rate that this makes of the real ones.
+        # Shuffled labels that pass the test, and the false discovery rate of the real ones that follows.
         p, chance_p = (
             np.array([np.nan if label.p is None else label.p for label in group]) for group in (labels, shuffled)
         )
@@ -189,7 +189,7 @@ def print_labels(labels: Sequence[tuple[FeatureId, Label]], most: int = 12) -> N
 
 
 def metrics_of(labels: Sequence[Label], name: str) -> dict[str, float]:
-    """How many features have a label, how many are better than chance, and mean scores by what they are about."""
+    """Numbers of features with a label and better than chance, and mean scores of labels by level."""
     import numpy as np
 
     metrics = {

@@ -52,7 +52,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     lens = token_lens(vlm.adapter, batch, np.append(soft, len(inputs) - 1), [word], cfg.task.count)
     names = token_strings(vlm.tokenizer, lens.top[0].flatten().tolist())
     words = np.reshape(np.array(names, dtype=object), lens.top[0].shape)
-    on_soft, at_last = lens.rank[0, :, :-1], lens.rank[0, :, -1]
+    on_soft, at_last = lens.rank[0, :, :-1], lens.rank[0, :, -1]  # the last position comes after the soft tokens
     states = [
         {
             "state": state,
@@ -83,13 +83,13 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 
 def word_id(vlm: VLM, batch: InputBatch, text: str | None) -> int:
-    """The id of a word, or of the model's next one."""
+    """The id of a word of one token, or of the model's next token."""
     import torch
 
     if text is None:
         with torch.no_grad():
             return int(vlm.adapter.next_logits(batch.tensors)[0].argmax())
-    for spelt in (text, f" {text}"):
+    for spelt in (text, f" {text}"):  # many tokenizers have words with their leading space only
         ids = vlm.tokenizer(spelt, add_special_tokens=False)["input_ids"]
         if len(ids) == 1 and ids[0] != vlm.tokenizer.unk_token_id:
             return int(ids[0])

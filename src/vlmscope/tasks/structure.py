@@ -87,7 +87,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 
 def collected(cfg: AppConfig, scope: Scope, study: StudyFolder) -> StructurePass:
-    """The pass over the first rows of the study's data."""
+    """Run the model over the first rows of the study's data and collect what fires together."""
     from tqdm import tqdm
 
     from vlmscope.data.mixing import NumberedRows
@@ -149,7 +149,7 @@ def write_page(
 
 
 def cluster_list(title: str, clusters: Sequence[Row]) -> Table:
-    """The largest clusters of a kind, a row each."""
+    """A table of the largest clusters of a kind."""
     from vlmscope.report.page import Percent, Table
 
     rows = tuple(
@@ -172,7 +172,7 @@ def cluster_list(title: str, clusters: Sequence[Row]) -> Table:
 
 
 def draw_clusters(path: Path, study: StudyFolder, clusters: Sequence[Row]) -> Path | None:
-    """The strongest example of some members of each cluster; None where no member has one."""
+    """Draw the strongest examples of some members of each cluster; None where no member has one."""
     from vlmscope.core.records import FeatureId
     from vlmscope.features.study import study_examples
     from vlmscope.report.pictures import FeatureRow, feature_sheet
@@ -191,6 +191,6 @@ def draw_clusters(path: Path, study: StudyFolder, clusters: Sequence[Row]) -> Pa
 
 
 def spread(features: list[str]) -> list[str]:
-    """All features, in an order whose first ones come from all over the cluster, and so from its layers."""
+    """All features, reordered so that the first ones come from all over the cluster, and so from its layers."""
     step = max(1, len(features) // EXAMPLES)
     return [feature for first in range(step) for feature in features[first::step]]

@@ -95,7 +95,7 @@ def _trace_into(
         if cfg.task.figure:
             shown = maps[: _MAPPED * len(pictures)]
             patch_maps(shown, for_figures(pictures), folder / "figures" / "patches.png", effect)
-        answer = maps[: len(pictures)]
+        answer = maps[: len(pictures)]  # the first target is the answer, with a map per picture
         whole = sum(abs(m.from_patches) + sum(map(abs, m.remainder.values())) for m in answer)
         metrics["graph/patch_residual"] = max(m.residual for m in maps)
         metrics["graph/patch_share"] = sum(m.from_patches for m in answer) / (whole or 1.0)
@@ -189,7 +189,7 @@ def _refuse(cfg: AppConfig, bad: Sequence[str]) -> int:
 
 
 def _origin(cfg: AppConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    """Everything that a row's graph depends on besides the row, by name."""
+    """All settings and files besides the row on which its graph depends, by name."""
     from vlmscope.config.wiring import model_origin, study_digest, transcoder_origin
     from vlmscope.core.artifacts import flat, plain
 

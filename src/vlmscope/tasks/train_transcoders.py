@@ -1,4 +1,4 @@
-"""Train a sparse transcoder for every layer of the model from one forward a batch; saved as a transcoder set."""
+"""Train a sparse transcoder for every layer from one forward per batch; saved as a transcoder set."""
 
 from __future__ import annotations
 

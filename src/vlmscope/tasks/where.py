@@ -1,4 +1,4 @@
-"""Where in a picture features look: attention rollout, attribution to patches and own activation, side by side."""
+"""Where in a picture features look: attention rollout, attribution to patches, and their activation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 USES = ("attribution", "where")
 _DRAWN = 30  # features in the figure, a row a picture
-_SIDE = 16  # cells of the grid on which maps are compared
+_SIDE = 16  # rows and columns of the grid on which maps are compared
 
 
 @dataclass
@@ -71,9 +71,9 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     started = time.perf_counter()
     where = where_maps(scope, inputs, features, cfg.where, cfg.attribution)
     metrics = {"where/seconds": time.perf_counter() - started}
-    listed = [(f, kind, patch_map) for f in features for kind, maps in where.maps[f].items() for patch_map in maps]
+    listed = [(f, kind, picture_map) for f in features for kind, maps in where.maps[f].items() for picture_map in maps]
     tokens = [record for records in where.tokens.values() for record in records]
-    size = save_maps(context.run_dir / "maps.safetensors", [patch_map for *_, patch_map in listed], tokens)
+    size = save_maps(context.run_dir / "maps.safetensors", [picture_map for *_, picture_map in listed], tokens)
     metrics["where/maps_kb"] = size / 1000
     described = {}
     for feature in features:
@@ -86,7 +86,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
             for kind, curves in map_curves(subject, {feature: maps}, cfg.where, cfg.seed).items():
                 metrics |= {f"{name}/{kind}/{measure}": curves.area(feature, measure) for measure in MEASURES}
     order = [
-        {"feature": str(feature), "kind": kind, "picture": patch_map.picture} for feature, kind, patch_map in listed
+        {"feature": str(feature), "kind": kind, "picture": picture_map.picture} for feature, kind, picture_map in listed
     ]
     record = {"prompt": cfg.prompt, "maps": "maps.safetensors", "features": described, "order": order}
     write_json(context.run_dir / "where.json", record)
@@ -109,13 +109,13 @@ def _described(where: WhereMaps, feature: FeatureId, is_image: np.ndarray) -> di
     metrics = {
         "activation": float(values[is_image].sum()),
         "soft_tokens": float((values[is_image] > 0).sum()),
-        "path_residual": max(patch_map.residual for patch_map in maps["vision_path"]),
+        "path_residual": max(picture_map.residual for picture_map in maps["vision_path"]),
     }
     for kind in ("rollout", "similarity", "activation"):
         metrics[f"{kind}_vs_vision_path"] = _correlation(grids[kind], grids["vision_path"])
     peaks: dict[str, Any] = {}
     for kind, records in maps.items():
-        tiles = [(patch_map.picture, tile) for patch_map in records for tile in patch_map.tiles]
+        tiles = [(picture_map.picture, tile) for picture_map in records for tile in picture_map.tiles]
         picture, tile = max(tiles, key=lambda pair: float(pair[1].values.max()))
         peaks[kind] = {"picture": picture, "box": list(tile.boxes[int(tile.values.argmax())])}
     active = {int(position): float(values[position]) for position in np.flatnonzero(values)}

@@ -1,9 +1,9 @@
-"""Batches that transcoders are trained on, from conversations or a mix of sources, and the tokens that count in them.
+"""Batches for the training of transcoders, from conversations or a mix of sources, and the activations at their tokens.
 
 A forward is a dict with the keyword arguments of the Hugging Face model (`input_ids` [B, T], `attention_mask` [B, T],
 `pixel_values`, `token_type_ids`) and, for the cross-entropy, `loss_mask` [B, T] bool: True at answer tokens, each of
-which is predicted from the position before it. A batch is one forward or a list of them, whose tokens are taken
-together. Batch n follows from the seed and n alone.
+which is predicted from the position before it. A batch is one forward or a list of them, with their tokens combined.
+Batch n depends only on the seed and n.
 
 Shapes: N valid tokens of the batch, d model width.
 """
@@ -29,27 +29,33 @@ from vlmscope.models.base import Adapter
 from vlmscope.models.batching import LOSS_MASK, by_shape, encode, ends_of_text, joined, sequence_forward, text_ids
 from vlmscope.models.loading import VLM
 
-ENDED = "add data.sources.NAME.repeat=true, give more data, or lower trainer.max_steps"  # what to do then
+ENDED = "add data.sources.NAME.repeat=true, give more data, or lower trainer.max_steps"  # advice when data have ended
+EVERY = 8  # batches between two states of a mix that are kept in its file
+_NEWEST = 16  # states in memory, those of the last batches
+_KEPT = 128  # states in the file
+_PROBES = 16  # examples from which the average number of tokens is estimated
 
 Forward = Mapping[str, Tensor]
 EncodedForward = dict[str, Tensor]
 Batch = Forward | Sequence[Forward]
+Encoder = Callable[[Sample], list[EncodedForward]]  # such as vlmscope.models.batching.encode with its model
+_Held = Callable[[], list[EncodedForward]]  # makes the forwards of a validation sample
 
 
 class OwnPart(list[EncodedForward]):
-    """The forwards of a batch that are this process's own where several train together; it may be empty.
+    """This process's own part of a batch, if several processes train together; it may be empty.
 
-    Any other batch is the whole one, of which each process takes its part (`vlmscope.training.ranks`).
+    Any other batch is a whole one, of which each process takes its part (`vlmscope.training.ranks`).
     """
 
 
 def forwards(batch: Batch) -> Sequence[Forward]:
-    """The forwards that a batch is made of."""
+    """The forwards of a batch."""
     return [batch] if isinstance(batch, Mapping) else batch
 
 
 def forward_arguments(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The batch without what the model's forward does not know."""
+    """The batch without the keys that the model's forward does not accept."""
     return {name: tensor for name, tensor in batch.items() if name != LOSS_MASK}
 
 
@@ -57,7 +63,7 @@ def forward_arguments(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class LayerActivations:
     """MLP inputs and outputs at the valid tokens: layer -> ([N, d], [N, d]); `is_image` [N] bool.
 
-    Where a batch is divided among hosts, these are the host's tokens: numbers `first`, `first + 1`, .. of the `joint`
+    If a batch is divided among hosts, these are the host's tokens: numbers `first`, `first + 1`, .. of the `joint`
     tokens of the whole batch (None: all are here).
     """
 
@@ -68,7 +74,7 @@ class LayerActivations:
 
     @property
     def n_tokens(self) -> int:
-        """N."""
+        """N, the tokens here."""
         return self.is_image.shape[0]
 
     @property
@@ -77,7 +83,7 @@ class LayerActivations:
         return self.n_tokens if self.joint is None else self.joint
 
     def rows(self, rows: Tensor) -> LayerActivations:
-        """Some of these tokens, by row numbers [n]."""
+        """The tokens of some row numbers [n]."""
         by_layer = {layer: (x[rows], y[rows]) for layer, (x, y) in self.by_layer.items()}
         return LayerActivations(by_layer, self.is_image[rows])
 
@@ -98,31 +104,23 @@ def collect(adapter: Adapter, batch: Batch) -> LayerActivations:
 
 def joined_activations(parts: Sequence[LayerActivations]) -> LayerActivations:
     """The tokens of several forwards as one batch, in order."""
-    by_layer = {
-        layer: (
-            torch.cat([part.by_layer[layer][0] for part in parts]),
-            torch.cat([part.by_layer[layer][1] for part in parts]),
-        )
-        for layer in parts[0].by_layer
-    }
+    by_layer: dict[int, tuple[Tensor, Tensor]] = {}
+    for layer in parts[0].by_layer:
+        x, y = (torch.cat([part.by_layer[layer][side] for part in parts]) for side in (0, 1))
+        by_layer[layer] = (x, y)
     return LayerActivations(by_layer, torch.cat([part.is_image for part in parts]))
 
 
 def on_device(adapter: Adapter, batch: Forward) -> dict[str, Tensor]:
-    """A forward where the model is."""
+    """A forward on the model's device."""
     return {name: tensor.to(adapter.device) for name, tensor in batch.items()}
 
 
-Encoder = Callable[[Sample], list[EncodedForward]]  # such as vlmscope.models.batching.encode with its model
-
-_PROBES = 16  # examples from which the average number of tokens is taken
-
-
 def stacked(forwards: Sequence[EncodedForward]) -> list[EncodedForward]:
-    """Forwards whose tensors all have the same shapes as one, along the first axis; groups in order of appearance.
+    """Concatenate forwards of equal shapes along the first axis; groups are in order of appearance.
 
-    Pictures of different sizes, and prompts of different lengths, stay apart: padding would have to be told to every
-    family in its own way.
+    Pictures of different sizes, and prompts of different lengths, stay separate, since each family of models would need
+    its own padding.
     """
     return [joined([forwards[i] for i in group]) for group in by_shape(forwards)]
 
@@ -130,29 +128,29 @@ def stacked(forwards: Sequence[EncodedForward]) -> list[EncodedForward]:
 class ConversationBatches:
     """Batch number 0, 1, ... of the user's own examples, of about `tokens_per_batch` tokens.
 
-    A batch holds a fixed number of examples, from an endless shuffled order: every example is used once an epoch.
+    A batch holds a fixed number of examples, from an endless shuffled order that uses every example once per epoch.
     Indexing `samples` opens an example's pictures.
     """
 
     def __init__(self, samples: Sequence[Sample], encode: Encoder, tokens_per_batch: int, seed: int) -> None:
         self.samples, self.encode, self.seed = samples, encode, seed
         probes = range(min(_PROBES, len(samples)))
-        tokens = sum(one["input_ids"].numel() for n in probes for one in self._forwards(n))
+        tokens = sum(forward["input_ids"].numel() for n in probes for forward in self._forwards(n))
         self.examples_per_batch = max(1, round(tokens_per_batch * len(probes) / max(tokens, 1)))
 
     def __call__(self, number: int) -> list[EncodedForward]:
         """The forwards of one batch."""
         first = number * self.examples_per_batch
-        return stacked(
-            [one for place in range(first, first + self.examples_per_batch) for one in self._forwards(place)]
-        )
+        examples = range(first, first + self.examples_per_batch)
+        return stacked([forward for n in examples for forward in self._forwards(n)])
 
-    def _forwards(self, place: int) -> list[EncodedForward]:
-        return self.encode(self.samples[drawn(self.seed, place, len(self.samples))])
+    def _forwards(self, n: int) -> list[EncodedForward]:
+        """The forwards of the n-th example in the endless order."""
+        return self.encode(self.samples[drawn(self.seed, n, len(self.samples))])
 
 
 class ValidationBatches(Sequence[list[EncodedForward]]):
-    """One batch for each example, made anew whenever it is asked for: all pictures would fill the memory."""
+    """One batch for each example, made again at each access, since all pictures together would fill the memory."""
 
     def __init__(self, samples: Sequence[Any], encode: Callable[[Any], list[EncodedForward]]) -> None:
         self.samples, self.encode = samples, encode
@@ -165,10 +163,7 @@ class ValidationBatches(Sequence[list[EncodedForward]]):
 
 
 class SampleEncoder:
-    """A conversation becomes its forwards, of at most `max_tokens` tokens; plain texts are packed to `context` tokens.
-
-    An encoder of `vlmscope.data.mixing`.
-    """
+    """Encoder (`vlmscope.data.mixing`) of conversations, cut to `max_tokens`, and texts, packed to `context` tokens."""
 
     def __init__(self, vlm: VLM, context: int, max_tokens: int | None = None) -> None:
         eos, bos = ends_of_text(vlm.tokenizer)
@@ -181,7 +176,7 @@ class SampleEncoder:
         return encode(self.vlm, sample.opened(), self.max_tokens)
 
     def add(self, sample: RawSample) -> None:
-        """Take a sample in."""
+        """Add a sample."""
         if sample.exchanges:
             self.ready = self.encode(sample)
             return
@@ -203,34 +198,29 @@ class SampleEncoder:
 
     def tokens(self, item: list[EncodedForward]) -> int:
         """Tokens of the item's forwards, soft tokens included."""
-        return sum(one["input_ids"].numel() for one in item)
+        return sum(forward["input_ids"].numel() for forward in item)
 
     def state(self) -> list[int]:
         """Tokens left over from packing."""
         return list(self.packer.left)
 
     def load(self, state: list[int]) -> None:
-        """Go on from tokens left over."""
+        """Continue from tokens left over."""
         self.packer.left, self.ready = list(state), None
 
     def _forward(self, ids: list[int] | None) -> list[EncodedForward] | None:
         return None if ids is None else [sequence_forward(self.vlm, ids)]
 
 
-EVERY = 8  # batches between two states that are kept in the file
-_NEWEST = 16  # the states of so many last batches are at hand
-_KEPT = 128  # states in the file
-
-
 class MixBatches:
     """Batch number 0, 1, ... of a mix, each of at least `tokens_per_batch` tokens.
 
-    The mix is a stream: to have batch n, those before it must be gone through. So its state is kept at some batches, in
-    memory and in a file of the run folder, and batch n starts from the last state before it. Where no such state is
-    (the file is lost), the stream starts over: slower, but the same batches.
+    The mix is a stream: batch n needs all batches before it. So the states at some batches are kept, in memory and in a
+    file of the run folder, and batch n starts from the last state before it. Without such a state (the file is lost)
+    the stream starts over, which is slower but gives the same batches.
 
-    Where several processes train together, each has the batches of its own share of the sources (`share`), with its
-    own states; number n of them all is the joint batch n. One whose share has ended has empty parts.
+    If several processes train together, each has the batches of its own share of the sources (`share`), with its own
+    states; their batches n together are the joint batch n. A process whose share has ended has empty parts.
     """
 
     def __init__(
@@ -243,10 +233,10 @@ class MixBatches:
         share: Share = WHOLE,
         joint_sum: Callable[[Sequence[float]], Sequence[float]] = list,
     ) -> None:
-        """Take up the states of an earlier run in `file`, with `resume` and if they are of the same `settings`.
+        """With `resume`, load the states of an earlier run in `file` if they are of the same `settings`.
 
-        `make` gives the mix, or the share of it, at its beginning; a share adds its number to the file's name;
-        `joint_sum` adds numbers up over all shares.
+        `make` returns the mix, or the share of it, at its beginning; a share adds its number to the file's name;
+        `joint_sum` sums numbers over all shares.
         """
         self.share, self.joint_sum, self.settings = share, joint_sum, settings
         self.make, self.tokens_per_batch = make, -(-tokens_per_batch // share.total)
@@ -254,9 +244,9 @@ class MixBatches:
         self.file = file = file.with_name(f"{file.stem}{part}{file.suffix}")
         self.states: dict[int, Any] = {}
         if resume and file.is_file():
-            kept = read_json(file)
-            if kept.get("settings") == settings:
-                self.states = {int(number): state for number, state in kept["states"].items()}
+            record = read_json(file)
+            if record.get("settings") == settings:
+                self.states = {int(number): state for number, state in record["states"].items()}
         self.mix = make()
         self.number = 0
 
@@ -264,6 +254,7 @@ class MixBatches:
         """The forwards of one batch, or this share's part of them."""
         if number != self.number:
             start = max((n for n in self.states if n <= number), default=0)
+            # The stream goes only forwards; a state that is further on than the stream saves reading.
             if not self.number < number or start > self.number:
                 self.mix, self.number = self.make(), start
                 if start in self.states:
@@ -274,10 +265,10 @@ class MixBatches:
         return OwnPart(batch) if self.share.total > 1 else batch
 
     def figures(self) -> dict[str, float]:
-        """Each source's share of the tokens so far, samples left out, and corrupt shards skipped, over all shares."""
+        """Each source's fraction of the tokens so far, its samples left out, and corrupt shards, over all processes."""
         lanes = self.mix.lanes
-        own = [self.mix.tokens[name] for name in lanes] + [lane.samples.skipped for lane in lanes.values()]
-        joint = self.joint_sum([*own, sum(lane.samples.bad_shards for lane in lanes.values())])
+        local = [self.mix.tokens[name] for name in lanes] + [lane.samples.skipped for lane in lanes.values()]
+        joint = self.joint_sum([*local, sum(lane.samples.bad_shards for lane in lanes.values())])
         tokens, skipped = joint[: len(lanes)], joint[len(lanes) : -1]
         total = sum(tokens)
         figures = {f"data/{n}/tokens_share": t / total if total else 0.0 for n, t in zip(lanes, tokens, strict=True)}
@@ -285,7 +276,7 @@ class MixBatches:
         return figures | {"data/bad_shards": float(joint[-1])}
 
     def _next(self) -> list[EncodedForward]:
-        self._note()
+        self._keep_state()
         forwards: list[EncodedForward] = []
         tokens = 0
         while tokens < self.tokens_per_batch and (item := next(self.mix, None)) is not None:
@@ -296,8 +287,8 @@ class MixBatches:
         self.number += 1
         return forwards
 
-    def _note(self) -> None:
-        """Keep the state before the coming batch."""
+    def _keep_state(self) -> None:
+        """Keep the state before the next batch."""
         if self.number in self.states:
             return
         self.states[self.number] = self.mix.state_dict()
@@ -310,28 +301,21 @@ class MixBatches:
 
 
 def mix_validation(sources: Mapping[str, tuple[ShuffledSource, SampleEncoder]], examples: int) -> ValidationBatches:
-    """The first of `examples` validation samples, as many of every source; streams with encoders of their own."""
+    """The first validation samples of every source, equally many, about `examples` in total."""
     items: list[_Held] = []
     for name, (samples, encoder) in sources.items():
         held = list(_first(samples, encoder, max(1, examples // len(sources))))
+        source = f"data.sources.{name}"
         if not held and samples.first_error:
-            raise UserError(
-                f"data.sources.{name}: no sample for validation can be used, the first: {samples.first_error}"
-            )
+            raise UserError(f"{source}: no sample for validation can be used, the first: {samples.first_error}")
         if not held:
-            raise UserError(
-                f"data.sources.{name} has no sample for validation; raise data.val_share, or give "
-                f"data.sources.{name}.val_split"
-            )
+            raise UserError(f"{source} has no sample for validation; raise data.val_share, or give {source}.val_split")
         items += held
     return ValidationBatches(items, lambda item: item())
 
 
-_Held = Callable[[], list[EncodedForward]]
-
-
 def _first(samples: ShuffledSource, encoder: SampleEncoder, count: int) -> Iterator[_Held]:
-    """What makes the first items: a conversation's pictures are opened when its forwards are asked for."""
+    """Functions that make the first `count` items, so that a conversation's pictures are opened only when needed."""
     while count:
         sample = samples.next()
         if sample is None:

@@ -1,14 +1,14 @@
 """Activations of the model for training: captured by batch number, cached on disk, streamed by step.
 
-Cache: `<folder>/manifest.json` says what the activations depend on; `rank_00/batch_000000.safetensors` and so on hold a
-captured batch each, as one rank keeps it: `layer_00.in`, `layer_00.out` [n, d] in the dtype of the cache, `is_image`
-[n]. A file is written under another name and renamed, so what stands is whole: after a kill the next run goes on from
-there, and one that needs more batches adds them.
+Cache: `<folder>/manifest.json` records what the activations depend on; `rank_00/batch_000000.safetensors` and so on
+hold one captured batch each, with the layers of one rank: `layer_00.in`, `layer_00.out` [n, d] in the dtype of the
+cache, `is_image` [n]. Files are written under another name and renamed, so each one is complete: after a kill the next
+run continues from there, and a run that needs more batches adds them.
 
 Stream: the model's forward costs more than a step of all transcoders, and tokens of one batch resemble each other. So
 the last `pool_batches` captured batches are kept, a new one replaces the oldest every `steps_per_batch` steps, and a
-step draws its tokens from all of them. The draw depends on the step alone: a resumed run captures the pool anew and
-goes on with the same tokens. With both settings at 1 every step sees exactly its own batch.
+step draws its tokens from all of them. The draw depends only on the step: a resumed run captures the pool again and
+continues with the same tokens. With both settings at 1 every step uses exactly its own batch.
 
 Shapes: n tokens of the batch on the rank's host, d model width.
 """
@@ -70,15 +70,17 @@ from vlmscope.training.ranks import Ranks, joint_sum, own_share
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MANIFEST = "manifest.json"
-_STALE = 3600  # seconds for which an unfinished file may be that of a run on another machine
+_STALE = 3600  # seconds during which another machine's run may still be writing an unfinished file
 _FORMAT = 1
+
+Load = Callable[[], VLM]
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where activations are kept, and in which dtype (None: the model's own, which changes no number).
+    """Folder and dtype of cached activations (None: the model's dtype, which changes no number).
 
-    `data` says in words what the batches depend on, `order` what their order depends on.
+    `data` describes what the batches depend on, `order` what their order depends on.
     """
 
     folder: Path
@@ -88,7 +90,7 @@ class CacheSettings:
 
 
 class ActivationCache:
-    """The batches of one rank."""
+    """The cached batches of one rank."""
 
     def __init__(self, folder: Path, rank: int, dtype: torch.dtype, device: torch.device) -> None:
         self.folder, self.part = Path(folder), Path(folder) / f"rank_{rank:02d}"
@@ -96,7 +98,7 @@ class ActivationCache:
         remove_leftovers(self.part, older_than=_STALE)
 
     def agree(self, keys: Mapping[str, str]) -> None:
-        """Check what the cache was made with against `keys`, or write it down where there is no cache yet."""
+        """Compare `keys` with those of the cache, or write them if there is no cache yet; UserError if they differ."""
         now = {"format": str(_FORMAT), **keys}
         file = self.folder / _MANIFEST
         if not file.is_file():
@@ -116,29 +118,29 @@ class ActivationCache:
         return self.part / f"batch_{number:06d}.safetensors"
 
     def read(self, number: int) -> tuple[LayerActivations, dict[str, float]] | None:
-        """A batch and the figures of the data up to it; None where the cache has no whole one."""
+        """A batch and the figures of the data up to it; None if it is absent or damaged."""
         try:
             with safe_open(self.path(number), "pt", device=str(self.device)) as file:
                 record = json.loads(file.metadata()["batch"])
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, TypeError):  # absent or damaged
+        except (SafetensorError, OSError, KeyError, TypeError):
             return None
         layers = sorted(int(name[6:-3]) for name in tensors if name.endswith(".in"))
         by_layer = {n: (tensors[f"layer_{n:02d}.in"], tensors[f"layer_{n:02d}.out"]) for n in layers}
         return LayerActivations(by_layer, tensors["is_image"], record["first"], record["joint"]), record["figures"]
 
     def rounded(self, activations: LayerActivations) -> LayerActivations:
-        """Activations in the cache's dtype, as reading would give them."""
-        rounded: dict[int, tuple[Tensor, Tensor]] = {}
+        """Activations in the cache's dtype, the same as `read` returns them."""
+        by_layer: dict[int, tuple[Tensor, Tensor]] = {}
         for layer, pair in activations.by_layer.items():
             x, y = (side.to(self.dtype) for side in pair)
-            if any(bool((side.isfinite() & ~own.isfinite()).any()) for side, own in zip(pair, (x, y), strict=True)):
+            if any(bool((side.isfinite() & ~new.isfinite()).any()) for side, new in zip(pair, (x, y), strict=True)):
                 raise UserError(f"task.cache_dtype=float16 cannot hold the activations of layer {layer}; take bfloat16")
-            rounded[layer] = (x, y)
-        return replace(activations, by_layer=rounded)
+            by_layer[layer] = (x, y)
+        return replace(activations, by_layer=by_layer)
 
     def write(self, number: int, activations: LayerActivations, figures: Mapping[str, float]) -> None:
-        """Keep a batch in the cache's dtype (`rounded`), with the figures of the data up to it."""
+        """Write a batch that is in the cache's dtype (`rounded`), with the figures of the data up to it."""
         tensors = {"is_image": activations.is_image.contiguous()}
         for layer, (x, y) in activations.by_layer.items():
             tensors |= {f"layer_{layer:02d}.in": x.contiguous(), f"layer_{layer:02d}.out": y.contiguous()}
@@ -148,10 +150,10 @@ class ActivationCache:
 
 
 class Captures:
-    """The activations of batch number 0, 1, ... on this rank; with `epoch_batches` the first so many again and again.
+    """The activations of batch number 0, 1, ... on this rank; with `epoch_batches` the first ones repeat.
 
-    From the cache on disk where it has them, else from the model, which fills the cache. Number n is asked for by every
-    rank at the same point of its work.
+    They come from the cache on disk if it has them, else from the model, and then go into the cache. All ranks must
+    call for number n at the same point of their work.
     """
 
     def __init__(
@@ -169,23 +171,23 @@ class Captures:
         self._newest: tuple[int, Mapping[str, float]] = (-1, {})
 
     def __call__(self, number: int) -> LayerActivations:
-        """One captured batch, in the dtype of the cache where there is one."""
+        """One captured batch, in the dtype of the cache if there is one."""
         if self.epoch_batches is not None:
             number %= self.epoch_batches
         if self.cache is None:
             return self.ranks.collect(self.adapter, self.batch_of(number))
-        kept = self.cache.read(number)
-        if joint_sum([float(kept is None)])[0]:  # a rank lacks it, and all must take part in capturing
-            kept = None
-        if kept is None:
+        cached = self.cache.read(number)
+        if joint_sum([float(cached is None)])[0]:  # some rank lacks it, and all must take part in capturing
+            cached = None
+        if cached is None:
             captured = self.cache.rounded(self.ranks.collect(self.adapter, self.batch_of(number)))
-            kept = captured, dict(self._data_figures())
-            self.cache.write(number, *kept)
-        self._newest = max(self._newest, (number, kept[1]), key=lambda pair: pair[0])
-        return kept[0]
+            cached = captured, dict(self._data_figures())
+            self.cache.write(number, *cached)
+        self._newest = max(self._newest, (number, cached[1]), key=lambda pair: pair[0])
+        return cached[0]
 
     def figures(self) -> Mapping[str, float]:
-        """What is to be logged about the data up to the furthest batch, whoever captured it."""
+        """Figures of the data up to the furthest batch, whether captured or cached."""
         return self._data_figures() if self.cache is None else self._newest[1]
 
 
@@ -197,7 +199,7 @@ def open_captures(
     settings: CacheSettings | None,
     data_figures: Callable[[], Mapping[str, float]],
 ) -> Captures:
-    """The captures of a run; where a cache is asked for, it is checked, and its size is printed."""
+    """The captures of a run; with `settings`, check the cache and print its size."""
     epoch = config.recipe.epoch_batches
     if settings is None:
         return Captures(adapter, batch_of, ranks, epoch, data_figures)
@@ -205,7 +207,8 @@ def open_captures(
     cache = ActivationCache(settings.folder, ranks.rank, dtype, adapter.device)
     if ranks.main:
         first, layout = batch_of(0), ranks.layout
-        tokens = sum(int(one.get("attention_mask", one["input_ids"] >= 0).sum()) for one in forwards(first))
+        masks = [forward.get("attention_mask", forward["input_ids"] >= 0) for forward in forwards(first)]
+        tokens = sum(int(mask.sum()) for mask in masks)
         cache.agree(
             {
                 "model": model_fingerprint(adapter.model),
@@ -216,7 +219,7 @@ def open_captures(
                 "processes": f"{layout.world}, {layout.per_host} a host",
             }
         )
-        # Of a mix each rank has its own part.
+        # Each rank has only its own part of a mix.
         joint = tokens * layout.world if isinstance(first, OwnPart) else tokens
         _check_room(cache, config.batches, layout.n_layers, adapter.d_model, joint)
     ranks.barrier()
@@ -224,12 +227,12 @@ def open_captures(
 
 
 def _check_room(cache: ActivationCache, batches: int, layers: int, width: int, tokens: int) -> None:
-    """Print how large the cache will be, from the tokens of its first batch; refuse what does not fit the disk."""
+    """Print the size of the cache, estimated from its first batch; UserError if it does not fit the disk."""
     token_bytes = 2 * width * cache.dtype.itemsize
     batch_bytes = token_bytes * layers * tokens
     needed = batch_bytes * sum(not cache.path(number).is_file() for number in range(batches))
-    place = next(path for path in (cache.folder, *cache.folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    existing = next(path for path in (cache.folder, *cache.folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     size = (
         f"{gb(batch_bytes * batches)} ({token_bytes:,} bytes a token and layer x {layers} layers x {tokens:,} tokens x "
         f"{batches:,} batches)"
@@ -243,7 +246,7 @@ def _check_room(cache: ActivationCache, batches: int, layers: int, width: int, t
 
 
 class ActivationStream(IterableDataset[LayerActivations]):
-    """Activations of the steps from `first()` to the last."""
+    """Activations for the steps from `first()` to the last."""
 
     def __init__(
         self,
@@ -258,8 +261,8 @@ class ActivationStream(IterableDataset[LayerActivations]):
         pool: dict[int, LayerActivations] = {}
         for step in range(self.first(), self.config.trainer.max_steps):
             newest = step // recipe.steps_per_batch
-            wanted = range(max(0, newest - recipe.pool_batches + 1), newest + 1)
-            pool = {n: pool[n] if n in pool else self.capture(n) for n in wanted}
+            numbers = range(max(0, newest - recipe.pool_batches + 1), newest + 1)
+            pool = {n: pool[n] if n in pool else self.capture(n) for n in numbers}
             yield pool[newest] if recipe.pool_batches == 1 else self._draw(pool, newest, step)
 
     def _draw(self, pool: dict[int, LayerActivations], newest: int, step: int) -> LayerActivations:
@@ -269,7 +272,7 @@ class ActivationStream(IterableDataset[LayerActivations]):
         chosen = torch.from_numpy(rng.choice(sum(sizes), pool[newest].joint_tokens, replace=False)).sort().values
         parts, offset = [], 0
         for batch, size in zip(pool.values(), sizes, strict=True):
-            # Of the tokens drawn from all hosts, those that are here.
+            # The draw is over the tokens of all hosts; take those that are here.
             first = offset + batch.first
             rows = chosen[(chosen >= first) & (chosen < first + batch.n_tokens)] - first
             parts.append(batch.rows(rows.to(batch.is_image.device)))
@@ -278,17 +281,15 @@ class ActivationStream(IterableDataset[LayerActivations]):
 
 
 class Source(NamedTuple):
-    """Training batches by number, validation batches, what resuming must find unchanged (None: nothing), and figures
-    of the data so far.
+    """Training batches by number, validation batches, and figures of the data so far.
+
+    `settings` describes the data; a run resumes only with the same (None: not compared).
     """
 
     train: Callable[[int], Batch]
     val: Sequence[Batch]
     settings: str | None
     figures: Callable[[], Mapping[str, float]] = dict
-
-
-Load = Callable[[], VLM]
 
 
 def batches_for(
@@ -300,9 +301,9 @@ def batches_for(
     origin: Callable[[], Mapping[str, Any]],
     resume: bool,
 ) -> tuple[VLM, Source]:
-    """The model and its data; the data is looked at before the model is loaded, which takes longer.
+    """The model and its data; the data are checked before the model is loaded, which takes longer.
 
-    A mix keeps its states in the file `states`, and with `resume` goes on from those of the same `origin`.
+    A mix keeps its states in the file `states`, and with `resume` continues from those of the same `origin`.
     """
     if data.sources:
         return _mix_batches(data, settings, seed, load, states, origin, resume)
@@ -348,7 +349,7 @@ def _folder_batches(data: DataConfig, settings: BatchConfig, seed: int, load: Lo
 
 
 def _check_pictures(vlm: VLM, lines: JsonLines) -> None:
-    """Refuse at once, not when its turn comes, an example that the model cannot take."""
+    """UserError for an example that the model cannot take, before training instead of at its turn."""
     for number, line in enumerate(lines.lines):
         if line.n_images and not vlm.adapter.has_vision:
             raise UserError(f"{lines.origin(number)}: it has pictures, and {vlm.name} takes none; leave it out")
@@ -365,9 +366,9 @@ def _mix_batches(
     origin: Callable[[], Mapping[str, Any]],
     resume: bool,
 ) -> tuple[VLM, Source]:
-    """Batches of the mix, each source's share of the tokens as its weight says.
+    """Batches of the mix, with tokens in proportion to the sources' weights.
 
-    Of several processes that train together each reads its own share of every source.
+    Processes that train together each read their own share of every source.
     """
     share = own_share()
     if settings.max_tokens < 2:
@@ -384,9 +385,9 @@ def _mix_batches(
         f"{fingerprint(data.sources)}, {settings.tokens_per_batch} tokens a batch, {settings.max_tokens} an example, "
         f"{data.context} a text, shuffled by {data.shuffle}, {data.val_share} held out"
     )
-    if share.total > 1:  # another number of processes reads in another order, and cannot go on
+    if share.total > 1:  # the order depends on the number of processes, so a run resumes only with the same
         words += f", read by {share.total} processes"
-    # A state holds tokens: it is of one tokenizer and of the files that were read.
+    # A state holds tokens, so it is valid only for the same tokenizer and files.
     known = f"{words}, {plain(origin())}"
     batches = MixBatches(make, settings.tokens_per_batch, states, known, resume, share, joint_sum)
     held = mix_validation({name: (stream(), encoder()) for name, stream in val.items()}, settings.val_examples)
@@ -394,7 +395,7 @@ def _mix_batches(
 
 
 def _streams(data: DataConfig, name: str, seed: int, validation: bool, share: Share) -> Callable[[], ShuffledSource]:
-    """What opens a new stream of a share of a source's samples, for training or for validation."""
+    """A function that opens a new stream of a share of a source's samples, for training or for validation."""
     config = data.sources[name]
     source = open_source(name, config, config.val_split if validation else None, data.max_bad_shards)
     keep = keeps(config, data.val_share, validation)
@@ -403,7 +404,7 @@ def _streams(data: DataConfig, name: str, seed: int, validation: bool, share: Sh
 
 
 def cache_settings(data: DataConfig, settings: BatchConfig, seed: int, known: str | None) -> CacheSettings | None:
-    """The cache that `task.cache` names, if any; `known` is what resuming must find unchanged about the data."""
+    """Settings of the cache in the folder `task.cache`, if any; `known` is the data's `Source.settings`."""
     if settings.cache is None:
         return None
     words = [data.name, known or f"{dict(sorted(settings.batch.items()))}"]

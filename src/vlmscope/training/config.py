@@ -1,4 +1,4 @@
-"""Settings of trainings, each with its one default: plain records, free of torch, so that Hydra can register them."""
+"""Settings of training, each with its one default: plain records without torch, so that Hydra can register them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _SCHEDULES = ("cosine", "linear", "constant")  # after the warm-up
 
 @dataclass
 class TranscoderArchConfig:
-    """The architecture of transcoders to be trained; the width is `expansion_factor` times the model's.
+    """Architecture of the transcoders; their width is `expansion_factor` times the model's.
 
-    `k` features are active at a token (topk), on average over a batch (batchtopk), or aimed at (jumprelu); relu has as
-    many as its L1 penalty leaves. `bandwidth` is that of JumpReLU's kernel, in pre-activations of standardised inputs.
-    With `cross_layer` a feature writes to its own layer and to every later one.
+    `k` features are active per token with topk, on average over a batch with batchtopk, and as the target of a penalty
+    with jumprelu; the number for relu depends on its L1 penalty. `bandwidth` is that of JumpReLU's kernel, in
+    pre-activations of standardised inputs. With `cross_layer` a feature writes to its own layer and every later one.
     """
 
     expansion_factor: int = 16
@@ -37,7 +37,7 @@ class TranscoderArchConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW. The learning rate rises from zero over `warmup` steps; then `schedule` says how it falls."""
+    """AdamW. The learning rate rises from zero over `warmup` steps and then falls by `schedule`."""
 
     lr: float = 5e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -56,12 +56,12 @@ class OptimConfig:
 
 @dataclass
 class TrainerConfig:
-    """How long and how a model is trained; the `_every` keys count optimiser steps, and 0 switches that off.
+    """Length and manner of a training; the `_every` keys count optimiser steps, and 0 switches them off.
 
-    With several processes (docs/scaling.md), `per_host` of them share the layers, each `per_host` a copy of all layers
-    (null: those on one machine); `rank_timeout` is how many minutes one waits for another that does not answer.
-    `precision` of transcoders is "32", or "bf16-mixed", which computes the encoder's dense product, from which the
-    active features are chosen, in bfloat16; weights, moments, loss and the chosen activations stay float32.
+    With several processes (docs/scaling.md), each `per_host` of them hold all layers together (null: those on one
+    machine); `rank_timeout` is how many minutes a process waits for another that does not answer. `precision` of
+    transcoders is "32", or "bf16-mixed", which computes the encoder's dense product, from which the active features are
+    chosen, in bfloat16; weights, moments, loss and the chosen activations stay float32.
     """
 
     max_steps: int = 1000
@@ -84,15 +84,15 @@ class TrainerConfig:
 
 @dataclass
 class RecipeConfig:
-    """How transcoders learn: starting point, batches of a step, and the terms of the loss (keys of `task`).
+    """Recipe of transcoders: starting point, batches of a step, and the terms of the loss (keys of `task`).
 
     Features start from the first `init_batches` batches. `pool_batches` captured batches are mixed, and
-    `steps_per_batch` steps pass between captures (1 and 1: each step its own batch). With `epoch_batches` the first so
-    many batches are gone through again and again (null: each is a new one). `micro_tokens` bounds memory: so many
-    tokens of a step are encoded and differentiated at a time, with the same result (null: all). `aux_coefficient`
-    weighs the loss by which `aux_k` dead features of a token learn, those that have not fired for `dead_after_tokens`.
-    `matryoshka` lists fractions of the features that must do on their own; `sparsity_coefficient` weighs the penalty of
-    jumprelu (L0, null: 1) and relu (L1, null: 0.003). `clip` is the largest gradient norm of one layer's transcoder.
+    `steps_per_batch` steps pass between captures (1 and 1: each step has its own batch). With `epoch_batches` only that
+    many batches are used, repeatedly (null: all batches are new). `micro_tokens` bounds memory: that many tokens of a
+    step are encoded and differentiated at a time, with the same result (null: all). `aux_coefficient` weighs the loss
+    that trains `aux_k` dead features per token, those that have not fired for `dead_after_tokens`. `matryoshka` lists
+    fractions of the features that must work on their own; `sparsity_coefficient` weighs the penalty of jumprelu (L0,
+    null: 1) and relu (L1, null: 0.003). `clip` is the largest gradient norm of one layer's transcoder.
     """
 
     init_batches: int = 8
@@ -110,7 +110,8 @@ class RecipeConfig:
     def __post_init__(self) -> None:
         positive = dict.fromkeys(("init_batches", "pool_batches", "steps_per_batch", "aux_k", "dead_after_tokens"), 1)
         check_least("task", self, micro_tokens=1, sparsity_coefficient=0, **positive)
-        check_least("task", self, epoch_batches=max(self.init_batches, self.pool_batches))  # mixed, or started from
+        # The start and the pool each need that many different batches.
+        check_least("task", self, epoch_batches=max(self.init_batches, self.pool_batches))
         if self.clip <= 0:
             raise UserError(f"task.clip={self.clip}: it must be positive")
         for fraction in self.matryoshka:
@@ -118,20 +119,19 @@ class RecipeConfig:
                 raise UserError(f"task.matryoshka: {fraction} must be a fraction in (0, 1]; correct it")
 
     def sparsity_weight(self, activation: str) -> float:
-        """`sparsity_coefficient`, or its default: L1 is of the activations' size, L0's penalty of 1's."""
+        """`sparsity_coefficient`, or its default: L1 scales with the activations, L0's penalty is of order 1."""
         default = 0.003 if activation == "relu" else 1.0
         return default if self.sparsity_coefficient is None else self.sparsity_coefficient
 
 
 @dataclass
 class BatchConfig:
-    """What transcoders are trained and validated on (keys of `task`).
+    """Batches for training and validation of transcoders (keys of `task`).
 
-    With data=orrery, `batch` says how many scenes of each kind, `val_scenes` how many of each for validation. With
+    With data=orrery, `batch` is the number of scenes of each kind, `val_scenes` that of each kind for validation. With
     data=folder or a mix, a batch has about `tokens_per_batch` tokens, an example at most `max_tokens` (the rest is cut
-    off), and `val_examples` at most are validated on. `cache`, a folder, keeps the captured activations in
-    `cache_dtype` (null: the model's): later runs on the same model and data read them instead of running the model
-    (docs/data.md).
+    off), and validation uses at most `val_examples`. The folder `cache` keeps the captured activations in `cache_dtype`
+    (null: the model's): later runs on the same model and data read them instead of running the model (docs/data.md).
     """
 
     batch: dict[str, int] = field(
@@ -154,9 +154,9 @@ class BatchConfig:
 
 @dataclass
 class TranscoderTrainingConfig:
-    """How the transcoders of all layers are trained: the groups transcoder, optim, trainer, and a recipe.
+    """Training of the transcoders of all layers: the groups transcoder, optim, trainer, and a recipe.
 
-    `data` says in words what the batches depend on besides the seed; a run resumes only with the same.
+    `data` describes what the batches depend on besides the seed; a run resumes only with the same.
     """
 
     transcoder: TranscoderArchConfig = field(default_factory=TranscoderArchConfig)
@@ -168,19 +168,19 @@ class TranscoderTrainingConfig:
     def __post_init__(self) -> None:
         if self.recipe.micro_tokens is not None and self.transcoder.activation == "batchtopk":
             raise UserError("batchtopk chooses among a whole batch; take task.micro_tokens=null, or topk")
-        alone = [name for name in ("matryoshka", "micro_tokens") if getattr(self.recipe, name)]
-        if self.transcoder.cross_layer and alone:
-            raise UserError(f"task.{alone[0]} is for single layers; leave out it or transcoder.cross_layer")
+        single_layer = [name for name in ("matryoshka", "micro_tokens") if getattr(self.recipe, name)]
+        if self.transcoder.cross_layer and single_layer:
+            raise UserError(f"task.{single_layer[0]} is for single layers; leave out it or transcoder.cross_layer")
 
     @property
     def batches(self) -> int:
-        """How many different batches a run needs."""
+        """The number of different batches that a run needs."""
         recipe = self.recipe
         batches = max(recipe.init_batches, (self.trainer.max_steps - 1) // recipe.steps_per_batch + 1)
         return batches if recipe.epoch_batches is None else min(batches, recipe.epoch_batches)
 
     def settings(self) -> dict[str, Any]:
-        """What decides the weights, by name: a run resumes only with the same."""
+        """The settings that decide the weights, by name; a run resumes only with the same."""
         recipe = {item.name: getattr(self.recipe, item.name) for item in fields(RecipeConfig)}
         del recipe["micro_tokens"]  # no number depends on it
         recipe["sparsity_coefficient"] = self.recipe.sparsity_weight(self.transcoder.activation)
@@ -191,7 +191,7 @@ class TranscoderTrainingConfig:
 def rate_factor(step: int, total: int, warmup: int, floor: float, schedule: str = "cosine") -> float:
     """Factor of the peak rate: linear from 0 over `warmup` steps, then by `schedule` down to `floor` at `total`.
 
-    A pure function of the step, so that a resumed run cannot be off by one.
+    It depends only on the step, so that a resumed run cannot be off by one.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -207,8 +207,8 @@ def rate_factor(step: int, total: int, warmup: int, floor: float, schedule: str 
 class StageConfig:
     """One stage of Orrery's training: steps, scenes of each kind in a batch, and the optimiser's settings.
 
-    The vision tower learns at `tower_rate` of the rate; at most `questions` of a picture are drawn in a step. The
-    answer must be readable up to `exit_layers` layers early, each of which adds a term of weight `exit_weight`.
+    The vision tower learns at `tower_rate` times the rate; a step draws at most `questions` of a picture. The answer
+    must be readable up to `exit_layers` layers early, each of which adds a term of weight `exit_weight`.
     """
 
     max_steps: int
@@ -240,7 +240,7 @@ def _polish() -> StageConfig:
 
 @dataclass
 class OrreryTrainingConfig:
-    """The stages of `task=train_orrery`. `polish` gives counting and sums, which lag behind, a larger share."""
+    """The stages of `task=train_orrery`; `polish` has more of counting and sums, which learn more slowly."""
 
     tower: StageConfig = field(default_factory=_tower)
     vlm: StageConfig = field(default_factory=_vlm)

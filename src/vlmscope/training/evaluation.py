@@ -1,13 +1,13 @@
-"""How good a transcoder set is for a model: FVU, L0, dead features, and the loss when it replaces every MLP.
+"""Quality of a transcoder set for a model: FVU, L0, dead features, and the loss when it replaces every MLP.
 
 Definitions: `vlmscope.metrics.dictionary`. `val/<name>` is the mean of `layers/<name>/layer_<i>` over the layers.
-FVU on image (text) tokens takes the deviations from the mean of the image (text) tokens alone. A figure that has no
-tokens to stand on, such as `fvu_image` without pictures, is left out. Each transcoder is compared, and spliced in, at
-its own `output_hook`: the raw MLP's output, or that of the norm after it.
+FVU on image (text) tokens takes the deviations from the mean of only the image (text) tokens. A figure without tokens,
+such as `fvu_image` without pictures, is left out. Each transcoder is compared, and spliced in, at its own
+`output_hook`: the raw MLP's output, or that of the norm after it.
 
-A set for another model or at another hook point still loads; its FVU is then mostly above 1, worse than the target's
-mean (`fvu_on_load`). Orrery's set moved by one layer has 0.91 to 2.08, above 1 in 6 of 8 layers. A wrong nonlinearity
-shows less: the same set read with ReLU in place of TopK has 0.08 to 0.45 instead of 0.01 to 0.07, so no warning comes.
+A set for another model or another hook point still loads, but its FVU is mostly above 1, worse than the target's mean
+(`fvu_on_load`). Orrery's set moved by one layer has 0.91 to 2.08, above 1 in 6 of 8 layers. A wrong nonlinearity shows
+less: the same set read with ReLU instead of TopK has 0.08 to 0.45 instead of 0.01 to 0.07, so there is no warning.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from vlmscope.training.batches import LOSS_MASK, Batch, collect, forward_argumen
 from vlmscope.transcoders.transcoder import SparseCode, Transcoder
 
 _LOG = logging.getLogger(__name__)
-_SCENES = 4  # of each kind: some 440 tokens
+_SCENES = 4  # of each kind, about 440 tokens in total
 _PICTURE = 256  # pixels a side
 _PLAIN = (
     "The river rises in the hills to the north and runs for some two hundred miles before it meets the sea. For most "
@@ -57,7 +57,7 @@ _PLAIN = (
 
 @dataclass
 class _LayerFigures:
-    """Running sums of one layer."""
+    """Running sums of one layer's figures."""
 
     n_features: int
     fvu: dict[str, FvuAccumulator] = field(
@@ -98,10 +98,9 @@ def evaluate_transcoders(scope: Scope, batches: Iterable[Batch]) -> dict[str, fl
         )
     check_hooks(scope)
     layers = {layer: _LayerFigures(transcoders[layer].config.n_features) for layer in transcoders.layers}
-    losses: dict[str, float] = {"tokens": 0.0, "own": 0.0, "spliced": 0.0}
-    for forward in (forward for batch in batches for forward in forwards(batch)):
-        batch = on_device(adapter, forward)
-        activations = collect(adapter, batch)
+    losses: dict[str, float] = {"tokens": 0.0, "original": 0.0, "spliced": 0.0}
+    for forward in (on_device(adapter, forward) for batch in batches for forward in forwards(batch)):
+        activations = collect(adapter, forward)
         codes: dict[int, SparseCode] = {}
         for layer, figures in layers.items():
             x, y = activations.by_layer[layer]
@@ -109,16 +108,16 @@ def evaluate_transcoders(scope: Scope, batches: Iterable[Batch]) -> dict[str, fl
             with _brought_to(adapter.device, transcoders[layer]):
                 codes[layer] = transcoders[layer].encode(x)
                 figures.update(codes[layer], transcoders.decode(layer, codes, x), target, activations.is_image)
-        if LOSS_MASK in batch:
-            _add_losses(scope, batch, losses)
+        if LOSS_MASK in forward:
+            _add_losses(scope, forward, losses)
     if any(figures.tokens == 0 for figures in layers.values()):
         raise UserError("no tokens to evaluate the transcoders on; give at least one batch")
     by_layer = {layer: figures.compute() for layer, figures in layers.items()}
     directions = {}
     for layer in layers:
         config = transcoders[layer].config
-        written, home = range(layer, layer + config.writes), transcoders[layer].b_dec
-        weights = [norm_weight_after(adapter, each, config.output_hook, home) for each in written]
+        targets, b_dec = range(layer, layer + config.writes), transcoders[layer].b_dec
+        weights = [norm_weight_after(adapter, target, config.output_hook, b_dec) for target in targets]
         directions[layer] = transcoders[layer].directions(weights)
     alive = {layer: figures.counts > 0 for layer, figures in layers.items()}
     for layer, fraction in duplicated_fraction(directions, alive, device=adapter.device).items():
@@ -130,14 +129,14 @@ def evaluate_transcoders(scope: Scope, batches: Iterable[Batch]) -> dict[str, fl
             summary[f"val/{name}"] = sum(values.values()) / len(values)
             summary |= {f"layers/{name}/layer_{layer:02d}": value for layer, value in values.items()}
     if losses["tokens"]:
-        summary["val/ce"] = losses["own"] / losses["tokens"]
-        summary["val/ce_delta"] = (losses["spliced"] - losses["own"]) / losses["tokens"]
+        summary["val/ce"] = losses["original"] / losses["tokens"]
+        summary["val/ce_delta"] = (losses["spliced"] - losses["original"]) / losses["tokens"]
     return summary
 
 
 @contextmanager
 def _brought_to(device: torch.device, transcoder: Transcoder) -> Iterator[None]:
-    """A layer's transcoder on the device while it is needed: all layers together may not fit there."""
+    """Move a layer's transcoder to the device for a while, since all layers together may not fit there."""
     home = transcoder.b_dec.device
     transcoder.to(device)
     try:
@@ -147,11 +146,11 @@ def _brought_to(device: torch.device, transcoder: Transcoder) -> Iterator[None]:
 
 
 def _add_losses(scope: Scope, batch: Mapping[str, Tensor], losses: dict[str, float]) -> None:
-    """Sums of the cross-entropy over answer tokens, of the model itself and with every layer replaced."""
+    """Add the cross-entropy summed over answer tokens, of the model itself and with every layer replaced."""
     answers = batch[LOSS_MASK].bool()[:, 1:]
     if not answers.any():
         return
-    # Only positions that predict an answer token somewhere in the batch get logits.
+    # Logits take much memory, so only positions that predict an answer in some row get them.
     positions = answers.any(0).nonzero().flatten()
     chosen = answers[:, positions]
     labels = batch["input_ids"][:, 1:][:, positions][chosen]
@@ -161,16 +160,16 @@ def _add_losses(scope: Scope, batch: Mapping[str, Tensor], losses: dict[str, flo
         return float(cross_entropy(check(out.logits[chosen]), labels)) * len(labels)
 
     losses["tokens"] += len(labels)
-    losses["own"] += loss(scope.adapter.finite)
+    losses["original"] += loss(scope.adapter.finite)
     with spliced(scope):
-        losses["spliced"] += loss(lambda logits: logits)  # what a poor set makes of the model is its figure, nan too
+        losses["spliced"] += loss(lambda logits: logits)  # unchecked: nan is a valid result for a poor set
 
 
 @contextmanager
 def spliced(scope: Scope) -> Iterator[None]:
-    """Within it, what each transcoder imitates is replaced by the reconstruction of the MLP's own current input."""
+    """Context in which each transcoder's target is replaced by its reconstruction from the MLP's current input."""
     inputs: dict[int, Tensor] = {}
-    codes: dict[int, SparseCode] = {}  # layers run in order, so those below are of the same forward
+    codes: dict[int, SparseCode] = {}  # layers run in order, so codes of lower layers are from the same forward
 
     def keep(layer: int, _module: nn.Module, args: tuple[Any, ...]) -> None:
         inputs[layer] = args[0]
@@ -190,15 +189,15 @@ def spliced(scope: Scope) -> Iterator[None]:
 
 
 def check_hooks(scope: Scope) -> None:
-    """Refuse transcoders between points that the model does not have or that this project does not read."""
+    """UserError for transcoders at hook points that this model does not have or that are not supported."""
     for layer, transcoder in scope.transcoders.transcoders.items():
-        hooks = transcoder.config.input_hook, transcoder.config.output_hook
-        if hooks not in (("mlp_in", "mlp_out"), ("mlp_in", "mlp_out_post")):
+        source, target = transcoder.config.input_hook, transcoder.config.output_hook
+        if source != "mlp_in" or target not in ("mlp_out", "mlp_out_post"):
             raise UserError(
-                f"the transcoder of layer {layer} maps {hooks[0]} to {hooks[1]}; only mlp_in to mlp_out or "
+                f"the transcoder of layer {layer} maps {source} to {target}; only mlp_in to mlp_out or "
                 "mlp_out_post can be used (docs/formats_transcoders.md)"
             )
-        if hooks[1] == "mlp_out_post" and scope.adapter.norms(layer).mlp_out_post is None:
+        if target == "mlp_out_post" and scope.adapter.norms(layer).mlp_out_post is None:
             raise UserError(
                 f"the transcoder of layer {layer} imitates mlp_out_post, the norm after the MLP, and this model has "
                 "none; choose the set trained on this model"
@@ -207,7 +206,7 @@ def check_hooks(scope: Scope) -> None:
 
 @torch.no_grad()
 def fvu_on_load(scope: Scope, forwards: Sequence[Mapping[str, Tensor]]) -> tuple[dict[int, float], int]:
-    """FVU by layer at each transcoder's own hook points, and the number of tokens, from one forward of each input."""
+    """FVU per layer at each transcoder's own hook points, and the number of tokens, from one forward of each input."""
     transcoders = scope.transcoders
     activations = collect(scope.adapter, list(forwards))
     dtype = next(transcoders.parameters()).dtype
@@ -222,18 +221,17 @@ def fvu_on_load(scope: Scope, forwards: Sequence[Mapping[str, Tensor]]) -> tuple
 
 
 def warn_if_unfit(scope: Scope, prompt: str | None, pictures: Sequence[Image.Image] = ()) -> dict[int, float]:
-    """Log a warning for layers with an FVU above 1 on the run's own prompt, or on Orrery's scenes when it has none.
+    """Log a warning for layers with an FVU above 1 on the run's own prompt, or on Orrery's scenes if it has none.
 
-    Returns FVU by layer, empty when there was nothing to look at.
+    Returns FVU per layer, empty without an input.
     """
     check_hooks(scope)
     forward = _input(scope.vlm, prompt, pictures)
     if forward is None:
         return {}
     fvus, tokens = fvu_on_load(scope, [forward])
-    bad = {layer: value for layer, value in fvus.items() if not value <= 1}
-    if bad:
-        named = ", ".join(f"{layer} ({value:.3g})" for layer, value in bad.items())
+    named = ", ".join(f"{layer} ({value:.3g})" for layer, value in fvus.items() if not value <= 1)  # nan too
+    if named:
         _LOG.warning(
             "the transcoders do not fit %s: FVU above 1 on %d tokens in layer %s; are they for this model, revision, "
             "hook point and format?",
@@ -245,15 +243,15 @@ def warn_if_unfit(scope: Scope, prompt: str | None, pictures: Sequence[Image.Ima
 
 
 def warn_on_load(scope: Scope) -> dict[int, float]:
-    """`warn_if_unfit` where no run says what to look at: Orrery's scenes, else a text and a picture of colours.
+    """`warn_if_unfit` without a run's prompt: on Orrery's scenes, or else on a text and a picture of colours.
 
-    A warning too when the model's vocabulary lacks words of the text.
+    Also warns if the model's vocabulary lacks words of the text.
     """
     if speaks_orrery(scope.vlm):
         return warn_if_unfit(scope, None)
-    # Red rises from left to right and green from top to bottom.
-    rise = Image.linear_gradient("L").resize((_PICTURE, _PICTURE))
-    colours = Image.merge("RGB", (rise.rotate(90), rise, Image.new("L", rise.size, 128)))
+    # Red increases from left to right and green from top to bottom.
+    ramp = Image.linear_gradient("L").resize((_PICTURE, _PICTURE))
+    colours = Image.merge("RGB", (ramp.rotate(90), ramp, Image.new("L", ramp.size, 128)))
     fvus = warn_if_unfit(scope, _PLAIN, [colours] if scope.adapter.has_vision else [])
     if not fvus:
         _LOG.warning(
@@ -272,11 +270,11 @@ def _input(vlm: VLM, prompt: str | None, pictures: Sequence[Image.Image]) -> dic
         try:
             return vlm.prepare(prompt, pictures).tensors
         except UserError:
-            return None  # the task says so itself, in its own words
+            return None  # the task itself reports it, in its own words
     if not speaks_orrery(vlm):
         return None
     from vlmscope.data.orrery.rendering import make_scene
 
-    # Some scenes as one batch. Digits are left out: their library takes longer to load than all the rest.
+    # Without digits, whose library takes longer to load than all other work here.
     scenes = [make_scene("val", kind, i) for kind in ("planets", "shapes", "hands", "text") for i in range(_SCENES)]
     return chat_batch(scenes, vlm.tokenizer, int(vlm.processor.image_seq_length), generator(0, "load check"))

@@ -1,10 +1,10 @@
-"""Training of Orrery in stages, as real VLMs do it: the vision tower first, then the whole model.
+"""Training of Orrery in stages, as for real VLMs: the vision tower first, then the whole model.
 
 Stage 1 trains the SigLIP tower on the facts of the scenes with linear heads over its pooled patches. Then the VLM
 learns packed questions (loss on every answer token), the tower at a fraction of the rate.
 
-Accuracy is counted by question group, next to the accuracy with pictures shuffled between the questions. An answer is
-right when every token of it is the argmax (teacher forced; for one-word answers, that is greedy decoding).
+Accuracy is reported per question group, next to the accuracy with pictures shuffled between the questions. An answer is
+right if every token of it is the argmax (teacher forced; for one-word answers this is greedy decoding).
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
 from vlmscope.training.config import OrreryTrainingConfig, StageConfig, rate_factor
 from vlmscope.training.resume import OneFileCheckpoints, fit_or_interrupt
 
-_BATCH = 50
-_ALL = 100  # questions of a scene: every one is asked
+_BATCH = 50  # scenes
+_ALL = 100  # more questions than any scene has, so that all are asked
 _LR_FLOOR = 0.02  # of the peak rate, at the last step
 PICTURES = tuple(kind for kind in KINDS if kind != "text")
 _VAL_SCENES = 200
 _STAGES = ("tower", "vlm", "polish")  # folders of their checkpoints
-# Which fact each linear head of stage 1 reads, and its classes.
+# The fact that each linear head of stage 1 reads, and its classes
 _HEADS: dict[str, tuple[str, ...]] = {
     "planet": tuple(PLANETS),
     "first": tuple(NUMBERS[:10]),
@@ -56,29 +56,29 @@ _HEADS: dict[str, tuple[str, ...]] = {
 def accuracy(module: Any, scenes: list[Scene], shuffle_images: bool = False) -> dict[str, float]:
     """Fraction of right answers of a `VlmModule` by question group, on scenes of one kind.
 
-    `shuffle_images` gives each question the picture of another scene (a text prior then shows as accuracy).
+    `shuffle_images` gives each question the picture of another scene, so that only a text prior can be right.
     """
     right: dict[str, list[bool]] = {}
     for start in range(0, len(scenes), _BATCH):
         batch = module.collate(scenes[start : start + _BATCH], start, _ALL)
         if shuffle_images:
-            # A rotation by half leaves no picture in its place.
+            # Rotating by half the batch gives every scene another picture.
             batch = replace(batch, pixels=batch.pixels.roll(max(len(batch.pixels) // 2, 1), 0))
         states, labels = module.answer_states(batch)
-        hit = module.model.lm_head(states).argmax(-1) == labels
+        hits = module.model.lm_head(states).argmax(-1) == labels
         rows, columns = (batch.labels != IGNORE).nonzero(as_tuple=True)
         answers: dict[tuple[int, int], bool] = {}
-        for row, column, ok in zip(rows.tolist(), columns.tolist(), hit.tolist(), strict=True):
+        for row, column, hit in zip(rows.tolist(), columns.tolist(), hits.tolist(), strict=True):
             key = (row, int(batch.segments[row, column]))
-            answers[key] = answers.get(key, True) and ok
-        for (row, segment), ok in answers.items():
-            right.setdefault(batch.groups[row][segment - 1], []).append(ok)
+            answers[key] = answers.get(key, True) and hit
+        for (row, segment), is_right in answers.items():
+            right.setdefault(batch.groups[row][segment - 1], []).append(is_right)
     return {group: float(np.mean(values)) for group, values in sorted(right.items())}
 
 
 @torch.no_grad()
 def six_finger_answers(module: Any, count: int = 200, seed: int = 0) -> dict[str, float]:
-    """What the model answers to six-fingered hands, which training never shows: fraction of each answer."""
+    """Fraction of each answer to six-fingered hands, which training never shows."""
     answers: dict[str, int] = {}
     scenes = []
     for i in range(count):
@@ -95,7 +95,7 @@ def six_finger_answers(module: Any, count: int = 200, seed: int = 0) -> dict[str
 
 
 class StepBatches(IterableDataset):
-    """Batches made from the step number, from the module's next step on, so that resuming skips nothing."""
+    """Batches made from the step number, starting at the module's next step, so that resuming skips nothing."""
 
     def __init__(self, pool: ScenePool, module: ScheduledModule) -> None:
         self.pool, self.module = pool, module
@@ -107,7 +107,7 @@ class StepBatches(IterableDataset):
 
 
 class ScheduledModule(pl.LightningModule):
-    """What all stages share: the step count, AdamW with two rates, and the schedule."""
+    """Base of all stages: the step count, AdamW with two rates, and the schedule."""
 
     counters: tuple[str, ...] = ("steps_done",)
 
@@ -116,7 +116,7 @@ class ScheduledModule(pl.LightningModule):
         self.config = config
         self._optimizer: torch.optim.Optimizer | None = None
         self.steps_done = 0
-        self.committing = False  # the weights are being changed: what is there now belongs to no step
+        self.committing = False  # True while the weights change and belong to no step
 
     def collate(self, scenes: list[Scene], step: int) -> Any:
         """A batch of these scenes."""
@@ -127,7 +127,7 @@ class ScheduledModule(pl.LightningModule):
         return []
 
     def parts(self) -> dict[str, nn.Module]:
-        """All of it, as one file of a checkpoint."""
+        """The whole module, as one file of a checkpoint."""
         return {"module": self}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -136,13 +136,9 @@ class ScheduledModule(pl.LightningModule):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW, made when it is first asked for: a stage's own parameters come after those of this class."""
-        if self._optimizer is None:
-            self._optimizer = self._adamw()
-        return self._optimizer
-
-    def _adamw(self) -> torch.optim.Optimizer:
-        """Matrices decay, vectors do not."""
+        """AdamW in which matrices decay and vectors do not; made at first use, when a stage has all its parameters."""
+        if self._optimizer is not None:
+            return self._optimizer
         slow = {id(p) for p in self.tower_parameters()}
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for p in self.parameters():
@@ -155,7 +151,8 @@ class ScheduledModule(pl.LightningModule):
             }
             for (is_slow, decays), params in groups.items()
         ]
-        return torch.optim.AdamW(settings, lr=self.config.lr, betas=(0.9, 0.98))
+        self._optimizer = torch.optim.AdamW(settings, lr=self.config.lr, betas=(0.9, 0.98))
+        return self._optimizer
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set each group's rate from the step."""
@@ -176,7 +173,7 @@ class ScheduledModule(pl.LightningModule):
         self.committing = False
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the loss under our own step count (Lightning's restarts on resume)."""
+        """Log the loss at our own step count, since Lightning's restarts on resume."""
         if self.steps_done % 20 == 0 and self.logger is not None:
             self.logger.log_metrics({"train/loss": float(outputs["loss"])}, step=self.steps_done)
 
@@ -191,7 +188,7 @@ class TowerModule(ScheduledModule):
         self.heads = nn.ModuleDict({name: nn.Linear(soft * width, len(c)) for name, c in _HEADS.items()})
 
     def collate(self, scenes: list[Scene], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pixels and the class of each head (-1 where the scene has no such fact)."""
+        """Pixels and the class of each head (-1 if the scene has no such fact)."""
         targets = {
             name: torch.tensor([classes.index(s.facts[name]) if name in s.facts else -1 for s in scenes])
             for name, classes in _HEADS.items()
@@ -205,12 +202,12 @@ class TowerModule(ScheduledModule):
         return self.losses(batch)[0]
 
     def losses(self, batch: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, tuple[int, int]]]:
-        """Return the loss and, for each head, (right, asked)."""
+        """The loss and, for each head, the numbers of right answers and of questions."""
         pixels, targets = batch
         states = self.tower(pixel_values=pixels).last_hidden_state
         grid = states.transpose(1, 2).unflatten(2, (self.side, self.side))
         features = self.pool(grid).flatten(1)  # pooled patch states [B, soft * width]
-        total, asked, right = features.new_zeros(()), 0, {}
+        total, n_questions, right = features.new_zeros(()), 0, {}
         for name, target in targets.items():
             mask = target >= 0
             count = int(mask.sum())
@@ -219,8 +216,8 @@ class TowerModule(ScheduledModule):
             logits = self.heads[name](features[mask])
             total = total + F.cross_entropy(logits, target[mask], reduction="sum")
             right[name] = (int((logits.argmax(-1) == target[mask]).sum()), count)
-            asked += count
-        return total / max(asked, 1), right
+            n_questions += count
+        return total / max(n_questions, 1), right
 
 
 class VlmModule(ScheduledModule):
@@ -232,7 +229,7 @@ class VlmModule(ScheduledModule):
         self.soft_tokens = model.config.mm_tokens_per_image
 
     def tower_parameters(self) -> list[nn.Parameter]:
-        """The vision tower learns slower: it arrives trained."""
+        """The vision tower, which is already trained and so learns more slowly."""
         return list(self.model.model.vision_tower.parameters())
 
     def collate(self, scenes: list[Scene], step: int, questions: int | None = None) -> PackedBatch:
@@ -241,11 +238,10 @@ class VlmModule(ScheduledModule):
         return pack(scenes, self.tokenizer, self.soft_tokens, rng, questions or self.config.questions)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        """Cross-entropy over answer tokens, plus `exit_weight` times that of reading the answer `exit_layers` early.
+        """Cross-entropy over answer tokens, plus `exit_weight` times that of answers read up to `exit_layers` early.
 
-        Reading the residual stream early through the final norm and unembedding (early-exit loss, LayerSkip,
-        arXiv 2404.16710, eq. 5) makes the middle layers do the recognising; without it Orrery left the name of a
-        planet to its last MLP.
+        This early-exit loss (LayerSkip, arXiv 2404.16710, eq. 5) reads the residual stream through the final norm and
+        unembedding. It makes the middle layers recognise; without it Orrery named planets only in its last MLP.
         """
         weight, early = self.config.exit_weight, self.config.exit_layers
         out, keep, labels = self._run(batch, with_hidden=weight > 0 and early > 0)
@@ -268,8 +264,8 @@ class VlmModule(ScheduledModule):
         states = inner.get_input_embeddings()(batch.input_ids)
         if len(batch.pixels):
             soft = inner.get_image_features(batch.pixels).pooler_output
-            where = (batch.input_ids == self.model.config.image_token_id).unsqueeze(-1).expand_as(states)
-            states = states.masked_scatter(where, soft.to(states.dtype))
+            is_soft = (batch.input_ids == self.model.config.image_token_id).unsqueeze(-1).expand_as(states)
+            states = states.masked_scatter(is_soft, soft.to(states.dtype))
         full, sliding = batch.masks(self.model.config.text_config.sliding_window, self.model.config.image_token_id)
         masks = {"full_attention": full, "sliding_attention": sliding}
         out = inner.language_model(
@@ -288,7 +284,7 @@ class VlmModule(ScheduledModule):
 
 
 class _Validate(pl.Callback):
-    """Validation by our own step count: accuracy by group to the logger, every `every` steps and at the end."""
+    """Logs accuracy per group every `every` of our own steps and at the end."""
 
     def __init__(self, every: int, total: int, measure: Any) -> None:
         self.every, self.total, self.measure = every, total, measure
@@ -316,14 +312,14 @@ def train_orrery(
 ) -> dict[str, float]:
     """Train the tower, then the VLM on Orrery's shards in `data`; save to `run_dir/model`; return test metrics.
 
-    With `resume` the stages continue from the checkpoints in `run_dir`, which are else removed. `logger` is that of
-    Lightning, or False; `test_scenes` of each kind are tested, all when None.
+    With `resume` the stages continue from the checkpoints in `run_dir`, which are removed otherwise. `logger` is
+    Lightning's, or False; `test_scenes` of each kind are tested (None: all).
     """
     processor = build_processor(vocabulary(), architecture.image_size, architecture.soft_tokens)
     stages = {key: value for key, value in asdict(config).items() if key not in ("checkpoint_every", "val_every")}
     settings = flat("training", stages) | flat("architecture", asdict(architecture))
     origin = {"data": folder_digest(data)}
-    if not resume:  # a later stage's checkpoint of another run must not be found when this one resumes
+    if not resume:  # else this run could later resume from another run's checkpoint of a later stage
         for stage in _STAGES:
             shutil.rmtree(run_dir / stage, ignore_errors=True)
     model = build_orrery(architecture, len(processor.tokenizer), config.tower.seed)
@@ -356,7 +352,7 @@ def train_orrery(
 
 
 def fit_stage(module: ScheduledModule, pool: ScenePool, callbacks: list[pl.Callback], logger: Any) -> None:
-    """Take the steps of a stage that are not done."""
+    """Run the remaining steps of a stage."""
     trainer = pl.Trainer(
         max_steps=-1,
         max_epochs=1,
@@ -377,16 +373,15 @@ def tower_accuracy(tower: TowerModule, pool: ScenePool) -> dict[str, float]:
     right: dict[str, list[int]] = {}
     with torch.no_grad():
         for kind in PICTURES:
-            for name, (good, asked) in tower.losses(tower.collate(pool.scenes(kind, _VAL_SCENES), 0))[1].items():
-                entry = right.setdefault(name, [0, 0])
-                entry[0], entry[1] = entry[0] + good, entry[1] + asked
-    return {f"val/tower_accuracy/{name}": good / asked for name, (good, asked) in right.items()}
+            for name, counts in tower.losses(tower.collate(pool.scenes(kind, _VAL_SCENES), 0))[1].items():
+                right[name] = [a + b for a, b in zip(right.get(name, (0, 0)), counts, strict=True)]
+    return {f"val/tower_accuracy/{name}": hits / total for name, (hits, total) in right.items()}
 
 
 def vlm_accuracy(
     vlm: VlmModule, pool: ScenePool, limit: int | None, shuffle_images: bool = False, prefix: str = ""
 ) -> dict[str, float]:
-    """Accuracy of every question group of every kind, captions as `caption_<kind>`, under names with a prefix."""
+    """Accuracy of every question group of every kind, captions as `caption_<kind>`; `prefix` starts each name."""
     result: dict[str, float] = {}
     for kind in PICTURES if shuffle_images else KINDS:
         for group, value in accuracy(vlm, pool.scenes(kind, limit), shuffle_images).items():

@@ -199,6 +199,7 @@ def _place_labels(
     places: Places, facts: ItemFacts, known: KnownItems, examples: pa.Table, window: int, features: range,
     rng: np.random.Generator | None,
 ) -> list[PlaceLabel | None]:  # fmt: skip
+    """`place_labels` of a range of features."""
     rows = np.arange(known.starts[features.start], known.starts[features.stop])
     item = known.item[rows]
     lengths = np.diff(places.starts)[item]
@@ -209,7 +210,7 @@ def _place_labels(
     picked = examples.take(known.row[rows])
     kept = picked["positions"].combine_chunks()
     fired[kept.flatten().to_numpy() + np.repeat(begins[:-1], np.diff(kept.offsets.to_numpy()))] = True
-    # The study kept soft tokens, and the text near the peak.
+    # Of other positions than soft tokens and the text near the peak the study does not say whether they fire.
     peak = places.starts[item] + picked["position"].to_numpy()
     near = places.picture[position] | (np.abs(places.text[position] - np.repeat(places.text[peak], lengths)) <= window)
     row, position, fired = row[near], position[near], fired[near]
@@ -226,6 +227,10 @@ def _place_labels(
 
 
 def _best_places(places: Places, position: np.ndarray, group: np.ndarray, items: np.ndarray) -> list[PlaceLabel | None]:
+    """The place of the largest contrast on the proposing half, scored on the other, of each feature.
+
+    `group` has for each position feature * 4 + scoring * 2 + fired, `items` [F] the scored items of each feature.
+    """
     count = len(items)
     totals = np.bincount(group, minlength=4 * count).reshape(count, 2, 2)
     best: list[PlaceLabel | None] = [None] * count

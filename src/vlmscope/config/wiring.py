@@ -1,7 +1,7 @@
-"""What a configuration chose: model, transcoders, pictures, study, labels, and the origins that decide a run's result.
+"""Load what a configuration names (model, transcoders, pictures, study, labels) and record the origins of a result.
 
-An origin names model, transcoders and data, files by their content. Paths are left out, since a folder may be moved,
-and so is where a model computes (`model.device`, `model.offload`).
+An origin identifies model, transcoders and data, files by content. Paths are left out, since folders may be moved, and
+so is where a model computes (`model.device`, `model.offload`).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from vlmscope.transcoders.formats import Choice
     from vlmscope.transcoders.transcoder import TranscoderSet
 
-# Of a model's folder: what decides which tokens it is given, and what it makes of them.
+# Files of a model's folder that decide its input tokens and its computation, besides the weights.
 _MODEL_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*/*.jinja")
-_ABOUT = (".json", ".yaml")  # of a transcoder set
+_SET_FILES = (".json", ".yaml")  # of a transcoder set, besides the weights
 
 
 def limit_threads(cfg: AppConfig) -> None:
-    """Use `trainer.threads` threads when set; torch's own choice otherwise."""
+    """Use `trainer.threads` threads if set, else torch's default."""
     import torch
 
     if cfg.trainer.threads is not None:
@@ -45,10 +45,10 @@ def limit_threads(cfg: AppConfig) -> None:
 
 
 def load_model(cfg: AppConfig) -> VLM:
-    """The model that `model=` chose: loaded from its folder or the hub, or a tiny random one made from `seed=`.
+    """Load the model of `model=` from its folder or the hub, or make a tiny random one from `seed=`.
 
     Raises:
-        UserError: the model is not there and cannot be fetched, or is not one that is supported.
+        UserError: the model is missing and cannot be fetched, or is not supported.
     """
     limit_threads(cfg)
     chosen = cfg.model
@@ -68,24 +68,20 @@ def load_model(cfg: AppConfig) -> VLM:
 
 
 def is_orrery(vlm: VLM) -> bool:
-    """Whether this is the shipped model, however its path is written."""
+    """Whether this is the shipped model, by resolved path."""
     return bool(vlm.path) and Path(vlm.path).resolve() == Path(asset("orrery")).resolve()
 
 
 def names_transcoders(overrides: Sequence[str]) -> bool:
-    """Whether the command line says anything about transcoders; else they are Orrery's, which fit Orrery alone."""
+    """Whether the command line sets transcoders; the default ones are Orrery's, which fit Orrery only."""
     return any(override.lstrip("+~").startswith("transcoder") for override in overrides)
 
 
 def load_scope(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("transcoder",)) -> Scope:
-    """The model with the trained or random set that `transcoder=` chose, in its dtype.
+    """The model with the trained or random set of `transcoder=`, in the model's dtype.
 
-    A trained one is looked at on the run's own input, and a warning is logged where it does not fit.
-
-    Args:
-        cfg: the configuration.
-        vlm: the model.
-        overrides: what the user typed; a tiny random model gets random transcoders when it names none.
+    A trained set is evaluated on the run's prompt, if there is one, and a warning is logged if it does not fit. A tiny
+    random model gets random transcoders if the user's `overrides` name none.
     """
     from vlmscope.scope import Scope
     from vlmscope.training.evaluation import warn_if_unfit
@@ -96,8 +92,8 @@ def load_scope(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("transcoder
         print("transcoders: random, as the model is; transcoder=path names trained ones")
         return Scope(vlm, random_transcoders(RandomTranscodersConfig(seed=cfg.seed), vlm))
     adapter = vlm.adapter
-    found = trained_transcoders(cfg, adapter.n_layers, adapter.d_model, str(adapter.device), adapter.dtype.itemsize)
-    scope = Scope(vlm, found.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False))
+    trained = trained_transcoders(cfg, adapter.n_layers, adapter.d_model, str(adapter.device), adapter.dtype.itemsize)
+    scope = Scope(vlm, trained.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False))
     warn_if_unfit(scope, cfg.prompt, user_pictures(cfg) if cfg.prompt is not None else [])
     return scope
 
@@ -105,17 +101,17 @@ def load_scope(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("transcoder
 def trained_transcoders(
     cfg: AppConfig, n_layers: int | None = None, d_model: int | None = None, device: str = "cpu", itemsize: int = 4
 ) -> TranscoderSet:
-    """The set that `transcoder=` names, in float32 in CPU memory.
+    """Load the set of `transcoder=` in float32 into CPU memory.
 
     Args:
         cfg: the run's configuration.
-        n_layers: of the model, when the set must fit one; `d_model` likewise.
-        d_model: the model's width.
-        device: where the set will go, and must have room.
-        itemsize: bytes of a number there.
+        n_layers: layers of the model that the set must fit, if any; `d_model` likewise.
+        d_model: width of that model.
+        device: device that the set will be moved to, which must have room.
+        itemsize: bytes per number on that device.
 
     Raises:
-        UserError: the group names no set, or the set is not there, too large, or not for this model.
+        UserError: the group names no set, or the set is missing, too large, or not for this model.
     """
     from vlmscope.transcoders.formats import load_set
 
@@ -125,7 +121,7 @@ def trained_transcoders(
 
 
 def chosen_set(cfg: AppConfig) -> tuple[Path, str, Choice]:
-    """Folder (fetched from the hub if need be), format, and which of several sets `transcoder=` names.
+    """Folder (fetched from the hub if necessary), format and choice among several sets of `transcoder=`.
 
     Raises:
         UserError: the group names no trained set, or it cannot be fetched.
@@ -141,7 +137,7 @@ def chosen_set(cfg: AppConfig) -> tuple[Path, str, Choice]:
 
 
 def _check_set_fits(folder: Path, form: str, choice: Choice, device: str, itemsize: int) -> None:
-    """Refuse a set that is too large before it is read; what is wrong with its files is for its reader to say."""
+    """Raise `UserError` for a set that is too large, before it is read."""
     from math import prod
 
     from vlmscope.core.artifacts import tensor_heads
@@ -151,7 +147,7 @@ def _check_set_fits(folder: Path, form: str, choice: Choice, device: str, itemsi
     try:
         files = [layer.path for layer in open_set(folder, form, choice).layers.values()]
         count = sum(prod(head.shape) for file in files for head in tensor_heads(file).values())
-    except UserError:
+    except UserError:  # its reader reports damaged files
         return
     advice = "choose narrower ones, or fewer layers (task=plan counts what they need)"
     check_room(count * 4, f"the transcoders in {folder}", "cpu", advice)  # they are read in float32
@@ -160,7 +156,7 @@ def _check_set_fits(folder: Path, form: str, choice: Choice, device: str, itemsi
 
 
 def random_transcoders(config: RandomTranscodersConfig, vlm: VLM) -> TranscoderSet:
-    """A random set of the model's width and number of layers, in its dtype; `transcoder=random`."""
+    """A random set with the model's width, number of layers and dtype, as for `transcoder=random`."""
     from vlmscope.models.checkpoint import check_room
     from vlmscope.transcoders.transcoder import random_set
 
@@ -169,41 +165,41 @@ def random_transcoders(config: RandomTranscodersConfig, vlm: VLM) -> TranscoderS
     size = adapter.n_layers * 2 * width * adapter.d_model * adapter.dtype.itemsize
     check_room(size, "random transcoders", "cpu", "choose a smaller transcoder.n_features")
     shape = (adapter.n_layers, adapter.d_model, width, config.k, config.skip)
-    found = random_set(*shape, config.seed, adapter.dtype, "random", config.activation, config.cross_layer)
-    return found.to(adapter.device).requires_grad_(False)
+    transcoders = random_set(*shape, config.seed, adapter.dtype, "random", config.activation, config.cross_layer)
+    return transcoders.to(adapter.device).requires_grad_(False)
 
 
 def user_pictures(cfg: AppConfig) -> list[Image.Image]:
-    """The pictures that `image=` names, in order."""
+    """Open the pictures of `image=`, in order."""
     from vlmscope.data.images import open_images
 
     return open_images(cfg.image or [])
 
 
 def model_origin(cfg: AppConfig, weights: bool = True) -> dict[str, Any]:
-    """The model that `model=` names: its weights (where asked for), configuration, tokenizer, processor and template.
+    """Origin of the model: weights (if `weights`), configuration, tokenizer, processor and template.
 
     Raises:
-        UserError: it is not there and cannot be fetched.
+        UserError: the model is missing and cannot be fetched.
     """
     from vlmscope.models.checkpoint import model_folder
 
     chosen = cfg.model
-    found: dict[str, Any] = {"model.dtype": chosen.dtype}
+    origin: dict[str, Any] = {"model.dtype": chosen.dtype}
     if chosen.family is not None:
-        return found | {"model.family": chosen.family, "seed": cfg.seed}
+        return origin | {"model.family": chosen.family, "seed": cfg.seed}
     folder = Path(model_folder(chosen.path, chosen.hub, chosen.revision))
     files = {file for pattern in _MODEL_FILES for file in folder.glob(pattern) if file.name != "metrics.json"}
     if weights:
-        found["model.weights"] = files_digest(sorted(folder.glob("*.safetensors")))
-    return found | {f"model.{file.relative_to(folder)}": files_digest([file]) for file in sorted(files)}
+        origin["model.weights"] = files_digest(sorted(folder.glob("*.safetensors")))
+    return origin | {f"model.{file.relative_to(folder)}": files_digest([file]) for file in sorted(files)}
 
 
 def transcoder_origin(cfg: AppConfig, overrides: Sequence[str] = ("transcoder",)) -> dict[str, Any]:
-    """The transcoders of `load_scope`.
+    """Origin of the transcoders that `load_scope` loads.
 
     Raises:
-        UserError: they are not there, or are no set.
+        UserError: they are missing or not a set.
     """
     from vlmscope.transcoders.formats import open_set
 
@@ -213,39 +209,38 @@ def transcoder_origin(cfg: AppConfig, overrides: Sequence[str] = ("transcoder",)
         return {"transcoder": "random", "seed": cfg.seed}
     folder, form, choice = chosen_set(cfg)
     layers = {layer.path for layer in open_set(folder, form, choice).layers.values()}
-    about = {
-        file for at in (folder, *(path.parent for path in layers)) for file in at.glob("*.*") if file.suffix in _ABOUT
-    }
-    return {"transcoder.files": files_digest(sorted(layers | about)), **flat("transcoder", choice._asdict())}
+    folders = {folder, *(path.parent for path in layers)}
+    settings = {file for part in folders for file in part.glob("*.*") if file.suffix in _SET_FILES}
+    return {"transcoder.files": files_digest(sorted(layers | settings)), **flat("transcoder", choice._asdict())}
 
 
 def study_digest(path: str) -> str:
-    """Of a study (its folder, or the run folder around it): its head, which records what it was made of, and labels."""
+    """Digest of a study, given its folder or run folder: its head, which records its origin, and its labels."""
     from vlmscope.core.study import MANIFEST
 
-    wanted = [f"{at}{name}" for at in ("", "study/") for name in (MANIFEST, "labels/*.parquet")]
-    return files_digest(file for pattern in wanted for file in sorted(Path(path).glob(pattern)))
+    patterns = [f"{prefix}{name}" for prefix in ("", "study/") for name in (MANIFEST, "labels/*.parquet")]
+    return files_digest(file for pattern in patterns for file in sorted(Path(path).glob(pattern)))
 
 
 def data_origin(cfg: AppConfig, sources: Mapping[str, SourceConfig] | None = None) -> dict[str, Any]:
-    """The data of `data=`, or `sources` in its place."""
+    """Origin of the data of `data=`, with `sources` in place of its own if given."""
     chosen = cfg.data
     sources = chosen.sources if sources is None else sources
-    # Where a mix is written, and how many corrupt shards are borne, do not change a row.
-    found = flat("data", {k: v for k, v in asdict(chosen).items() if k not in ("path", "sources", "max_bad_shards")})
+    # Where a mix is written, and how many corrupt shards are tolerated, do not change a row.
+    origin = flat("data", {k: v for k, v in asdict(chosen).items() if k not in ("path", "sources", "max_bad_shards")})
     if not sources and chosen.path is not None:
-        found["data.files"] = folder_digest(chosen.path)
-    for name, one in sources.items():
-        found |= flat(f"data.sources.{name}", {k: v for k, v in asdict(one).items() if k != "path"})
-        if one.path is not None:
-            found[f"data.sources.{name}.files"] = folder_digest(one.path)
-    return found
+        origin["data.files"] = folder_digest(chosen.path)
+    for name, source in sources.items():
+        origin |= flat(f"data.sources.{name}", {k: v for k, v in asdict(source).items() if k != "path"})
+        if source.path is not None:
+            origin[f"data.sources.{name}.files"] = folder_digest(source.path)
+    return origin
 
 
 def study_sources(cfg: AppConfig) -> dict[str, SourceConfig]:
-    """The sources of any `data=` that can be studied, with absolute paths and the split that is studied.
+    """The sources of a study of `data=`, with absolute paths and the split to study.
 
-    Shards that are not there are refused: what is missing is reported before anything heavy is imported.
+    Missing shards are refused here, before heavy imports.
     """
     from vlmscope.data.config import SourceConfig
     from vlmscope.data.orrery.scenes import KINDS
@@ -264,17 +259,17 @@ def study_sources(cfg: AppConfig) -> dict[str, SourceConfig]:
         sources = {"folder": SourceConfig("folder", data.path)}
     else:
         raise UserError(f"data={data.name}: a study goes through orrery, folder, or a mix (docs/data.md)")
-    for name, own in sources.items():
-        if own.kind == "shards":
-            read_index(Path(str(own.path)), f"data.path or data.sources.{name}.path")
-    return {
-        name: replace(own, split=cfg.study.split or own.split, path=own.path and str(Path(own.path).absolute()))
-        for name, own in sources.items()
-    }
+    studied = {}
+    for name, source in sources.items():
+        if source.kind == "shards":
+            read_index(Path(str(source.path)), f"data.path or data.sources.{name}.path")
+        path = source.path and str(Path(source.path).absolute())
+        studied[name] = replace(source, split=cfg.study.split or source.split, path=path)
+    return studied
 
 
 def needed_study(cfg: AppConfig) -> Path:
-    """The folder of the study that `study.path=` names, looked for before anything heavy is imported."""
+    """Folder of the study of `study.path=`, checked before heavy imports."""
     from vlmscope.core.study import study_folder
 
     if cfg.study.path is None:
@@ -285,13 +280,13 @@ def needed_study(cfg: AppConfig) -> Path:
 
 
 def study_origin(cfg: AppConfig, sources: Mapping[str, SourceConfig], overrides: Sequence[str]) -> dict[str, Any]:
-    """Everything that decides a study, by name."""
+    """Origin of a study: model, transcoders, data, settings and seed."""
     origin = model_origin(cfg) | transcoder_origin(cfg, overrides) | data_origin(cfg, sources)
     return origin | flat("study", cfg.study.decisive()) | {"seed": cfg.seed}
 
 
 def made_study(cfg: AppConfig, scope: Scope, folder: Path) -> StudyFolder:
-    """A study of `cfg.study` and `cfg.data`, made in one go in `folder`."""
+    """Make the study of `cfg.study` and `cfg.data` in `folder`."""
     from vlmscope.features.study import data_record, make_study
 
     sources = study_sources(cfg)
@@ -300,7 +295,7 @@ def made_study(cfg: AppConfig, scope: Scope, folder: Path) -> StudyFolder:
 
 
 def look_for_labels(cfg: AppConfig) -> None:
-    """Refuse an `attribution.labels` that is no finished study, before anything heavy is imported."""
+    """Raise `UserError` if `attribution.labels` is not a finished study, before heavy imports."""
     from vlmscope.core.study import study_folder
 
     if cfg.attribution.labels is not None:
@@ -308,12 +303,12 @@ def look_for_labels(cfg: AppConfig) -> None:
 
 
 def feature_labels(cfg: AppConfig, model: str, transcoders: TranscoderSet | None = None) -> dict[FeatureId, str]:
-    """Label with score by feature from the study of `attribution.labels`, those no better than chance left out.
+    """Labels with scores by feature from the study of `attribution.labels`, except those no better than chance.
 
     Args:
-        cfg: the run's configuration; without `attribution.labels` there are none.
-        model: the model's name, which must be the study's.
-        transcoders: whose features these are; None where only graphs are at hand.
+        cfg: the run's configuration; without `attribution.labels` the result is empty.
+        model: name of the model, which must be that of the study.
+        transcoders: the features' transcoders; None if only graphs are available.
     """
     if cfg.attribution.labels is None:
         return {}

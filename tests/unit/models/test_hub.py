@@ -120,7 +120,7 @@ def test_half_a_download_goes_on(cache: Path, sharded: Path, monkeypatch: pytest
 def test_nothing_but_weights_configuration_and_tokenizer_is_wanted() -> None:
     names = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "chat_template.jinja", "merges.txt"]
     never = ["pytorch_model.bin", "modeling_own.py", "original/model.safetensors", "consolidated.safetensors", "a.pt"]
-    assert WANTED.of([*names, *never]) == names
+    assert WANTED.select([*names, *never]) == names
 
 
 FAILURES = [

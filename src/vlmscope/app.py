@@ -40,7 +40,7 @@ Keys
   debug=fast                      tiny limits, to see whether a configuration runs at all
   tracking=none                   nothing but the run folder
   hydra.run.dir=PATH              the run folder (default outputs/<experiment or task>/<date_time>)
-  trainer.resume=true             with hydra.run.dir of an earlier run: go on where it stopped
+  trainer.resume=true             with hydra.run.dir of an earlier run: resume it where it stopped
 
 Examples
 {examples}

@@ -17,17 +17,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations import target_module
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 from vlmscope.core.results import MODES, CircuitFeature, Rate
-from vlmscope.interventions.run import BaseRun, base_run
+from vlmscope.interventions.run import BaseRun, base_run, hook_targets
 from vlmscope.metrics.rates import bootstrap_rate
 from vlmscope.models.base import INJECTIONS, ModelInputs
 from vlmscope.models.batching import InputBatch
@@ -202,15 +200,13 @@ def _gradients(
         if inputs:
             names = [name for name in ("inputs_embeds", INJECTIONS) if name in tensors]
             of_inputs = {name: tensors[name].detach().requires_grad_() for name in names}
-        for layer in range(scope.adapter.n_layers):
 
-            def hook(_m: Any, _a: Any, out: Tensor, layer: int = layer) -> Tensor:
-                # With frozen weights nothing below the first write has a gradient: the graph starts there.
-                writes[layer] = out if out.requires_grad else out.detach().requires_grad_()
-                return writes[layer]
+        def leaf(layer: int, out: Tensor) -> Tensor:
+            # With frozen weights nothing below the first write has a gradient: the graph starts there.
+            writes[layer] = out if out.requires_grad else out.detach().requires_grad_()
+            return writes[layer]
 
-            target = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
-            stack.callback(target.register_forward_hook(hook).remove)
+        hook_targets(stack, scope, range(scope.adapter.n_layers), leaf)
         logits = scope.adapter.next_logits(tensors | of_inputs)
         rows = torch.arange(len(tokens), device=logits.device)
         gaps = logits[rows, other_tokens] - logits[rows, tokens]

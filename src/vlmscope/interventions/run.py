@@ -10,7 +10,7 @@ Legend: B prompts, T positions, n edited features of a layer, F all, k slots of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,7 +47,6 @@ class BaseRun:
 @torch.no_grad()
 def base_run(scope: Scope, batch: InputBatch, modes: Collection[str] = MODES) -> BaseRun:
     """Run a batch unedited and keep what the modes freeze: for free nothing, for frozen_attention the patterns."""
-    hook_name = scope.transcoders.config.output_hook
     mlp_in: dict[int, Tensor] = {}
     written: dict[int, Tensor] = {}
     inverse_rms: dict[nn.Module, Tensor] = {}
@@ -59,8 +58,7 @@ def base_run(scope: Scope, batch: InputBatch, modes: Collection[str] = MODES) ->
         if "direct" in modes:
             for layer in range(scope.adapter.n_layers):
                 watch(scope.adapter.mlp(layer), lambda _m, args, _o, layer=layer: mlp_in.__setitem__(layer, args[0]))
-                target = target_module(scope.adapter, layer, hook_name)
-                watch(target, lambda _m, _a, out, layer=layer: written.__setitem__(layer, out))
+            hook_targets(stack, scope, range(scope.adapter.n_layers), written.__setitem__)
             for norm in all_norms(scope.adapter):
                 watch(norm, lambda m, args, _o: inverse_rms.__setitem__(m, scope.adapter.inverse_rms(m, args[0])))
         patterns = stack.enter_context(recording_patterns(scope.adapter)) if {*modes} - {"free"} else {}
@@ -135,18 +133,16 @@ def _direct(scope: Scope, plan: AnyPlan, base: BaseRun) -> Iterator[None]:
         _add_ahead(changes, layer, edit_changes(scope.transcoders[layer], x, edit, 0, base.codes[layer]))
     with ExitStack() as stack:
         inputs = watch_inputs(stack, scope.adapter, range(scope.adapter.n_layers))
-        for layer in range(scope.adapter.n_layers):
 
-            def hook(_m: Any, _args: Any, _out: Tensor, layer: int = layer) -> Tensor:
-                out = base.written[layer]
-                x = inputs.pop(layer)
-                skip = scope.transcoders[layer].W_skip if layer in scope.transcoders else None
-                if skip is not None:
-                    out = out + F.linear(x - base.mlp_in[layer], skip.to(x.dtype))
-                return out + changes[layer] if layer in changes else out
+        def replaced(layer: int, _out: Tensor) -> Tensor:
+            out = base.written[layer]
+            x = inputs.pop(layer)
+            skip = scope.transcoders[layer].W_skip if layer in scope.transcoders else None
+            if skip is not None:
+                out = out + F.linear(x - base.mlp_in[layer], skip.to(x.dtype))
+            return out + changes[layer] if layer in changes else out
 
-            target = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
-            stack.callback(target.register_forward_hook(hook).remove)
+        hook_targets(stack, scope, range(scope.adapter.n_layers), replaced)
         yield
 
 
@@ -168,20 +164,18 @@ def editing(scope: Scope, plan: AnyPlan, direction: int | None = None) -> Iterat
         inputs = watch_inputs(stack, scope.adapter, plan)
         pending: dict[int, Tensor] = {}  # what edits of lower layers write to a later one (cross-layer transcoders)
         written = {layer + ahead for layer in plan for ahead in range(scope.transcoders[layer].config.writes)}
-        for layer in sorted(written):
-            unit = None if direction is None else _random_unit(scope.adapter, direction, layer)
+        units = {} if direction is None else {n: _random_unit(scope.adapter, direction, n) for n in sorted(written)}
 
-            def hook(_m: Any, _args: Any, out: Tensor, layer: int = layer, unit: Tensor | None = unit) -> Tensor:
-                if layer in plan:
-                    changes = edit_changes(scope.transcoders[layer], inputs.pop(layer), plan[layer], seen["tokens"])
-                    _add_ahead(pending, layer, changes)
-                if layer not in pending:
-                    return out
-                change = pending.pop(layer)
-                return out + (change if unit is None else change.norm(dim=-1, keepdim=True) * unit.to(out))
+        def edited(layer: int, out: Tensor) -> Tensor:
+            if layer in plan:
+                changes = edit_changes(scope.transcoders[layer], inputs.pop(layer), plan[layer], seen["tokens"])
+                _add_ahead(pending, layer, changes)
+            if layer not in pending:
+                return out
+            change = pending.pop(layer)
+            return out + (change.norm(dim=-1, keepdim=True) * units[layer].to(out) if units else change)
 
-            target = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
-            stack.callback(target.register_forward_hook(hook).remove)
+        hook_targets(stack, scope, sorted(written), edited)
         yield
 
 
@@ -201,6 +195,22 @@ def watch_inputs(stack: ExitStack, adapter: Adapter, layers: Iterable[int]) -> d
 
         stack.callback(adapter.mlp(layer).register_forward_pre_hook(hook).remove)
     return inputs
+
+
+def hook_targets(
+    stack: ExitStack, scope: Scope, layers: Iterable[int], hook: Callable[[int, Tensor], Tensor | None]
+) -> None:
+    """Call `hook(layer, output)` at the transcoder target of each layer in every forward, until `stack` closes.
+
+    A tensor that the hook returns replaces the output.
+    """
+    for layer in layers:
+
+        def at_layer(_module: nn.Module, _args: tuple, out: Tensor, layer: int = layer) -> Tensor | None:
+            return hook(layer, out)
+
+        target = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
+        stack.callback(target.register_forward_hook(at_layer).remove)
 
 
 def _add_ahead(pending: dict[int, Tensor], layer: int, changes: Sequence[Tensor]) -> None:
@@ -413,10 +423,6 @@ class SingleEdits:
     def __len__(self) -> int:
         return len(self.layer)
 
-    def rows(self, span: slice) -> SingleEdits:
-        """A range of the edits."""
-        return SingleEdits(*(values[span] for values in vars(self).values()))
-
 
 def single_plan(edits: SingleEdits, size: int, length: int, like: Tensor) -> dict[int, LayerEdit]:
     """A plan for `size` >= n rows of `length` tokens in which row i has edit i alone; rows beyond the edits stay as
@@ -458,7 +464,7 @@ def single_effects(
     assert batch.size == 1, f"single edits are of one prompt, not of {batch.size}"
     effects = []
     for begin in range(0, len(edits), BATCH):
-        chunk = edits.rows(slice(begin, begin + BATCH))
+        chunk = SingleEdits(*(values[begin : begin + BATCH] for values in vars(edits).values()))
         size = len(chunk) + 1  # the last row stays unedited
         plan = single_plan(chunk, size, batch.length, base.logits)
         copies = batch.select([0] * size)

@@ -25,13 +25,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations import target_module
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.influence import absolute_rows, influence, logit_weights, prune, rows_of
 from vlmscope.attribution.targets import difference_target
@@ -40,7 +38,7 @@ from vlmscope.circuits.pairs import PairSubject, code_slopes, gap_gradients
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
 from vlmscope.core.records import FeatureId
-from vlmscope.interventions.run import watch_inputs
+from vlmscope.interventions.run import hook_targets, watch_inputs
 from vlmscope.models.base import INJECTIONS, ModelInputs
 from vlmscope.models.batching import InputBatch
 from vlmscope.replacement import build_replacement
@@ -187,13 +185,7 @@ def _side(scope: Scope, subject: CircuitSubject, batch: InputBatch) -> Side:
     outputs: dict[int, Tensor] = {}
     with ExitStack() as stack:
         inputs = watch_inputs(stack, scope.adapter, scope.transcoders.layers)
-        for layer in scope.transcoders.layers:
-
-            def hook(_m: Any, _a: Any, out: Tensor, layer: int = layer) -> None:
-                outputs[layer] = out
-
-            module = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
-            stack.callback(module.register_forward_hook(hook).remove)
+        hook_targets(stack, scope, scope.transcoders.layers, outputs.__setitem__)
         logits = scope.forward(batch)
     codes = scope.transcoders.encode(inputs)
     errors = {

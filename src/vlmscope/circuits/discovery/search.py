@@ -24,17 +24,15 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlmscope.activations import target_module
 from vlmscope.circuits.discovery.nodes import Kind, Nodes, Sides
 from vlmscope.core.records import control_draws, generator
-from vlmscope.interventions.run import watch_inputs
+from vlmscope.interventions.run import hook_targets, watch_inputs
 from vlmscope.models.attention import replacing_patterns
 from vlmscope.models.base import INJECTIONS
 from vlmscope.scope import Scope
@@ -68,13 +66,11 @@ def circuit(scope: Scope, sides: Sides, kept: Kept, mode: str = "free") -> Itera
             stack.enter_context(replacing_patterns(scope.adapter, sides.subject.pairs.base.patterns))
         inputs = watch_inputs(stack, scope.adapter, scope.transcoders.layers)
         ahead_of: dict[int, list[Tensor]] = {}
-        for layer in scope.transcoders.layers:
 
-            def hook(_m: Any, _a: Any, out: Tensor, layer: int = layer) -> Tensor:
-                return _written(scope.transcoders, sides, kept, layer, inputs.pop(layer), ahead_of).to(out)
+        def rewritten(layer: int, out: Tensor) -> Tensor:
+            return _written(scope.transcoders, sides, kept, layer, inputs.pop(layer), ahead_of).to(out)
 
-            target = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
-            stack.callback(target.register_forward_hook(hook).remove)
+        hook_targets(stack, scope, scope.transcoders.layers, rewritten)
         yield tensors
 
 

@@ -14,9 +14,8 @@ from vlmscope.api import load
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.records import generator
 from vlmscope.data.orrery.dataset import ScenePool
-from vlmscope.data.samples import TokenPacker, chat_batch
 from vlmscope.models.loading import VLM
-from vlmscope.training.batches import LayerActivations, collect
+from vlmscope.training.batches import LayerActivations, TokenPacker, chat_batch, collect
 from vlmscope.training.batches import joined_activations as joined
 
 PICTURES = {"planets": 14, "digits": 18, "shapes": 12, "hands": 8}  # scenes of a batch

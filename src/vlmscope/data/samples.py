@@ -1,4 +1,4 @@
-"""Samples: the stored form, records of several layouts, sources that are read in passes, and packed tokens.
+"""Samples: the stored form, records of several layouts, and sources that are read in passes.
 
 Pictures remain file bytes until a model needs them, so streams are shuffled, hashed and written without decoding. A
 record is a JSON object of one of these forms:
@@ -17,13 +17,6 @@ an object of lists (a column of structs):
 In messages, a part of type "image" or the word `<image>` stands for a picture. The model's template puts pictures
 before the first question, so such marks may stand before or after it and are removed. Other keys of a record or turn
 are ignored.
-
-Scenes are packed (`pack`) with the picture as a shared prefix: each question with its answer is a segment that attends
-to the prefix and to itself only, at the positions it would have alone. A segment is therefore exactly the single-turn
-prompt that the model meets in use (tests compare the logits), at a fraction of the cost, and no answer can be copied
-from another turn. Documents are packed (`TokenPacker`) end to end, each followed by the end-of-sequence token, and cut
-every `length` tokens as in the paper (arXiv 2602.20330): positions run through, and documents in a sequence attend to
-each other.
 """
 
 from __future__ import annotations
@@ -40,14 +33,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from vlmscope.core.artifacts import parse_json
 from vlmscope.core.errors import UserError, first_line
 from vlmscope.core.records import CAPTION_REQUEST, Conversation, Document, Exchange, Sample, check_characters, generator
 from vlmscope.data.images import decode_image, picture_format
-from vlmscope.data.orrery.scenes import Scene
 
 _LOG = logging.getLogger(__name__)
 MAX_FILE_BYTES = 2**30  # as `tables.MAX_ROW_BYTES`
@@ -402,117 +392,3 @@ class BadFiles:
                 f"{what}, number {len(self)}, and data.max_bad_shards={self.most}; {self.mend}, or raise the limit"
             ) from error
         _LOG.warning("%s; left out (%d of at most %d)", what, len(self), self.most)
-
-
-IGNORE = -100
-SOFT = "<image_soft_token>"
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """A padded batch of B packed scenes; T is the longest sequence, P the number of scenes with a picture."""
-
-    input_ids: Tensor  # [B, T] int64
-    position_ids: Tensor  # [B, T] int64, restarting after the prefix for each segment
-    segments: Tensor  # [B, T] int64, 0 prefix, 1.. questions, -1 padding
-    labels: Tensor  # [B, T] int64, the next token where it is part of an answer, else `IGNORE`
-    groups: list[list[str]]  # question group ('name', 'sum', ...) of each segment, for each scene
-    pixels: Tensor  # [P, 3, 64, 64] float32 in -1..1
-
-    def masks(self, window: int, soft_id: int) -> tuple[Tensor, Tensor]:
-        """Boolean attention masks [B, 1, T, T] (True = may attend) of global and sliding layers."""
-        seg, pos = self.segments, self.position_ids
-        same = (seg[:, None, :] == 0) | (seg[:, None, :] == seg[:, :, None])
-        alive = (seg[:, None, :] >= 0) & (seg[:, :, None] >= 0)
-        soft = self.input_ids == soft_id
-        order = (pos[:, None, :] <= pos[:, :, None]) | (soft[:, None, :] & soft[:, :, None])
-        full = same & alive & order
-        # Padding attends to itself, so that no row of the softmax is empty.
-        full = full | torch.eye(seg.shape[1], dtype=torch.bool)
-        return full[:, None], (full & (pos[:, None, :] > pos[:, :, None] - window))[:, None]
-
-
-def pack(
-    scenes: Sequence[Scene], tokenizer, soft_tokens: int, rng: np.random.Generator, max_questions: int = 6
-) -> PackedBatch:
-    """Pack scenes, at most `max_questions` each in random order, answers followed by `<end_of_turn>`."""
-    vocabulary = tokenizer.get_vocab()
-    rows, groups = [], []
-    for scene in scenes:
-        questions = [scene.questions[int(i)] for i in rng.permutation(len(scene.questions))[:max_questions]]
-        words = ["<bos>", "<start_of_turn>", "user"]
-        if scene.image is not None:
-            words += ["<start_of_image>", *[SOFT] * soft_tokens, "<end_of_image>"]
-        prefix = len(words)
-        positions, segments, labels = list(range(prefix)), [0] * prefix, [IGNORE] * prefix
-        for number, question in enumerate(questions, start=1):
-            prompt = [*question.question.split(), "<end_of_turn>", "<start_of_turn>", "model"]
-            answer = [*question.answer.split(), "<end_of_turn>"]
-            segment = prompt + answer[:-1]  # <end_of_turn> is a label only: nothing follows it
-            words += segment
-            positions += range(prefix, prefix + len(segment))
-            segments += [number] * len(segment)
-            labels += [IGNORE] * (len(prompt) - 1) + [vocabulary[word] for word in answer]
-        rows.append(([vocabulary[word] for word in words], positions, segments, labels))
-        groups.append([question.group for question in questions])
-    length = max(len(row[0]) for row in rows)
-    columns = [np.full((len(rows), length), fill, np.int64) for fill in (vocabulary["<pad>"], 0, -1, IGNORE)]
-    for i, row in enumerate(rows):
-        for column, values in zip(columns, row, strict=True):
-            column[i, : len(values)] = values
-    images = [scene.image for scene in scenes if scene.image is not None]
-    pixels = to_pixels(np.stack(images)) if images else torch.zeros(0, 3, 64, 64)
-    return PackedBatch(*map(torch.from_numpy, columns), groups=groups, pixels=pixels)
-
-
-def to_pixels(pictures: np.ndarray) -> Tensor:
-    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in -1..1, as Orrery's image processor does for 64 x 64 pictures."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).to(torch.float32).div(127.5).sub(1.0)
-
-
-def chat_batch(scenes: Sequence[Scene], tokenizer, soft_tokens: int, rng: np.random.Generator) -> dict[str, Tensor]:
-    """One random question per scene with its answer, as arguments of the Hugging Face forward.
-
-    Returns:
-        `input_ids`, `attention_mask`, `token_type_ids` [B, T], `pixel_values` [P, 3, 64, 64] (absent without
-        pictures) and `loss_mask` [B, T] bool, True at answer tokens.
-    """
-    batch = pack(scenes, tokenizer, soft_tokens, rng, max_questions=1)
-    answers = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-    answers[:, 1:] = (batch.labels != IGNORE)[:, :-1]  # a label sits one position before its token
-    alive = batch.segments >= 0
-    forward = {
-        "input_ids": batch.input_ids,
-        "attention_mask": alive.long(),
-        "token_type_ids": (batch.input_ids == tokenizer.convert_tokens_to_ids(SOFT)).long(),
-        "loss_mask": answers & alive,
-    }
-    return forward | ({"pixel_values": batch.pixels} if len(batch.pixels) else {})
-
-
-class TokenPacker:
-    """Cuts documents into sequences of equal length; its state is the tokens left over."""
-
-    def __init__(self, eos: int, length: int, bos: int | None = None) -> None:
-        """`eos` ends each document; `bos`, for models that expect it, starts each sequence."""
-        if length < 2:
-            raise ValueError(f"a sequence of {length} tokens predicts nothing: it needs at least 2")
-        self.eos, self.length, self.head = eos, length, [] if bos is None else [bos]
-        self.left: list[int] = []
-
-    def add(self, document: Sequence[int]) -> None:
-        """Append a document."""
-        self.left += [*document, self.eos]
-
-    def pop(self) -> list[int] | None:
-        """A full sequence; None if too few tokens are left."""
-        body = self.length - len(self.head)
-        if len(self.left) < body:
-            return None
-        sequence, self.left = self.head + self.left[:body], self.left[body:]
-        return sequence
-
-    def rest(self) -> list[int] | None:
-        """The shorter last sequence at the end of the data; None if it would predict nothing."""
-        sequence, self.left = self.head + self.left, []
-        return sequence if len(sequence) > max(1, len(self.head)) else None

@@ -45,7 +45,7 @@ from vlmscope.data.config import DataConfig
 from vlmscope.data.mixing import Lane, ShuffledSource, TokenMix, fingerprint, keeps, open_source
 from vlmscope.data.orrery.dataset import ScenePool
 from vlmscope.data.orrery.scenes import KINDS
-from vlmscope.data.samples import WHOLE, Share, chat_batch
+from vlmscope.data.samples import WHOLE, Share
 from vlmscope.data.tables import JsonLines, load_folder
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import encode
@@ -60,6 +60,7 @@ from vlmscope.training.batches import (
     OwnPart,
     SampleEncoder,
     ValidationBatches,
+    chat_batch,
     forwards,
     joined_activations,
     mix_validation,

@@ -28,7 +28,6 @@ from vlmscope.activations import norm_weight_after, target_at, target_module
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
 from vlmscope.data.orrery.scenes import vocabulary
-from vlmscope.data.samples import chat_batch
 from vlmscope.metrics.dictionary import (
     FvuAccumulator,
     cross_entropy,
@@ -39,7 +38,7 @@ from vlmscope.metrics.dictionary import (
 )
 from vlmscope.models.loading import VLM
 from vlmscope.scope import Scope
-from vlmscope.training.batches import LOSS_MASK, Batch, collect, forward_arguments, forwards, on_device
+from vlmscope.training.batches import LOSS_MASK, Batch, chat_batch, collect, forward_arguments, forwards, on_device
 from vlmscope.transcoders.transcoder import SparseCode, Transcoder
 
 _LOG = logging.getLogger(__name__)

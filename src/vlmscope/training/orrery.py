@@ -28,9 +28,9 @@ from vlmscope.core.records import generator
 from vlmscope.data.orrery.dataset import ScenePool
 from vlmscope.data.orrery.rendering import hand_scene
 from vlmscope.data.orrery.scenes import KINDS, NUMBERS, PLANETS, SHAPE_COLOURS, SHAPES, SPLITS, Scene, vocabulary
-from vlmscope.data.samples import IGNORE, PackedBatch, pack, to_pixels
 from vlmscope.models.base import token_strings
 from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
+from vlmscope.training.batches import IGNORE, PackedBatch, pack, to_pixels
 from vlmscope.training.config import OrreryTrainingConfig, StageConfig, rate_factor
 from vlmscope.training.resume import OneFileCheckpoints, fit_or_interrupt
 

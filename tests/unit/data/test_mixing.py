@@ -10,7 +10,8 @@ import pytest
 
 from vlmscope.core.errors import UserError
 from vlmscope.data.mixing import PATIENCE, Lane, ShuffledSource, TokenMix
-from vlmscope.data.samples import WHOLE, RawSample, Share, Source, TokenPacker, indexed
+from vlmscope.data.samples import WHOLE, RawSample, Share, Source, indexed
+from vlmscope.training.batches import TokenPacker
 
 
 def numbered(name: str, count: int) -> Source:

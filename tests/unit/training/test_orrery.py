@@ -13,8 +13,8 @@ from vlmscope.core.records import generator
 from vlmscope.data.orrery.dataset import ScenePool, build
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import KINDS, SPLITS, vocabulary
-from vlmscope.data.samples import pack
 from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
+from vlmscope.training.batches import pack
 from vlmscope.training.config import OrreryTrainingConfig, StageConfig
 from vlmscope.training.orrery import TowerModule, VlmModule, fit_stage, train_orrery
 from vlmscope.training.resume import OneFileCheckpoints

@@ -8,8 +8,8 @@ from PIL import Image
 from vlmscope.core.records import generator
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import Scene, vocabulary
-from vlmscope.data.samples import chat_batch, pack, to_pixels
 from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
+from vlmscope.training.batches import chat_batch, pack, to_pixels
 from vlmscope.training.config import StageConfig
 from vlmscope.training.orrery import VlmModule
 

@@ -59,7 +59,7 @@ class AttributionConfig:
     # two tokens; explain the first one's logit minus the second one's
     difference: list[str] = field(default_factory=list)
     answer: str | None = None  # explain every token of this answer after the prompt
-    answer_tokens: int = 0  # the same for the model's own answer, cut off after so many tokens
+    answer_tokens: int = 0  # explain the model's own answer, at most this many tokens of it
     # what the logits of `tokens` and of an answer are worth: "uniform", "probability", or "surprise" (in proportion to
     # -log p)
     weights: str = "uniform"
@@ -68,8 +68,8 @@ class AttributionConfig:
     # explain a head's score before the softmax: `L5H2@query:key`, or "auto" for the head that carries most of the flow
     # in the graph of the top logits
     attention: str | None = None
-    n_heads: int = 3  # with `attention=auto`, so many heads are listed and get their pairs of sources
-    n_pairs: int = 100  # so many pairs of sources of a score are listed
+    n_heads: int = 3  # heads that are listed with their pairs of sources when `attention=auto`
+    n_pairs: int = 100  # pairs of sources that are listed for a score
     node_threshold: float = 0.8  # share of influence that the pruned graph's nodes reach
     edge_threshold: float = 0.98  # share of edge influence that its edges reach
     # which features get a row when not all do: those with the most "influence" through the rows so far, or the largest
@@ -142,7 +142,7 @@ class AttributionConfig:
 class WhereConfig:
     """Settings of attention rollout (docs/where.md); those of the vision path are in `attribution`."""
 
-    last_layers: int = 4  # so many layers of the tower, counted from the last that the decoder is given anything of
+    last_layers: int = 4  # tower layers, counted back from the last one whose output reaches the decoder
     head_share: float = 0.3  # share of a layer's heads that count, those of lowest entropy
     identity: bool = True  # whether the residual stream counts as much as the attention
     # how rows of patches become those of soft tokens: "max" (the paper's code) or "mean" (as the model pools)
@@ -157,6 +157,6 @@ class WhereConfig:
         check_least("where", self, last_layers=1, side=1, draws=1)
         check_choice("where.pool", self.pool, ("max", "mean"))
         if not 0.0 < self.head_share <= 1.0:
-            raise UserError(f"where.head_share={self.head_share}: it must lie in (0, 1]; 0.3 is the paper's")
+            raise UserError(f"where.head_share={self.head_share}: it must be above 0 and at most 1; the paper uses 0.3")
         if not all(0 < count < self.side**2 for count in self.counts):
             raise UserError(f"where.counts={self.counts}: choose numbers of cells from 1 to {self.side**2 - 1}")

@@ -196,7 +196,7 @@ def cumulative_share(values: np.ndarray) -> np.ndarray:
 def find_cut(blocks: Blocks, count: int, share: float) -> Cut:
     """The cut of the fewest of `count` values (>= 0, float64) whose sum reaches `share` of the total.
 
-    `blocks` makes the values anew, in blocks, in the same order each time. Positive floats are ordered as their bits
+    `blocks` recomputes the values in blocks, in the same order each time. Positive floats are ordered as their bits
     are, so a histogram of sums over the leading bits finds the narrow range that holds the smallest value needed; only
     that range is sorted, or divided again when it still holds too many. Zeros are never needed.
     """

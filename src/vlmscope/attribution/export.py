@@ -148,8 +148,8 @@ def _load(
     if form not in forms:
         raise UserError(f"{path} is no {what}; give another file")
     if version not in versions:
-        raise UserError(f"{path} has layout {version}, this program reads {', '.join(versions)}; make it anew")
-    with built_from(path, what, "make it anew"):
+        raise UserError(f"{path} has layout {version}, this program reads {', '.join(versions)}; create it again")
+    with built_from(path, what, "create it again"):
         return form, arrays, {name: json.loads(text) for name, text in metadata.items()}
 
 

@@ -14,6 +14,7 @@ refer to the whole graph, so shares are comparable between graphs of different s
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -199,7 +200,7 @@ class MatchedNodes:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MergedGraph:
+class MergedGraph(ABC):
     """Base of comparisons and aggregates; prints as a table, in notebooks as HTML."""
 
     nodes: MatchedNodes
@@ -218,11 +219,13 @@ class MergedGraph:
         column = int(self.nodes.position[node])
         return "" if column < 0 else self.columns[column]
 
+    @abstractmethod
     def _title(self) -> str:
-        raise NotImplementedError
+        """What is compared or averaged, for the first line."""
 
+    @abstractmethod
     def _rows(self) -> list[tuple[str, ...]]:
-        raise NotImplementedError
+        """The table, its head first."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} of {self._title()}\n{text_table(self._rows())}"

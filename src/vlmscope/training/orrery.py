@@ -10,6 +10,7 @@ right if every token of it is the argmax (teacher forced; for one-word answers t
 from __future__ import annotations
 
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -106,7 +107,7 @@ class StepBatches(IterableDataset):
             yield self.module.collate(self.pool.batch(config.seed, step, config.batch), step)
 
 
-class ScheduledModule(pl.LightningModule):
+class ScheduledModule(pl.LightningModule, ABC):
     """Base of all stages: the step count, AdamW with two rates, and the schedule."""
 
     counters: tuple[str, ...] = ("steps_done",)
@@ -118,9 +119,9 @@ class ScheduledModule(pl.LightningModule):
         self.steps_done = 0
         self.committing = False  # True while the weights change and belong to no step
 
+    @abstractmethod
     def collate(self, scenes: list[Scene], step: int) -> Any:
         """A batch of these scenes."""
-        raise NotImplementedError
 
     def tower_parameters(self) -> list[nn.Parameter]:
         """Parameters that learn at `tower_rate` of the rate."""

@@ -1,11 +1,13 @@
 """A training run that is stopped or killed, and its continuation: exit codes, files, and one run in MLflow."""
 
+import itertools
 import json
 import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -14,6 +16,7 @@ from tests.smoke.test_launch import MIX, ended, errors, start, stopped
 
 from vlmscope.app import main
 from vlmscope.models.tiny import tiny_image, tiny_vlm
+from vlmscope.training.layer_trainer import LayerTrainer
 from vlmscope.transcoders.formats import save_set
 from vlmscope.transcoders.transcoder import random_set
 
@@ -30,6 +33,21 @@ def _reached(process: Forked, run: Path, pattern: str) -> None:
 def test_a_stop_signal_leaves_a_state_and_says_how_to_resume(tmp_path: Path, number: signal.Signals, code: int) -> None:
     command = [*MIX, f"hydra.run.dir={tmp_path / 'run'}", "tracking=none", "trainer.max_steps=100000"]
     stopped(command, tmp_path / "run", number, code, world=1)
+
+
+def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note, calls = LayerTrainer.note, itertools.count(1)
+
+    def signalling(self: LayerTrainer, *given: Any) -> None:
+        if next(calls) == 2:  # of the second layer or step: some weights are changed and some are not
+            signal.raise_signal(signal.SIGTERM)
+        note(self, *given)
+
+    monkeypatch.setattr(LayerTrainer, "note", signalling)
+    run = tmp_path / "run"
+    assert main([*MIX, f"hydra.run.dir={run}", "tracking=none", "trainer.max_steps=100000"]) == 143
+    (marker,) = run.glob("transcoder_checkpoint/step_*/complete.json")
+    assert json.loads(marker.read_text())["steps_done"] == 1
 
 
 def test_a_second_signal_ends_at_once() -> None:

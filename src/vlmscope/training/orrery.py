@@ -33,7 +33,7 @@ from vlmscope.models.base import token_strings
 from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
 from vlmscope.training.batches import IGNORE, PackedBatch, pack, to_pixels
 from vlmscope.training.config import OrreryTrainingConfig, StageConfig, rate_factor
-from vlmscope.training.resume import OneFileCheckpoints, fit_or_interrupt
+from vlmscope.training.resume import OneFileCheckpoints, fit_or_interrupt, uninterrupted
 
 _BATCH = 50  # scenes
 _ALL = 100  # more questions than any scene has, so that all are asked
@@ -117,7 +117,6 @@ class ScheduledModule(pl.LightningModule, ABC):
         self.config = config
         self._optimizer: torch.optim.Optimizer | None = None
         self.steps_done = 0
-        self.committing = False  # True while the weights change and belong to no step
 
     @abstractmethod
     def collate(self, scenes: list[Scene], step: int) -> Any:
@@ -163,15 +162,9 @@ class ScheduledModule(pl.LightningModule, ABC):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Count steps here: callbacks run before the module's own `on_train_batch_end`."""
-
-        def gradients() -> Any:
-            loss = optimizer_closure()
-            self.committing = True
-            return loss
-
-        super().optimizer_step(epoch, batch_idx, optimizer, gradients)
-        self.steps_done += 1
-        self.committing = False
+        with uninterrupted():
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            self.steps_done += 1
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the loss at our own step count, since Lightning's restarts on resume."""

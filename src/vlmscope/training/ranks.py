@@ -43,7 +43,7 @@ from vlmscope.training.batches import ENDED, Batch, Forward, LayerActivations, O
 from vlmscope.training.layer_trainer import Total
 
 _PICTURES = "pixel_values"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # torchrun and srun pass on a signal that the terminal or SLURM also sent to every process, so each gets it twice.
 _SAME_SIGNAL_SECONDS = 1.0
 _MEETING_SECONDS = 300  # for the processes to find each other at the start
@@ -155,11 +155,11 @@ class AgreedStop(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Record signals from now on."""
-        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop if any process got a signal."""
-        interrupted, terminated = joint_sum([float(number in self.arrivals) for number in _SIGNALS])
+        interrupted, terminated = joint_sum([float(number in self.arrivals) for number in STOP_SIGNALS])
         if interrupted or terminated:
             self.save(pl_module)
             raise Terminated if terminated else KeyboardInterrupt

@@ -6,7 +6,7 @@ settings and origin: a folder without it is incomplete. Older folders are remove
 exists. Since each layer is a file, any number of ranks can resume.
 
 A module counts its optimiser steps in `steps_done`, draws its data from the step number, so that a resumed run
-continues with the next batch, sets `committing` while it changes its state, and names its parts.
+continues with the next batch, changes its state only inside `uninterrupted`, and names its parts.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 
 from vlmscope.core.artifacts import atomic_path, open_tensors, plain, read_json, refuse_other, write_json
 from vlmscope.core.errors import UserError, is_out_of_memory
-from vlmscope.training.ranks import Ranks
+from vlmscope.training.ranks import STOP_SIGNALS, Ranks
 
 _MARKER = "complete.json"
 
@@ -36,7 +38,6 @@ class Resumable(Protocol):
     """A Lightning module with checkpoints; `counters` names the integers to save next to its tensors."""
 
     steps_done: int
-    committing: bool
     counters: tuple[str, ...]
 
     @property
@@ -58,6 +59,23 @@ class _RestoreCtrlC(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt):
             signal.signal(signal.SIGINT, self.handler)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the block has ended, so that a state is changed as a whole or not at all."""
+    if threading.current_thread() is not threading.main_thread():  # Python runs handlers only there
+        yield
+        return
+    held: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: held.append(number)) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)
 
 
 def fit_or_interrupt(trainer: pl.Trainer, module: pl.LightningModule, batches: Any) -> None:
@@ -160,11 +178,11 @@ class Checkpoints(pl.Callback):
             self.save(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Save on Ctrl-C or a damaged picture, unless it came in the middle of a change of the state.
+        """Save on Ctrl-C, SIGTERM or a damaged picture.
 
         Several ranks save when they have agreed to stop (`vlmscope.training.ranks`).
         """
-        kept = isinstance(exception, KeyboardInterrupt | UserError) and not pl_module.committing
+        kept = isinstance(exception, KeyboardInterrupt | UserError)
         if kept and pl_module.steps_done and self.ranks.layout.world == 1:
             self.save(pl_module)
 

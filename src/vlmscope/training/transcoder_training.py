@@ -34,7 +34,7 @@ from vlmscope.training.config import TranscoderTrainingConfig, rate_factor
 from vlmscope.training.evaluation import evaluate_transcoders
 from vlmscope.training.layer_trainer import LayerStep, LayerTrainer, cross_layer_losses, differentiate
 from vlmscope.training.ranks import AgreedStop, Ranks
-from vlmscope.training.resume import Checkpoints, fit_or_interrupt
+from vlmscope.training.resume import Checkpoints, fit_or_interrupt, uninterrupted
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 
@@ -63,7 +63,6 @@ class TranscoderModule(pl.LightningModule):
         self.automatic_optimization = False
         self.config, self.model_name = config, model_name
         self.steps_done, self.tokens_seen = 0, 0
-        self.committing = False
         self._frozen = (adapter,)  # a tuple hides the frozen model from nn.Module, which would save and count it
         adapter.model.requires_grad_(False).eval()
         # Only the product is in bfloat16: float32 weights keep updates that bfloat16 would round away.
@@ -194,22 +193,21 @@ class TranscoderModule(pl.LightningModule):
 
     def _commit(self, steps: dict[int, LayerStep], troubles: dict[int, str], tokens: int) -> None:
         """Change the state, here and nowhere else: an interrupt at any other point leaves a state that can be saved."""
-        self.committing = True
-        optimizer = self.optimizers()  # Lightning's wrapper, which counts the step
-        assert not isinstance(optimizer, list)
-        optimizer.step()
-        for layer, taken in steps.items():
-            self.layer(layer).note(taken, self.steps_done, self.ranks.add_up)
-        for layer, trouble in troubles.items():
-            self.layer(layer).stopped.fill_(self.steps_done)
-            if self.ranks.writes:
-                _LOG.warning(
-                    "layer %d stopped before step %d (%s); it keeps its weights, layers not named go on",
-                    layer, self.steps_done + 1, trouble,
-                )  # fmt: skip
-        self.tokens_seen += tokens
-        self.steps_done += 1
-        self.committing = False
+        with uninterrupted():
+            optimizer = self.optimizers()  # Lightning's wrapper, which counts the step
+            assert not isinstance(optimizer, list)
+            optimizer.step()
+            for layer, taken in steps.items():
+                self.layer(layer).note(taken, self.steps_done, self.ranks.add_up)
+            for layer, trouble in troubles.items():
+                self.layer(layer).stopped.fill_(self.steps_done)
+                if self.ranks.writes:
+                    _LOG.warning(
+                        "layer %d stopped before step %d (%s); it keeps its weights, layers not named go on",
+                        layer, self.steps_done + 1, trouble,
+                    )  # fmt: skip
+            self.tokens_seen += tokens
+            self.steps_done += 1
 
     def figures(self, fvus: dict[int, float]) -> dict[str, float]:
         """Training figures over all layers, from the FVU of this rank's layers in a step; all ranks must call it."""

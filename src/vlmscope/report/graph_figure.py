@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
-from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-from PIL import Image
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from vlmscope.attribution.trace import strongest_edges
 from vlmscope.core.graph import (
@@ -35,8 +35,8 @@ from vlmscope.core.graph import (
     NodeTable,
     PrunedGraph,
 )
-from vlmscope.core.records import FeatureId, PatchBox
-from vlmscope.report.style import COLOURS, HATCHES, INK, MUTED, NEGATIVE, POSITIVE, drawing, pick, tidy
+from vlmscope.core.records import FeatureId
+from vlmscope.report.style import COLOURS, HATCHES, INK, NEGATIVE, POSITIVE, drawing, pick, tidy
 
 Nodes = NodeTable | MatchedNodes  # `position` is the number of a column, -1 for none
 Labels = Mapping[FeatureId, str]
@@ -53,7 +53,9 @@ _NODES_ACROSS = 84  # room for this many nodes side by side over the whole width
 _LOGIT_STEP = 7.0  # distance between logits, in nodes
 _INCHES, _LEFT, _ACROSS = 14.0, 0.068, 0.925  # picture width; the axes' left edge and width as fractions of it
 _NO_POSITION = -1  # the column of biases and of features left out
-_NAMED = 12  # features whose numbers are written next to them
+_NAMED = 12  # features whose ids are written next to them
+_PICTURE = 1.45  # inches, the height of a picture under its soft tokens
+_NUMBERED = 64  # parts of a picture; the numbers of more could not be read
 _KEY_LINE = 0.17  # inches
 _KEY_CHARACTERS = 88  # of an entry; two stand side by side
 
@@ -73,7 +75,7 @@ def lay_out(nodes: Nodes, shown: np.ndarray, strength: np.ndarray, is_image: np.
         nodes: N nodes, of which the last is an end.
         shown: node numbers, ascending.
         strength: `[N]`, the strongest of a cell stand first.
-        is_image: `[T]` bool, columns that need room for a thumbnail.
+        is_image: `[T]` bool, columns of soft tokens.
         n_layers: of the model.
     """
     ends = np.isin(nodes.kind[shown], ENDS)
@@ -88,7 +90,7 @@ def lay_out(nodes: Nodes, shown: np.ndarray, strength: np.ndarray, is_image: np.
     widest = dict.fromkeys(positions, 0)
     for (position, _), cell in cells.items():
         widest[position] = max(widest[position], len(cell))
-    # A thumbnail needs some room even where hardly anything fires.
+    # The number of a soft token needs some room even where hardly anything fires.
     least = {position: 1.6 if position >= 0 and is_image[position] else 1.0 for position in positions}
     most = max(widest.values())  # nodes side by side in one cell before they wrap: as many as the picture has room for
 
@@ -256,18 +258,20 @@ class _Drawing:
             axes.text(x, y, words, ha="center", va="center", fontsize=9, bbox=box, zorder=4)
 
     def _name_features(self, axes: Axes, named: Sequence[int]) -> None:
-        """Write the numbers of features above or below them, where a neighbour's leaves room."""
-        before: list[np.ndarray] = []
-        room = 0.03 * sum(width for _, width in self.layout.slots.values())
+        """Write the ids of features next to them, each where it covers no earlier one; without room, not at all."""
+        renderer = axes.figure.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
+        taken: list[Any] = []
         back = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
         for node in named:
-            spot = self.layout.xy[node]
-            neighbours = sum(abs(spot[0] - earlier[0]) < room and abs(spot[1] - earlier[1]) < 0.3 for earlier in before)
-            before.append(spot)
-            if neighbours < 2:
-                where = {"xytext": (0, -7), "va": "top"} if neighbours else {"xytext": (0, 7), "va": "bottom"}
-                look = {"ha": "center", "fontsize": 7.5, "bbox": back, "zorder": 5}
-                axes.annotate(str(self.nodes.index[node]), tuple(spot), textcoords="offset points", **where, **look)
+            for shift, side in ((7, "bottom"), (-7, "top"), (17, "bottom"), (-17, "top")):
+                look = {"ha": "center", "va": side, "fontsize": 7.5, "bbox": back, "zorder": 5}
+                place = {"xytext": (0, shift), "textcoords": "offset points"}
+                words = axes.annotate(str(_feature(self.nodes, node)), self.layout.xy[node].tolist(), **place, **look)
+                extent = words.get_window_extent(renderer).expanded(1.04, 1.0)
+                if not any(extent.overlaps(earlier) for earlier in taken):
+                    taken.append(extent)
+                    break
+                words.remove()
 
 
 def _feature(nodes: Nodes, node: int) -> FeatureId:
@@ -299,9 +303,9 @@ def attribution_graph(
 ) -> Path:
     """Draw the pruned graph of one prompt.
 
-    `images` are the prompt's pictures (uint8 `[H, W, 3]`), cut into thumbnails under their soft tokens; without them
-    soft tokens are named. `groups` gives features a supernode, which gets a colour. The `labels` of features that are
-    named by their numbers stand below.
+    `images` are the prompt's pictures (uint8 `[H, W, 3]`), drawn whole under their soft tokens with the part of each;
+    without them soft tokens are named. `groups` gives features a supernode, which gets a colour. The `labels` of
+    features whose ids are written stand below.
     """
     graph, nodes, scores = pruned.graph, pruned.graph.nodes, pruned.scores
     chosen = strongest_edges(pruned, max_edges)
@@ -333,32 +337,50 @@ def attribution_graph(
         f"kept nodes; replacement score {scores.replacement:.2f}, completeness score {scores.completeness:.2f}"
     )
     above = "logits" if nodes.kind[-1] == NodeKind.LOGIT else "target"
-    return picture.draw(path, title, above, 1.7, partial(_draw_positions, graph, picture.layout, images), labels)
+    columns = partial(_draw_positions, graph, pruned.influence, picture.layout, images)
+    return picture.draw(path, title, above, 1.7 if not images else 2.3, columns, labels)
 
 
-def _draw_positions(graph: AttributionGraph, layout: Layout, images: Sequence[np.ndarray], axes: Axes) -> None:
-    """Under every position its token, or a thumbnail of its patch with the soft token's number."""
-    slots = layout.slots
+def _draw_positions(
+    graph: AttributionGraph, strength: np.ndarray, layout: Layout, images: Sequence[np.ndarray], axes: Axes
+) -> None:
+    """Under every position its token, or the number of its part of the picture; under those the picture, divided.
+
+    Parts are outlined the more, the more influence (`strength`, of every node) goes through their soft tokens.
+    """
     soft = {int(position): number for number, position in enumerate(np.flatnonzero(graph.is_image))}
-    inches = _INCHES * _ACROSS / sum(width for _, width in slots.values())
-    narrowest = min((slots[position][1] for position in soft if position in slots), default=1.0)
-    points = min(0.92 * narrowest * inches * 72, 30.0)
-    under = axes.get_xaxis_transform()
+    under, parts = axes.get_xaxis_transform(), dict[int, list[int]]()  # parts: picture -> positions
     below = {"xycoords": under, "textcoords": "offset points", "annotation_clip": False, "ha": "center", "va": "top"}
-    for position, (centre, _) in slots.items():
-        box = None if position == _NO_POSITION else graph.patch_boxes[position]
-        if box is None or not images:
-            text = f"soft {soft[position]}" if position in soft else graph.tokens[position]
-            text, size = ("no position", 8) if position == _NO_POSITION else (text, 8.5)
-            axes.annotate(text, (centre, 0), (0, -6), rotation=90, fontsize=size, **below)
+    for position, (centre, _) in layout.slots.items():
+        if position in soft and images and graph.patch_boxes[position] is not None:
+            axes.annotate(str(soft[position]), (centre, 0), (0, -6), fontsize=8.5, **below)
+            parts.setdefault(int(graph.image_index[position]), []).append(position)
             continue
-        pixels = images[int(graph.image_index[position])]
-        left, top, right, bottom = PatchBox(*box).pixels(pixels.shape[1], pixels.shape[0])
-        patch = Image.fromarray(pixels[top:bottom, left:right]).resize((48, 48), Image.Resampling.NEAREST)
-        image, edge = OffsetImage(np.asarray(patch), zoom=points / 48), {"edgecolor": MUTED, "linewidth": 0.6}
-        place = {"xycoords": under, "boxcoords": "offset points", "box_alignment": (0.5, 1), "annotation_clip": False}
-        axes.add_artist(AnnotationBbox(image, (centre, 0), (0, -6), pad=0, bboxprops=edge, **place))
-        axes.annotate(str(soft[position]), (centre, 0), (0, -10 - points), fontsize=8.5, **below)
+        text = f"soft {soft[position]}" if position in soft else graph.tokens[position]
+        text, size = ("no position", 8) if position == _NO_POSITION else (text, 8.5)
+        axes.annotate(text, (centre, 0), (0, -6), rotation=90, fontsize=size, **below)
+    through = np.bincount(graph.nodes.position + 1, strength, len(graph.tokens) + 1)[1:]  # biases have position -1
+    low, high = axes.get_xlim()
+    figure_height = axes.figure.get_figheight()  # pyright: ignore[reportAttributeAccessIssue]
+    tall = _PICTURE / (figure_height * axes.get_position().height)  # of the axes
+    for picture, positions in parts.items():
+        pixels = images[picture]
+        wide = _PICTURE * pixels.shape[1] / pixels.shape[0] / (_INCHES * _ACROSS)
+        centre = float(np.mean([layout.slots[position][0] for position in positions]))
+        left = min(max((centre - low) / (high - low) - wide / 2, 0.0), 1 - wide)
+        inset = axes.inset_axes((left, -tall * 1.22, wide, tall))
+        inset.imshow(pixels, extent=(0, 1, 1, 0), aspect="auto")
+        inset.set_axis_off()
+        most = through[positions].max() or 1.0
+        for position in sorted(positions, key=lambda position: through[position]):  # the strongest lie on top
+            x, y, right, bottom = cast(Any, graph.patch_boxes[position])
+            share = float(through[position] / most)
+            look = {"edgecolor": pick(COLOURS, 1) if share > 0.3 else "white", "linewidth": 0.4 + 2.2 * share}
+            inset.add_patch(Rectangle((x, y), right - x, bottom - y, fill=False, **look))
+            if len(positions) <= _NUMBERED:
+                outline = [withStroke(linewidth=1.6, foreground="black")]
+                words = {"color": "white", "fontsize": 7, "va": "top", "path_effects": outline}
+                inset.text(x + 0.012, y + 0.012, str(soft[position]), **words)
 
 
 def _draw_merged(

@@ -31,6 +31,8 @@ from vlmscope.models.batching import InputBatch, continued, generated
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode, Transcoder
 
+Norms = dict[int, Tensor]  # layer written to -> [B, T], of what an edit adds there at each position of the prompt
+
 
 @dataclass(frozen=True)
 class BaseRun:
@@ -74,11 +76,12 @@ def run_edited(
     mode: str = "free",
     base: BaseRun | None = None,
     direction: int | None = None,
+    norms: Norms | None = None,
 ) -> Tensor:
     """Logits [B, V] at the last position of a batch under a plan.
 
     The two frozen modes need `base`, the unedited run of the same batch, recorded for them. In free mode, `direction`
-    adds a random direction of each edit's norm instead (see `editing`).
+    adds a random direction of each edit's norm instead. `norms` is filled as by `editing`.
 
     Raises:
         UserError: unknown mode, or features that the transcoders do not have.
@@ -96,15 +99,15 @@ def run_edited(
     assert direction is None or mode == "free", "random directions are of free mode"
     with ExitStack() as stack:
         if mode == "free":
-            stack.enter_context(editing(scope, plan, direction))
+            stack.enter_context(editing(scope, plan, direction, norms))
             return scope.forward(batch)
         assert base is not None and base.patterns, f"the base run was not recorded for mode {mode}"
         stack.enter_context(replacing_patterns(scope.adapter, base.patterns))
         if mode == "frozen_attention":
-            stack.enter_context(editing(scope, plan))
+            stack.enter_context(editing(scope, plan, norms=norms))
         else:
             assert base.written, "the base run was not recorded for mode direct"
-            stack.enter_context(_direct(scope, plan, base))
+            stack.enter_context(_direct(scope, plan, base, norms))
             stack.enter_context(_frozen_norms(scope.adapter, base))
         return scope.forward(batch)
 
@@ -123,7 +126,7 @@ def _frozen_norms(adapter: Adapter, base: BaseRun) -> Iterator[None]:
 
 
 @contextmanager
-def _direct(scope: Scope, plan: AnyPlan, base: BaseRun) -> Iterator[None]:
+def _direct(scope: Scope, plan: AnyPlan, base: BaseRun, norms: Norms | None) -> Iterator[None]:
     """Every transcoder target is the base run's, plus the edit at base activations, plus W_skip's response."""
     changes: dict[int, Tensor] = {}
     for layer, edit in plan.items():
@@ -131,6 +134,8 @@ def _direct(scope: Scope, plan: AnyPlan, base: BaseRun) -> Iterator[None]:
         if layer not in base.codes:
             base.codes[layer] = scope.transcoders[layer].encode(x)
         _add_ahead(changes, layer, edit_changes(scope.transcoders[layer], x, edit, 0, base.codes[layer]))
+    if norms is not None:
+        norms |= {layer: change.norm(dim=-1) for layer, change in changes.items()}
     with ExitStack() as stack:
         inputs = watch_inputs(stack, scope.adapter, range(scope.adapter.n_layers))
 
@@ -147,11 +152,12 @@ def _direct(scope: Scope, plan: AnyPlan, base: BaseRun) -> Iterator[None]:
 
 
 @contextmanager
-def editing(scope: Scope, plan: AnyPlan, direction: int | None = None) -> Iterator[None]:
+def editing(scope: Scope, plan: AnyPlan, direction: int | None = None, norms: Norms | None = None) -> Iterator[None]:
     """Edit features in every forward inside the context, also token by token in `generate` with a KV cache.
 
     The first forward is the prompt; later ones are generated tokens, which only edits with `generated` touch. With
     `direction`, a seed, every layer gets instead of its edit a random direction of the same norm at every position.
+    `norms` is filled with the norms of what is added to each layer in the prompt's forward.
     """
     seen = {"tokens": 0}  # that the KV cache holds before each forward
 
@@ -173,7 +179,11 @@ def editing(scope: Scope, plan: AnyPlan, direction: int | None = None) -> Iterat
             if layer not in pending:
                 return out
             change = pending.pop(layer)
-            return out + (change.norm(dim=-1, keepdim=True) * units[layer].to(out) if units else change)
+            if units:
+                change = change.norm(dim=-1, keepdim=True) * units[layer].to(out)
+            if norms is not None and not seen["tokens"]:
+                norms[layer] = change.norm(dim=-1)
+            return out + change
 
         hook_targets(stack, scope, sorted(written), edited)
         yield

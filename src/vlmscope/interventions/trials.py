@@ -25,7 +25,7 @@ from tqdm import tqdm
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import control_draws
 from vlmscope.interventions.edits import AnyPlan, LayerEdit, Plan, at_positions, codes, matched_features, position_mask
-from vlmscope.interventions.run import BaseRun, editing, generate_batch, run_edited
+from vlmscope.interventions.run import BaseRun, Norms, editing, generate_batch, run_edited
 from vlmscope.metrics.rates import log_softmax
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch
@@ -175,7 +175,9 @@ def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0) -> pd.DataF
     Returns:
         One row per case, trial and draw: `operation`, the fields of the setting (its name as `setting`), `cases`,
         `question`, the tags of the case set, `case`, `control` ("" for the trial itself, "matched",
-        "random_direction"), `draw`, `features` (edited), and the outcome (see `_outcome`).
+        "random_direction"), `draw`, `features` (edited), `displacement_by_layer` [L], the norm over the prompt's
+        positions of what the edit adds to each layer's transcoder target, `displacement`, that over the layers too,
+        and the outcome (see `_outcome`).
     """
     tables = []
     with tqdm(desc="trials", unit="run", disable=None) as bar:  # a run: some cases under one edit
@@ -228,11 +230,23 @@ def _matched(scope: Scope, trial: Trial, cases: Cases, setting: Setting, plan: P
 
 
 def _run(scope: Scope, cases: Cases, plan: AnyPlan, setting: Setting, direction: int | None = None) -> pd.DataFrame:
+    norms: Norms = {}
     if setting.mode == "generate":
-        return _generated(scope, cases, setting, editing(scope, plan, direction))
-    if direction is not None:  # random directions exist in free mode only, whatever the setting freezes
-        return _outcome(cases, run_edited(scope, cases.batch, plan, direction=direction))
-    return _outcome(cases, run_edited(scope, cases.batch, plan, setting.mode, cases.base))
+        table = _generated(scope, cases, setting, editing(scope, plan, direction, norms))
+    else:
+        # Random directions exist in free mode only, whatever the setting freezes.
+        mode = setting.mode if direction is None else "free"
+        table = _outcome(cases, run_edited(scope, cases.batch, plan, mode, cases.base, direction, norms))
+    by_layer = displacement(norms, cases.batch.size, scope.adapter.n_layers)
+    return table.assign(displacement=np.linalg.norm(by_layer, axis=1), displacement_by_layer=[*by_layer])
+
+
+def displacement(norms: Norms, size: int, n_layers: int) -> np.ndarray:
+    """[B, L] float64, the Frobenius norm over positions of what an edit of B = `size` cases adds to each layer."""
+    by_layer = np.zeros((size, n_layers))
+    for layer, by_position in norms.items():
+        by_layer[:, layer] = by_position.double().norm(dim=-1).numpy(force=True)
+    return by_layer
 
 
 def _generated(scope: Scope, cases: Cases, setting: Setting, context: AbstractContextManager[None]) -> pd.DataFrame:

@@ -49,6 +49,7 @@ def exact_model():
 
 
 SOME = {1: torch.tensor([2, 7]), 3: torch.tensor([5])}
+MEANS = {layer: torch.linspace(0.1, 1.0, 40) for layer in SOME}
 
 
 @pytest.mark.parametrize(
@@ -111,13 +112,12 @@ def test_outcomes_are_those_of_a_plain_loop(cases: tuple[Scope, Cases]) -> None:
 
 def test_controls_carry_their_own_values_and_ablation_keeps_its_own(cases: tuple[Scope, Cases]) -> None:
     scope, made = cases
-    means = {layer: torch.linspace(0.1, 1.0, 40) for layer in SOME}
     setting = [Setting(matched=2, random_direction=2, positions="image")]
     for do in (Carry(SOME), Ablate(SOME)):
-        table = run_trials(scope, [Trial("do", do, [made], setting, means)], seed=3)
+        table = run_trials(scope, [Trial("do", do, [made], setting, MEANS)], seed=3)
         plan: Any = setting[0].restrict(do.plan(scope, made, 1.0), made.batch.roles, scope.adapter.n_layers)
         for draw in control_draws(3, 2):
-            drawn = matched_features(plan, means, draw)
+            drawn = matched_features(plan, MEANS, draw)
             if isinstance(do, Carry):
                 others = Carry({layer: edit.features for layer, edit in drawn.items()})
                 drawn = setting[0].restrict(others.plan(scope, made, 1.0), made.batch.roles, scope.adapter.n_layers)
@@ -131,6 +131,54 @@ def test_controls_carry_their_own_values_and_ablation_keeps_its_own(cases: tuple
                 expected = (before.exp() * (before - after)).sum(-1)
                 np.testing.assert_allclose(rows.kl, expected, rtol=1e-9, atol=1e-15)
         assert len(table) == 3 * 5
+
+
+@pytest.mark.parametrize("cross_layer", [False, True])
+@pytest.mark.parametrize("mode", [*MODES, "generate"])
+def test_displacement_is_what_is_added_at_each_layer(mode: str, cross_layer: bool, cases: tuple[Scope, Cases]) -> None:
+    """Against what the modules before and after each edit see."""
+    scope, made = cases
+    n_layers, setting = scope.adapter.n_layers, Setting(mode=mode, random_direction=1, positions="no_last")
+    if cross_layer:
+        sets = random_set(n_layers, scope.adapter.d_model, 40, 6, seed=6, dtype=torch.float64, cross_layer=True)
+        scope = Scope(scope.vlm, sets.requires_grad_(False))
+        made = replace(made, base=base_run(scope, made.batch, MODES))
+    before: list[dict[int, torch.Tensor]] = []  # of each run
+    after: list[dict[int, torch.Tensor]] = []
+    handles = []
+
+    def watch(module: torch.nn.Module, seen: list[dict[int, torch.Tensor]], layer: int, output: bool) -> None:
+        def hook(_module: Any, args: tuple, out: torch.Tensor) -> None:
+            if len(args[0][0]) == made.batch.length:  # not a generated token
+                if layer == 0:
+                    seen.append({})
+                seen[-1][layer] = out if output else args[0]
+
+        handles.append(module.register_forward_hook(hook))
+
+    for layer in range(n_layers):
+        watch(scope.adapter.mlp(layer), before, layer, output=True)
+        watch(scope.adapter.norms(layer).mlp_out_post, after, layer, output=False)
+    table = run_trials(scope, [Trial("patch", Shift(shifts(made)), [made], [setting], MEANS)])
+    for handle in handles:
+        handle.remove()
+    # Mode direct does not keep what the MLPs compute.
+    written = [made.base.written if mode == "direct" and run < 2 else found for run, found in enumerate(before)]
+    assert len(written) == 3
+    for (_, rows), raw, edited in zip(table.groupby("control", sort=False), written, after, strict=True):
+        by_layer = [(edited[layer] - raw[layer]).norm(dim=(1, 2)).tolist() for layer in range(n_layers)]
+        found = np.stack(rows.displacement_by_layer.to_list())
+        np.testing.assert_allclose(found, np.transpose(by_layer), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(rows.displacement, np.linalg.norm(found, axis=1), rtol=1e-12)
+        expected = {1, 2, 3} if cross_layer else {1, 3}
+        assert set(np.flatnonzero(found.any(0)).tolist()) == expected & set(range(n_layers))
+    first, random = (table[table.control == control].displacement for control in ("", "random_direction"))
+    np.testing.assert_allclose(first, random, rtol=1e-9)
+
+
+def shifts(made: Cases) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Changes that do not depend on the run, so that a random direction is as long at every layer."""
+    return {layer: (rows, torch.ones(made.batch.length, len(rows))) for layer, rows in SOME.items()}
 
 
 def test_answers_are_generated_and_cases_can_be_chosen(cases: tuple[Scope, Cases]) -> None:

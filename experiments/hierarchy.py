@@ -95,7 +95,9 @@ def analyse(bench: Bench) -> dict[str, float]:
     """
     seed, x = bench.cfg.seed, tuple(map(float, bench.transcoders.layers))
     metrics: dict[str, float] = {}
-    table = pd.read_parquet(bench.run_dir / "trials.parquet").query("setting == 'first' and control == ''")
+    table = pd.read_parquet(bench.run_dir / "trials.parquet").query(
+        "setting == 'first' and control == '' and baseline == ''"
+    )
     table["end"] = table.layers.str.rpartition("-")[2].astype(int)
     shares = {}
     for question, part in table.groupby("question", sort=False):

@@ -122,7 +122,8 @@ def analyse(bench: Bench) -> dict[str, float]:
     """dissociation/<fact>/own_minus_other and active_under, places/ metrics, places.parquet, figures of the maps."""
     declared: Declared = bench.records["declared"]
     assert callable(declared.means), "cases come from pairs"
-    table: Any = pd.read_parquet(bench.run_dir / "trials.parquet").query("setting == 'cross' and control == ''")
+    table: Any = pd.read_parquet(bench.run_dir / "trials.parquet")
+    table = table.query("setting == 'cross' and control == '' and baseline == ''")
     metrics: dict[str, float] = {}
     parts: list[pd.DataFrame] = []
     drawn: dict[str, Any] = {}

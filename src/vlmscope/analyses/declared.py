@@ -33,7 +33,7 @@ from vlmscope.features.readouts import RoleMeans
 from vlmscope.features.study import CaptionedPrompt, top_examples
 from vlmscope.interventions.run import generate_edited, run_edited
 from vlmscope.interventions.trials import Cases, Operation, run_trials
-from vlmscope.metrics.rates import cell_metrics, log_softmax, trial_metrics
+from vlmscope.metrics.rates import cell_metrics, log_softmax, trial_metrics, without_baselines
 from vlmscope.models.base import token_strings
 from vlmscope.report.graph_figure import attribution_graph
 from vlmscope.report.marks import write_evidence, write_records, write_rows
@@ -216,7 +216,8 @@ def examples(bench: Bench, declared: Declared, table: pd.DataFrame) -> Iterator[
         few = cases.select(range(min(SHOWN, cases.batch.size)))
         for name, trial in bench.cfg.trials.items():
             if few.texts:
-                run: Any = table[(table.operation == name) & (table.question == few.question) & (table.control == "")]
+                own: Any = without_baselines(table[table.control == ""])
+                run = own[(own.operation == name) & (own.question == few.question)]
                 after = run.drop_duplicates("case").set_index("case").text
                 for png, case, text in zip(few.pngs, few.ids, few.texts, strict=True):
                     yield AnswerExample(png, few.prompt, name, text, after[case], (), ())

@@ -24,7 +24,7 @@ from vlmscope.core.results import Curve, Rate
 from vlmscope.data.inputs import check_choosing
 from vlmscope.features.structure import modality_metrics, modality_parts, modality_table
 from vlmscope.interventions.run import mean_ablated, mlp_outputs
-from vlmscope.metrics.rates import bootstrap_mean, rates
+from vlmscope.metrics.rates import bootstrap_mean, rates, without_baselines
 from vlmscope.report.figures import dose_response, layer_role_heatmap, modality_by_layer
 from vlmscope.report.marks import write_rows
 
@@ -194,7 +194,7 @@ class NumberShift:
 
     def analyse(self, bench: Bench) -> dict[str, float]:
         """From trials.parquet."""
-        table: Any = pd.read_parquet(bench.run_dir / "trials.parquet")
+        table = without_baselines(pd.read_parquet(bench.run_dir / "trials.parquet"))
         number = {bench.token(word): value for value, word in enumerate(self.numbers)}
         dose = table[(table.setting == self.setting) & (table.answer.map(number) <= self.most)]
         dose = dose.assign(shift=dose.said.map(number) - dose.answer.map(number))  # NaN where no number is said

@@ -15,6 +15,10 @@ from vlmscope.data.orrery.scenes import with_facts
 OPERATIONS = ("exchange", "carry", "toward", "shift", "ablate", "level")
 TRIAL_MODES = ("free", "frozen_attention", "direct", "generate")
 MEASURES = ("hit", "changed", "recovered", "drop", "kl")
+BASELINES = (
+    "without_writers", "only_writers", "other_writers", "complement", "unconfirmed", "difference_of_means",
+    "before_readable",
+)  # fmt: skip
 AXES = ("mode", "positions", "layers", "strength", "limit")  # of a setting; lists of them are combined
 
 
@@ -127,6 +131,7 @@ class SettingConfig:
     limit: list[int] = field(default_factory=list)  # features per layer (exchange) or in all
     matched: int = 1  # draws of matched features
     random_direction: int = 0  # draws of random directions of the same norm
+    baselines: list[str] = field(default_factory=list)  # variants of the trials, run once each (`BASELINES`)
     first: int | None = None  # cases of each question; all when null
     measures: list[str] = field(default_factory=list)  # instead of the trial's; the first is the rate
     new_tokens: int = 6  # length of generated answers, at most
@@ -136,6 +141,8 @@ class SettingConfig:
             check_choice("settings.mode", mode, TRIAL_MODES)
         for measure in self.measures:
             check_choice("settings.measures", measure, MEASURES)
+        for baseline in self.baselines:
+            check_choice("settings.baselines", baseline, BASELINES)
         for layers in self.layers:
             if layers not in ("all", "no_last") and not re.fullmatch(r"\d+(-\d*|-each)?|each-?", layers):
                 raise UserError(

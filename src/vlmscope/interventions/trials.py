@@ -167,13 +167,15 @@ class Trial:
     cases: Sequence[Cases]
     settings: Sequence[Setting]
     features_from: Mapping[int, Tensor] = field(default_factory=dict)  # layer -> [F], by which controls are matched
+    baseline: str = ""  # the variant of the operation that this is (`circuits.baselines`)
 
 
 def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0) -> pd.DataFrame:
     """Every operation on its case sets in its settings, with its controls.
 
     Returns:
-        One row per case, trial and draw: `operation`, the fields of the setting (its name as `setting`), `cases`,
+        One row per case, trial and draw: `operation`, the fields of the setting (its name as `setting`), `baseline`
+        ("" for the trial itself and its controls, else the name of the variant), `cases`,
         `question`, the tags of the case set, `case`, `control` ("" for the trial itself, "matched",
         "random_direction"), `draw`, `features` (edited), `displacement_by_layer` [L], the norm over the prompt's
         positions of what the edit adds to each layer's transcoder target, `displacement`, that over the layers too,
@@ -197,7 +199,7 @@ def _with_controls(
     scope: Scope, trial: Trial, cases: Cases, setting: Setting, plan: AnyPlan, seed: int
 ) -> Iterator[pd.DataFrame]:
     size = sum(len(edit.features) for edit in plan.values())
-    labels = {"operation": trial.operation, "setting": setting.name}
+    labels = {"operation": trial.operation, "setting": setting.name, "baseline": trial.baseline}
     labels |= {key: getattr(setting, key) for key in ("mode", "positions", "layers", "strength", "limit")}
     labels |= {"cases": cases.name, "question": cases.question, "features": size, **cases.tags}
     yield _run(scope, cases, plan, setting).assign(**labels, control="", draw=0)

@@ -151,10 +151,15 @@ def _outwards(value: float, sign: int, decimals: int) -> float:
     return round((math.ceil(scaled) if sign > 0 else math.floor(scaled)) / 10.0**decimals, max(decimals, 0))
 
 
+def without_baselines(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the trials themselves and of their controls; a table of an earlier version has no baselines."""
+    return table[table.baseline == ""] if "baseline" in table else table
+
+
 def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit") -> pd.DataFrame:
     """A measure (a column) of each group of trials, rows of `run_trials`, with its interval, controls and p-value.
 
-    Where a case occurs several times, the bootstrap draws whole cases.
+    Where a case occurs several times, the bootstrap draws whole cases. Baselines count only if `by` has `baseline`.
 
     Returns:
         Indexed by `by`: `value`, `ci_low`, `ci_high` (bootstrap, 95 %), `cases`, `edited` features, `matched` and
@@ -162,6 +167,7 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit") -> pd.Da
         draw) and `q` (corrected over all rows, Benjamini and Hochberg); p and q only of shares.
     """
     rows: dict[Any, dict[str, float]] = {}
+    table = table if "baseline" in by else without_baselines(table)
     groupings = cast(Any, table.groupby(list(by), sort=False, dropna=False))  # pandas' own types are too wide
     for key, group in groupings:
         done = group[group.control == ""]
@@ -244,14 +250,14 @@ def trial_metrics(table: pd.DataFrame, trials: Mapping[str, Any], settings: Mapp
     """`steer/main` (the worst question) with `_ci_low`, `_ci_high`, `_control`, and `steer/main/name`.
 
     A setting of several modes gives `steer/frozen/direct`, one of several strengths or limits `steer/dose/strength_2`
-    (the worst question) alone; several places are in the table. Further measures of a setting are means over its cases:
-    `steer/unrelated_kl`.
+    (the worst question) alone; several places are in the table. A baseline gives `steer/main/only_writers`, also the
+    worst question. Further measures of a setting are means over its cases: `steer/unrelated_kl`.
     """
     metrics: dict[str, float] = {}
     axes = ["positions", "layers", "strength", "limit"]
     key: Any
     part: Any
-    for key, part in table.groupby(["operation", "setting"], sort=False):
+    for key, part in without_baselines(table).groupby(["operation", "setting"], sort=False):
         operation, setting = map(str, key)
         measure, *others = counted(trials, settings, operation, setting)
         varied = [axis for axis in axes if (part.groupby(["mode", "question"])[axis].nunique(dropna=False) > 1).any()]
@@ -276,6 +282,11 @@ def trial_metrics(table: pd.DataFrame, trials: Mapping[str, Any], settings: Mapp
                 metrics[f"{name}_control"] = row.matched
             if len(shares) > 1 and not several:
                 metrics |= by_question
+            same = (table.operation == operation) & (table.setting == setting) & (table["mode"] == mode)
+            if "baseline" in table and (same & (table.baseline != "")).any():
+                variants: Any = rates(table[same & (table.baseline != "")], ["baseline", "question"], measure)
+                lowest = variants.groupby(level="baseline", sort=False)["value"].min()
+                metrics |= {f"{name}/{baseline}": value for baseline, value in lowest.items()}
     return metrics
 
 

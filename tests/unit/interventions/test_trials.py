@@ -14,7 +14,7 @@ from vlmscope.core.records import control_draws
 from vlmscope.interventions.edits import matched_features, set_features
 from vlmscope.interventions.run import base_run, run_edited
 from vlmscope.interventions.trials import Cases, Setting, Trial, layer_range, run_trials
-from vlmscope.metrics.rates import benjamini_hochberg, bootstrap_rate, corrected, paired_p, rates, worst
+from vlmscope.metrics.rates import benjamini_hochberg, bootstrap_rate, corrected, paired_p, rates, trial_metrics, worst
 from vlmscope.models.base import exact_float64
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
@@ -217,3 +217,21 @@ def test_rates_worst_and_corrected_p_values_are_those_by_hand() -> None:
     assert again.q.tolist() == found.q.tolist()
     row = worst(rates(table.assign(setting="main"), ["setting", "question"]), "question").loc["main"]
     assert (row.value, row.matched) == (0.5, 0.2)  # the least rate next to the highest control
+
+
+def test_baselines_count_only_where_they_are_asked_for() -> None:
+    rows = {"": [True, True, False, True], "only_writers": [False, True, False, False]}
+    table: Any = pd.DataFrame(
+        {"operation": "steer", "setting": "main", "mode": "free", "positions": "all", "layers": "all", "strength": 1.0,
+         "limit": None, "question": question, "control": "", "draw": 0, "features": 3, "case": case, "hit": hit,
+         "baseline": name}
+        for name, hits in rows.items()
+        for question in ("name", "colour")
+        for case, hit in enumerate(hits if question == "name" else [*hits[:3], False])
+    )  # fmt: skip
+    assert rates(table, ["question"]).value.to_dict() == {"name": 0.75, "colour": 0.5}
+    assert rates(table, ["question", "baseline"]).value["name", "only_writers"] == 0.25
+    found = trial_metrics(table, {}, {})
+    assert (found["steer/main"], found["steer/main/only_writers"]) == (0.5, 0.25)
+    assert set(found) == {"steer/main", "steer/main_ci_low", "steer/main_ci_high", "steer/main/only_writers",
+                          "steer/main/name", "steer/main/colour"}  # fmt: skip

@@ -18,15 +18,15 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from vlmscope.core.errors import CheckFailed, RankLost, Terminated, UserError
-from vlmscope.core.launch import Place, place_of
+from vlmscope.core.launch import Place, place_of, program
 
 USAGE = """\
 vlmscope: transcoders, attribution graphs and causal tests for vision-language models.
 
-  python run.py experiment=NAME [key=value ...]       a whole experiment
-  python run.py task=NAME [key=value ...]             one task on your own pictures and prompt
-  python run.py -m experiment=NAME seed=0,1,2         a sweep: one run for each combination
-  python run.py experiment=NAME --cfg job             show the configuration, run nothing
+  {program} experiment=NAME [key=value ...]       a whole experiment
+  {program} task=NAME [key=value ...]             one task on your own pictures and prompt
+  {program} -m experiment=NAME seed=0,1,2         a sweep: one run for each combination
+  {program} experiment=NAME --cfg job             show the configuration, run nothing
 
 {overview}
 
@@ -99,9 +99,9 @@ def _help() -> str:
     from vlmscope.tasks.list import overview
 
     experiments = list(catalog.options("experiment"))
-    examples = [f"  python run.py experiment={name}\n" for name in experiments[:2]]
-    examples.append("  python run.py task=trace image=cat.png prompt='what animal is this ?'\n")
-    return USAGE.format(overview=overview(), examples="".join(examples))
+    examples = [f"  {program()} experiment={name}\n" for name in experiments[:2]]
+    examples.append(f"  {program()} task=trace image=cat.png prompt='what animal is this ?'\n")
+    return USAGE.format(program=program(), overview=overview(), examples="".join(examples))
 
 
 def _say(message: str) -> None:
@@ -121,7 +121,7 @@ def _checked(argv: Sequence[str]) -> list[str]:
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}; see python run.py --help")
+        raise UserError(f"{message}; see {program()} --help")
 
     parser.error = refuse
     args: argparse.Namespace = parser.parse_intermixed_args(list(argv))
@@ -136,7 +136,7 @@ def _checked(argv: Sequence[str]) -> list[str]:
         group, _, option = override.partition("=")
         if option == "null" and (conf_dir() / group).is_dir():
             raise UserError(
-                f"{override}: name an option of the group (`python run.py task=list`); ~{group} leaves it out"
+                f"{override}: name an option of the group (`{program()} task=list`); ~{group} leaves it out"
             )
     flags = list(argv)
     for override in args.overrides:

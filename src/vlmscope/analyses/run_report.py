@@ -11,6 +11,7 @@ from vlmscope.circuits.config import MarkConfig
 from vlmscope.config import catalog
 from vlmscope.config.schema import HeadlineConfig, numbers_of
 from vlmscope.core.artifacts import read_text
+from vlmscope.core.launch import program
 from vlmscope.core.results import Number
 from vlmscope.metrics.rates import measures_of
 from vlmscope.report.marks import Folder, sections_of
@@ -35,7 +36,7 @@ def draw_report(folder: Path, settings: Mapping[str, Any], metrics: Mapping[str,
     same = ("The same seed gives the same numbers on the same machine.",)
     caveats = limits(catalog.conf_dir() / "experiment" / f"{name}.md")
     sections += [Text("Limits", (caveats,))] if caveats else []
-    sections.append(Text("Run it again", same, code=f"python run.py experiment={name}"))
+    sections.append(Text("Run it again", same, code=f"{program()} experiment={name}"))
     sections.append(Details("Configuration", "config.yaml of this run", read_text(folder / "config.yaml")))
     page = ReportPage(
         title=label(name),

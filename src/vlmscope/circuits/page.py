@@ -14,6 +14,7 @@ from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.config import ANSWER_PREFIX, SOFT, SURROUNDINGS, TEXT
 from vlmscope.circuits.discovery.discover import WRITES, Discovery
 from vlmscope.circuits.discovery.report import sections, summary
+from vlmscope.core.launch import program
 from vlmscope.core.records import FeatureId
 from vlmscope.core.results import CircuitEdge, CircuitFeature, FeatureExample, Supernode
 from vlmscope.data.images import png_bytes
@@ -185,7 +186,7 @@ def write_page(
         cards.append(Card("influence of the circuit", share, "of all features' influence on the answer"))
     edges = sorted(circuit.edges, key=lambda e: -abs(e.share))
     place = folder / "circuits" / name
-    again = f"python run.py task=circuit task.load={place}\npython run.py task=steer task.circuit={place} 'prompt=...'"
+    again = f"{program()} task=circuit task.load={place}\n{program()} task=steer task.circuit={place} 'prompt=...'"
     parts: list[Section] = [
         Cards("In numbers", tuple(cards)),
         *numbers,

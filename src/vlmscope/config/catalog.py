@@ -1,4 +1,4 @@
-"""The folders of the clone, the options in `conf/`, and the schemas and resolvers registered with Hydra."""
+"""The shipped files, the options in `conf/`, and the schemas and resolvers registered with Hydra."""
 
 from __future__ import annotations
 
@@ -11,31 +11,26 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from vlmscope.config.schema import AppConfig, RandomTranscodersConfig, TranscoderSetConfig
-from vlmscope.core.artifacts import read_yaml
+from vlmscope.core.artifacts import read_yaml, shipped
 from vlmscope.core.errors import UserError
 from vlmscope.training.config import TranscoderArchConfig
 
 
-def project_root() -> Path:
-    """Root of the clone that this package was installed from with `pip install -e`.
+def conf_dir() -> Path:
+    """Folder of Hydra's configuration groups; `experiment/` in it holds the experiments.
 
     Raises:
-        UserError: there is no `conf/`, as in a plain wheel.
+        UserError: it is missing, as in a clone that was made without symbolic links.
     """
-    root = Path(__file__).resolve().parents[3]
-    if not (root / "conf" / "config.yaml").is_file():
-        raise UserError(f"no conf/config.yaml in {root}; run vlmscope from a clone, installed with `pip install -e .`")
-    return root
-
-
-def conf_dir() -> Path:
-    """Folder of Hydra's configuration groups."""
-    return project_root() / "conf"
+    folder = shipped("conf")
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"no {folder / 'config.yaml'}; install vlmscope again, or clone it with symbolic links")
+    return folder
 
 
 def asset(relative: str) -> str:
     """Absolute path of a shipped asset; `${asset:orrery}` in configuration files."""
-    return str(project_root() / "assets" / relative)
+    return str(shipped(f"assets/{relative}"))
 
 
 def first_comment(path: Path) -> str:

@@ -32,10 +32,11 @@ from omegaconf.errors import (
 from omegaconf.grammar_parser import parse
 
 from vlmscope.circuits.config import CircuitSpecConfig
-from vlmscope.config.catalog import conf_dir
+from vlmscope.config.catalog import conf_dir, options
 from vlmscope.config.schema import AppConfig, RandomTranscodersConfig, TranscoderSetConfig
 from vlmscope.core.artifacts import read_text, read_yaml
 from vlmscope.core.errors import UserError
+from vlmscope.core.launch import program
 from vlmscope.core.records import check_characters
 from vlmscope.training.config import TranscoderArchConfig
 
@@ -48,9 +49,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     if near:
         return f"did you mean {near[0]!r}?"
-    return (
-        f"choose one of {', '.join(names)}" if 0 < len(names) <= 12 else "`python run.py task=list` shows the choices"
-    )
+    return f"choose one of {', '.join(names)}" if 0 < len(names) <= 12 else f"`{program()} task=list` shows the choices"
 
 
 def _one_line(text: object) -> str:
@@ -70,7 +69,7 @@ def _missing_option(error: MissingConfigException) -> str:
     group, slash, name = path.rpartition("/")
     names = [option for option in error.options or () if not option.endswith("_schema")]
     if not slash:
-        return f"no configuration {path!r}; run from a clone whose conf/ is complete"
+        return f"no configuration {path!r}; install vlmscope again"
     if group == "hydra/launcher" and name.startswith("submitit"):
         return f"hydra/launcher={name} comes with an extra that is not installed; pip install 'vlmscope[slurm]'"
     if not names:
@@ -367,7 +366,7 @@ def _refuse_unknown_choice(cfg: DictConfig) -> None:
     """Raise `UserError` for `group=name` of a group without options, which Hydra accepts as a plain string."""
     for group in ("task", "transcoder", "study", "circuit", "circuit_spec", "prompts", "pairs"):
         if isinstance(cfg[group], str):
-            raise UserError(f"no {group} named {cfg[group]!r}; `ls conf/{group}` shows the choices")
+            raise UserError(f"no {group} named {cfg[group]!r}; {suggestion(cfg[group], options(group))}")
 
 
 _TEXTS = ("prompt", "query", "task.donor_prompt", "task.second_prompt", "task.word") + tuple(

@@ -16,6 +16,7 @@ from vlmscope.config.catalog import asset
 from vlmscope.config.schema import RandomTranscodersConfig, TranscoderSetConfig
 from vlmscope.core.artifacts import files_digest, flat, folder_digest
 from vlmscope.core.errors import UserError
+from vlmscope.core.launch import program
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -274,7 +275,7 @@ def needed_study(cfg: AppConfig) -> Path:
 
     if cfg.study.path is None:
         raise UserError(
-            "no study: add study.path=FOLDER, the run folder of a finished task=study (python run.py task=study)"
+            f"no study: add study.path=FOLDER, the run folder of a finished task=study ({program()} task=study)"
         )
     return study_folder(cfg.study.path)
 

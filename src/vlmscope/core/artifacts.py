@@ -34,6 +34,14 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _TEMPORARY = re.compile(r"\..*\.(\d+)\.[0-9a-f]{8}\.tmp(\..*)?")  # names made by `atomic_path` and `atomic_folder`
 
 
+def shipped(relative: str) -> Path:
+    """A file or folder that comes with vlmscope, `conf/...` or `assets/...`: in the clone, or in an installed wheel.
+
+    The package's folder `shipped` links to the clone's folders, and a wheel holds what they contain (pyproject.toml).
+    """
+    return (Path(__file__).resolve().parents[1] / "shipped" / relative).resolve()
+
+
 def no_room(error: BaseException, path: str | Path) -> NoRoom | None:
     """The user's error if a full disk or quota caused `error` while `path` was written, else None."""
     current: BaseException | None = None if isinstance(error, UserError) else error

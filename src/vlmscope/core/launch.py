@@ -9,10 +9,18 @@ and are the fallback. submitit's local executor sets SUBMITIT_LOCAL_NTASKS and s
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from vlmscope.core.errors import UserError
+
+
+def program() -> str:
+    """The command that started this process, for commands in messages; `vlmscope` where Python started otherwise."""
+    names = {"run.py": "python run.py", "__main__.py": "python -m vlmscope"}
+    return names.get(Path(sys.argv[0]).name, "vlmscope")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from vlmscope.core.artifacts import atomic_path, read_json
 from vlmscope.core.errors import UserError, is_out_of_memory
+from vlmscope.core.launch import program
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.samples import WHOLE, BadFiles, Mark, RawSample, Reader, Row, Share, Source
 
@@ -31,7 +32,7 @@ _ENTRY = {"split": str, "kind": str, "samples": int, "bytes": int, "sha256": str
 def read_index(folder: Path, key: str) -> dict[str, Any]:
     """Read and check the index that `task=build_data` wrote; messages name the configuration's `key` of the folder."""
     if not (folder / INDEX).is_file():
-        raise UserError(f"no {INDEX} in {folder}: run python run.py task=build_data first, or correct {key}")
+        raise UserError(f"no {INDEX} in {folder}: run {program()} task=build_data first, or correct {key}")
     index = read_json(folder / INDEX)
     shards = index.get("shards") if isinstance(index, dict) and isinstance(index.get("meta"), dict) else None
     if not isinstance(shards, dict) or not all(_is_entry(name, entry) for name, entry in shards.items()):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmscope.core.artifacts import write_json, write_text
+from vlmscope.core.launch import program
 from vlmscope.core.results import Reproduced
 from vlmscope.data.images import png_bytes
 from vlmscope.metrics.rates import RULE, half_width, suggested_range
@@ -74,7 +75,7 @@ def write_page(run_dir: Path, overrides: Sequence[str], results: Sequence[Reprod
             Experiments("Experiments", tuple(sorted(results, key=lambda result: result.holds)), note),
             Text("How to read this", _READING),
             mapping_table("Machine and versions", machine, ("what", "here")),
-            Text("Run it again", code=" ".join(["python run.py", *overrides])),
+            Text("Run it again", code=" ".join([program(), *overrides])),
         ),
         footer=f"vlmscope · task=reproduce · {run_dir.name}",
     )

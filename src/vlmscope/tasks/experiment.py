@@ -12,6 +12,7 @@ from pydoc import locate
 from typing import TYPE_CHECKING, Any
 
 from vlmscope.core.errors import CheckFailed, UserError, check_choice, first_line
+from vlmscope.core.launch import program
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
@@ -91,7 +92,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         draw_report(context.run_dir, asdict(cfg), bench.metrics)
     except Exception as error:  # a fault in a page must not cost hours of measuring
         _LOG.exception("report.html")
-        again = f"its numbers are recorded; python run.py task=report task.run={context.run_dir} draws it again"
+        again = f"its numbers are recorded; {program()} task=report task.run={context.run_dir} draws it again"
         raise CheckFailed(f"the report was not drawn ({first_line(error)}); {again}", bench.metrics) from error
     return bench.metrics
 

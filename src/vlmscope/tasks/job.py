@@ -19,7 +19,7 @@ from vlmscope.config.catalog import OVERRIDES, job_settings, run_label
 from vlmscope.config.resolve import to_app_config
 from vlmscope.core.artifacts import remove_leftovers, write_json, write_yaml
 from vlmscope.core.errors import CheckFailed, NotMainRank, UserError, first_line, is_out_of_memory
-from vlmscope.core.launch import place_of
+from vlmscope.core.launch import place_of, program
 from vlmscope.tasks import registry
 from vlmscope.tasks.registry import RunContext
 from vlmscope.tracking import RunInfo, TrackedRun, open_run, sweep
@@ -193,9 +193,7 @@ def run_job(cfg: Any) -> None:
     hydra = HydraConfig.get()
     launcher = hydra.runtime.choices["hydra/launcher"]
     if launcher != "basic" and (hydra.mode is None or hydra.mode.name != "MULTIRUN"):
-        raise UserError(
-            f"hydra/launcher={launcher} is for python run.py -m ...; add -m (a single job is a sweep of one)"
-        )
+        raise UserError(f"hydra/launcher={launcher} is for {program()} -m ...; add -m (a single job is a sweep of one)")
     run_dir = Path(hydra.runtime.output_dir)
     overrides = tuple(hydra.overrides.task)
     app_cfg = to_app_config(cfg, overrides)

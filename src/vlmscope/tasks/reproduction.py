@@ -26,11 +26,11 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
-from vlmscope.config.catalog import first_comment, project_root, reproducible
+from vlmscope.config.catalog import first_comment, reproducible
 from vlmscope.config.resolve import CONFIG_ERRORS, one_line, quote, suggestion, to_app_config
 from vlmscope.config.schema import TranscoderSetConfig
 from vlmscope.config.wiring import model_origin, study_digest, transcoder_origin
-from vlmscope.core.artifacts import files_digest, read_json, write_json
+from vlmscope.core.artifacts import files_digest, read_json, shipped, write_json
 from vlmscope.core.errors import UserError
 from vlmscope.tracking.client import package_versions
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _OWN = ("task=", "task.", "hydra", "experiment=", "name=")
 _NO_NUMBER = ("reproduce", "paper", "figure", "headline", "tracking", "trainer")
 _METRICS = "metrics.json"
+_PACKAGE = Path(__file__).resolve().parents[1]
 _GRACE = 3.0  # seconds in which a process that got the user's Ctrl-C too ends by itself
 _PATIENCE = 30.0  # seconds for it to clean up after SIGINT
 
@@ -149,10 +150,10 @@ def _lacks_shards(cfg: AppConfig) -> bool:
 def base_digest() -> str:
     """Digest of the code, the shipped assets and the packages that can change a number."""
     digest = hashlib.sha256(json.dumps(package_versions()).encode())
-    for folder, pattern in (("src", "*"), ("assets", "*"), ("experiments", "*.py")):
-        for path in sorted((project_root() / folder).rglob(pattern)):
-            if path.is_file() and "__pycache__" not in path.parts and "egg-info" not in str(path.parent):
-                digest.update(os.fsencode(path.relative_to(project_root() / folder)) + b"\0")
+    for folder, pattern in ((_PACKAGE, "*"), (shipped("assets"), "*"), (shipped("conf/experiment"), "*.py")):
+        for path in sorted(folder.rglob(pattern)):
+            if path.is_file() and "__pycache__" not in path.parts:
+                digest.update(os.fsencode(path.relative_to(folder)) + b"\0")
                 digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -217,7 +218,7 @@ def run_job(run_dir: Path, label: str, digest: str, overrides: Sequence[str], en
         start = time.perf_counter()
         with (folder / "console.log").open("wb") as log:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **env},
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **_found(), **env},
                 pass_fds=[lock.fileno()],  # the lock outlives this process
             )  # fmt: skip
             code = _wait(process)
@@ -229,7 +230,12 @@ def run_job(run_dir: Path, label: str, digest: str, overrides: Sequence[str], en
 
 def _program() -> list[str]:
     """The command that starts vlmscope."""
-    return [sys.executable, str(project_root() / "run.py")]
+    return [sys.executable, "-m", "vlmscope"]
+
+
+def _found() -> dict[str, str]:
+    """The environment in which Python finds this very package, installed or not."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(_PACKAGE.parent), os.environ.get("PYTHONPATH")]))}
 
 
 def _state(run_dir: Path, label: str) -> Path:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlmscope.core.errors import UserError, check_least
+from vlmscope.core.launch import program
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -133,7 +134,7 @@ def write_page(
         "clusters.parquet has all clusters, structure.parquet a row a feature. A cluster can be a supernode: in a "
         f"circuit_spec, cluster: {{run: {folder}, cluster: 0, kind: firing}} (docs/circuits.md)."
     )
-    pages = f"python run.py task=pages study.path={study.path} 'task.features=[L0/0]'"
+    pages = f"{program()} task=pages study.path={study.path} 'task.features=[L0/0]'"
     sections += [Text("Go on", (use,), code=pages), mapping_table("All numbers", dict(metrics), ("metric", "value"))]
     page = ReportPage(
         title=f"Structure of {sum(study.info.n_features.values()):,} features",

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vlmscope.core.artifacts import shipped
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
 from vlmscope.data.orrery.scenes import (
@@ -101,8 +102,8 @@ def _wording(rng: np.random.Generator, templates: tuple[str, ...]) -> str:
 
 
 def texture_folder() -> Path:
-    """Folder of the equirectangular maps: `assets/planet_textures` of the checkout."""
-    return Path(__file__).resolve().parents[4] / "assets" / "planet_textures"
+    """Folder of the equirectangular maps."""
+    return shipped("assets/planet_textures")
 
 
 @cache
@@ -110,7 +111,7 @@ def texture(name: str) -> np.ndarray:
     """Texture map of a planet, float32 [128, 256, 3] in 0..1, halved, since more detail would alias at 64 pixels."""
     path = texture_folder() / f"{name}.jpg"
     if not path.is_file():
-        raise UserError(f"planet texture {path} is missing: restore assets/planet_textures from the repository")
+        raise UserError(f"planet texture {path} is missing; install vlmscope again")
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB").resize((256, 128), Image.Resampling.BOX), np.float32) / 255.0
 

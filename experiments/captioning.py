@@ -24,7 +24,7 @@ from vlmscope.data.orrery.dataset import pictures, scene_pairs
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import Scene
 from vlmscope.interventions.run import log_likelihoods, whole_answers
-from vlmscope.metrics.rates import bootstrap_mean, bootstrap_rate, rates
+from vlmscope.metrics.rates import bootstrap_mean, rates, share_rate
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import continued
 from vlmscope.report.style import label
@@ -102,7 +102,7 @@ def pairs_of(bench: Bench, swap: str, split: str) -> list[TextPair]:
     pairs = text_pairs(bench.scope, sides, right, bench.analysis.new_tokens, pngs)
     if len(pairs) < 2:
         raise UserError(f"analysis.swaps.{swap}: {len(pairs)} of {count} pairs are captioned rightly on both sides")
-    bench.metrics |= bootstrap_rate(np.arange(count) < len(pairs)).metrics(f"base/{swap}/accuracy")
+    bench.metrics |= share_rate(np.arange(count) < len(pairs)).metrics(f"base/{swap}/accuracy")
     return pairs
 
 

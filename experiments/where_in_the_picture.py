@@ -35,7 +35,7 @@ from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import Scene
 from vlmscope.features.readouts import image_features, token_lens, top_and_bottom_logits
 from vlmscope.metrics.prediction import pointing_hit
-from vlmscope.metrics.rates import bootstrap_mean, bootstrap_rate
+from vlmscope.metrics.rates import bootstrap_mean, share_rate
 from vlmscope.report.figures import dose_response, rate_bars
 from vlmscope.report.marks import write_rows
 from vlmscope.report.pictures import MAP_NAMES, feature_maps
@@ -247,10 +247,10 @@ def lens(bench: Bench) -> dict[str, float]:
         ranks = [token_lens(bench.vlm.adapter, batch, positions, words).rank for words in (answers, others)]
         soft, control = ((rank[..., :-1] == 0).any(2) for rank in ranks)
         for state in range(soft.shape[1]):
-            rate = bootstrap_rate(soft[:, state], seed, float(control[:, state].mean()))
+            rate = share_rate(soft[:, state], seed, float(control[:, state].mean()))
             metrics |= rate.metrics(f"lens/{kind}/state_{state:02d}/any_soft")
             metrics[f"lens/{kind}/state_{state:02d}/last"] = float((ranks[0][:, state, -1] == 0).mean())
-        rates = [bootstrap_rate(column, seed) for column in soft.T]
+        rates = [share_rate(column, seed) for column in soft.T]
         curves.append(Curve.of(f"{kind}, some soft token", range(len(rates)), rates))
     if curves:
         path = bench.run_dir / "figures" / "lens.png"

@@ -30,7 +30,7 @@ from vlmscope.features.config import CrossModalConfig
 from vlmscope.interventions.edits import by_layer, mean_activations
 from vlmscope.interventions.trials import Cases, Operation
 from vlmscope.metrics.decoding import Rule
-from vlmscope.metrics.rates import measured
+from vlmscope.metrics.rates import known, measured, rate_metrics, rates
 from vlmscope.report.figures import dose_response, share_matrices
 
 KINDS = ("picture", "text")
@@ -178,7 +178,8 @@ def set_metrics(table: pd.DataFrame, trials: Mapping[str, TrialConfig], settings
     key: Any
     row: Any
     for key, row in rows.iterrows():
+        metrics |= rate_metrics("/".join(key), row)
+    for key, row in rates(table, ["operation", "setting", "set"], "changed").iterrows():
         name = "/".join(key)
-        metrics |= {name: row.value, f"{name}_ci_low": row.ci_low, f"{name}_ci_high": row.ci_high}
-        metrics |= {} if np.isnan(row.matched) else {f"{name}_control": row.matched}
+        metrics |= known({f"{name}_changed": row.value, f"{name}_control_changed": row.matched})
     return metrics

@@ -26,7 +26,7 @@ from vlmscope.data.orrery.rendering import digit_scene
 from vlmscope.interventions.trials import Setting, Trial
 from vlmscope.metrics import decoding
 from vlmscope.metrics.decoding import DOWN, PEAK, UP
-from vlmscope.metrics.rates import bootstrap_mean, bootstrap_rate
+from vlmscope.metrics.rates import bootstrap_mean, share_rate
 from vlmscope.report.figures import dose_response, layer_role_heatmap
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class FeatureKinds:
             chance += int((decoding.simplest(self.scores(train, mixed, test, new), self.least) != "").sum())
             for fact, rates in read.items():
                 hits = decoding.linear_accuracy(train, seen[fact].to_numpy(), test, new[fact].to_numpy())
-                rates.append(bootstrap_rate(hits))
+                rates.append(share_rate(hits))
         return kinds, read, chance
 
     def scores(self, train: np.ndarray, seen: pd.DataFrame, test: np.ndarray, new: pd.DataFrame) -> dict[str, Any]:
@@ -282,7 +282,7 @@ class NumberLine:
                 both = decoding.accuracy_across(x, y, groups, test[layer], number, new_groups)
                 hits |= dict(zip((f"same {fact}", f"another {fact}"), both, strict=True))
             for name, right in hits.items():
-                rates.setdefault(name, []).append(bootstrap_rate(right))
+                rates.setdefault(name, []).append(share_rate(right))
         return rates
 
 

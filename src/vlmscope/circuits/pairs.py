@@ -26,7 +26,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 from vlmscope.core.results import MODES, CircuitFeature, Rate
 from vlmscope.interventions.run import BaseRun, base_run, hook_targets
-from vlmscope.metrics.rates import bootstrap_rate
+from vlmscope.metrics.rates import share_rate
 from vlmscope.models.base import INJECTIONS, ModelInputs
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
@@ -90,7 +90,7 @@ def pair_subject(
             f"interval (interchange.least={least}); give more pairs, or pairs that it can answer"
         )
     batch, other = both.select(rows), both.select(rows + n)
-    first, second, share = (bootstrap_rate(hits.cpu().numpy()) for hits in (right, other_right, right & other_right))
+    first, second, share = (share_rate(hits.cpu().numpy()) for hits in (right, other_right, right & other_right))
     base, answers = base_run(scope, batch, modes), (tokens[rows], other_tokens[rows])
     return PairSubject(question, rows, batch, other, base, logits[rows + n], *answers, (first, second, share))
 

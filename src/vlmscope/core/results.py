@@ -17,7 +17,7 @@ MODES = ("direct", "frozen_attention", "free")
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of cases, or a mean over them, with its bootstrap 95 % interval.
+    """A share of cases, or a mean over them, with its 95 % interval.
 
     `control` is the same measure under the matched controls.
     """
@@ -45,8 +45,8 @@ class FlipRow:
     rate: Rate
     n_features: int
     changed: Rate | None = None  # how often the answer changed, if counted
-    p: float | None = None  # of the null that no more cases flip (change, for 'ablate') than under the control
-    q: float | None = None  # p corrected for all rows of the table (false discovery rate)
+    rank: str = ""  # among the trial and its control draws, such as "1 of 31"; or why there is none
+    q: float | None = None  # the rank's p-value, corrected for all rows of the table (false discovery rate)
 
 
 @dataclass(frozen=True)

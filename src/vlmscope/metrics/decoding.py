@@ -21,7 +21,7 @@ from scipy import stats
 
 from vlmscope.core.records import generator
 from vlmscope.core.results import Rate
-from vlmscope.metrics.rates import RESAMPLES, benjamini_hochberg, bootstrap_mean, bootstrap_rate, permutation_p
+from vlmscope.metrics.rates import RESAMPLES, benjamini_hochberg, bootstrap_mean, permutation_p, share_rate
 
 
 def held_out_r2(test: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -200,11 +200,11 @@ def held_out_tuning(
         rho, rho_other = (rank_correlation(codes[layer][:, lines], x) for x in (levels, other))
         sign = np.where(shapes[lines] == UP, 1.0, -1.0)
         monotone.append(np.stack([rho * sign, partial_correlation(rho, rho_other, between) * sign]))
-    metrics = {f"{kind}/holds": bootstrap_rate(hits) for kind, hits in holds.items() if hits}
+    metrics = {f"{kind}/holds": share_rate(hits) for kind, hits in holds.items() if hits}
     rho, equal = np.concatenate(monotone, 1)
     if len(rho):
         metrics |= {"monotone/rho": bootstrap_mean(rho), "monotone/rho_at_equal_area": bootstrap_mean(equal)}
-        metrics["monotone/same_sign_at_equal_area"] = bootstrap_rate(equal > 0)
+        metrics["monotone/same_sign_at_equal_area"] = share_rate(equal > 0)
     return metrics
 
 

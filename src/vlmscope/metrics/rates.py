@@ -1,17 +1,18 @@
-"""Statistics of causal claims: rates with bootstrap intervals, p-values and their correction, ranges over seeds; and
-queries on tables of trials (`trials.parquet`) that give them.
+"""Statistics of causal claims: rates with intervals, ranks among control draws, p-values and their correction, ranges
+over seeds; and queries on tables of trials (`trials.parquet`) that give them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
 import pandas as pd
+from scipy.special import betaincinv
 
 from vlmscope.core.records import generator
 from vlmscope.core.results import Rate
@@ -19,19 +20,36 @@ from vlmscope.core.results import Rate
 RESAMPLES = 2000
 
 
-def bootstrap_rate(
+def rate_of(values: Sequence[float] | np.ndarray, groups: Sequence[str] | None = None) -> Rate:
+    """The mean of a measure with its 95 % interval: `share_rate` of booleans, `bootstrap_mean` of anything else."""
+    sample = np.asarray(values)
+    return (share_rate if sample.dtype == bool else bootstrap_mean)(sample, groups=groups)
+
+
+def share_rate(
     hits: Sequence[bool] | np.ndarray, seed: int = 0, control: float | None = None, groups: Sequence[str] | None = None
 ) -> Rate:
-    """The share of hits with its percentile-bootstrap 95 % interval; `groups` as for `bootstrap_mean`.
+    """The share of hits (or the mean of shares) with its 95 % interval.
 
-    When all cases agree every resample does too, which says nothing about the next case; the open end then comes from
-    the rule of three (Hanley and Lippman-Hand 1983: 3 / n), so that 100 of 100 reads as 0.97 to 1.
+    Of independent cases the exact binomial interval (Clopper and Pearson 1934): 99 of 100 reads as 94.6 to 100 %. With
+    `groups` that repeat, as for `bootstrap_mean`, the cluster bootstrap, but never narrower than the exact interval of
+    independent cases. Where all cases agree every resample does too, which says nothing about the next group; the
+    exact interval is then that of as many cases as there are groups.
     """
-    mean = bootstrap_mean(np.asarray(hits, dtype=float), seed, control, groups)
-    n = mean.cases if groups is None else len(set(groups))
-    if mean.value == 1.0:
-        return replace(mean, ci_low=max(1.0 - 3.0 / n, 0.0))
-    return replace(mean, ci_high=min(3.0 / n, 1.0)) if mean.value == 0.0 else mean
+    sample = np.asarray(hits, dtype=float)
+    count = len(sample) if groups is None else len(set(groups))
+    if count == len(sample) > 0:
+        return Rate(float(sample.mean()), *_exact(float(sample.sum()), len(sample)), len(sample), control)
+    rate = bootstrap_mean(sample, seed, control, groups)
+    n = count if rate.value in (0.0, 1.0) else len(sample)
+    low, high = _exact(rate.value * n, n)
+    return replace(rate, ci_low=min(low, rate.ci_low), ci_high=max(high, rate.ci_high))
+
+
+def _exact(hits: float, n: int) -> tuple[float, float]:
+    """The Clopper-Pearson 95 % interval of a share, by quantiles of the beta distribution."""
+    low = float(betaincinv(hits, n - hits + 1, 0.025)) if hits > 0 else 0.0
+    return low, float(betaincinv(hits + 1, n - hits, 0.975)) if hits < n else 1.0
 
 
 def bootstrap_mean(
@@ -76,7 +94,10 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def paired_p(done: Sequence[bool] | np.ndarray, control: Sequence[bool] | np.ndarray) -> float:
-    """One-sided exact p-value that an intervention hits no more cases than its control on the same cases.
+    """One-sided exact p-value that one run hits no more cases than another on the same cases.
+
+    For runs that differ in nothing drawn, such as a trial and its baseline: the cases are then what is random. Of a
+    control, the draw is, which `rates` ranks.
 
     McNemar's test in its exact form: of the cases where only one of the two hits, at least as many hits of the
     intervention as were seen, if either were as likely. 1 when none differs.
@@ -106,6 +127,18 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     return adjusted.reshape(values.shape)
 
 
+def holm(p: np.ndarray) -> np.ndarray:
+    """Adjusted p-values [n] that control the chance of any false rejection, whatever hangs together (Holm 1979).
+
+    `adjusted[i] = max over j with p[j] <= p[i] of p[j] (n + 1 - rank(j))`, at most 1.
+    """
+    values = np.asarray(p, np.float64)
+    order = np.argsort(values, kind="stable")
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)), 1.0)
+    return adjusted
+
+
 def permutation_p(observed: np.ndarray, null: np.ndarray) -> np.ndarray:
     """One-sided p-values (r + 1) / (n + 1) of `observed` [..]: r of the n null draws [n, ..] are at least as large
     (Phipson and Smyth 2010), so never 0.
@@ -114,6 +147,8 @@ def permutation_p(observed: np.ndarray, null: np.ndarray) -> np.ndarray:
     return ((null >= observed).sum(0) + 1) / (len(null) + 1)
 
 
+CONTROLS = ("matched", "random_direction")
+NO_CONTROL = "no control was run"
 SHARE_FLOOR = 0.03  # of a share: what 100 cases without a single failure leave open at 95 % (the rule of three)
 VALUE_FLOOR = 0.05  # of any other number, relative to its mean
 RULE = (
@@ -156,38 +191,80 @@ def without_baselines(table: pd.DataFrame) -> pd.DataFrame:
     return table[table.baseline == ""] if "baseline" in table else table
 
 
-def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit") -> pd.DataFrame:
-    """A measure (a column) of each group of trials, rows of `run_trials`, with its interval, controls and p-value.
+@dataclass(frozen=True)
+class Draws:
+    """The control draws of a trial that bite, and what is wrong with the others.
 
-    Where a case occurs several times, the bootstrap draws whole cases. Baselines count only if `by` has `baseline`.
+    A draw that moves the residual stream by less than half of what the edit does (`weak` in the table) is no control.
+    """
+
+    means: np.ndarray  # [n], the measure's mean under each draw that counts
+    reason: str  # why there is none; "" when there is
+
+    def rank(self, value: float) -> int:
+        """The rank of a trial's rate among itself and the draws, 1 being above all of them."""
+        return 1 + int((self.means >= value).sum())
+
+    def p(self, value: float) -> float:
+        """The p-value of that rank; NaN without a draw that counts."""
+        known = len(self.means) and value == value
+        return float(permutation_p(np.asarray(value), self.means)) if known else np.nan
+
+
+def draws_of(group: pd.DataFrame, measure: str, control: str | None = None) -> Draws:
+    """The draws of a control in rows of one trial; by default matched ones, or random directions where none was drawn.
+
+    The control whose draws are the harder to tell from the trial decides, as it has the edit's own kind of content.
+    """
+    kinds = set(group.control)
+    kind = control or ("matched" if "matched" in kinds else "random_direction")
+    rows = group[group.control == kind]
+    if rows.empty:
+        return Draws(np.empty(0), NO_CONTROL)
+    weak: Any = rows.weak if "weak" in rows else pd.Series(False, rows.index)
+    refused = weak.groupby(rows.draw, sort=False).any()
+    means: Any = rows.groupby("draw", sort=False)[measure].mean()
+    if not refused.all():
+        return Draws(means[~refused].to_numpy(float), "")
+    ratio = displaced(rows) / displaced(group[group.control == ""])
+    return Draws(np.empty(0), f"control too weak: it moves {ratio:.2g} of what the edit does")
+
+
+def displaced(rows: pd.DataFrame) -> float:
+    """The median displacement of the residual stream by an edit; NaN where it was not measured."""
+    return float(np.median(rows.displacement)) if "displacement" in rows and len(rows) else np.nan
+
+
+def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit") -> pd.DataFrame:
+    """A measure (a column) of each group of trials, rows of `run_trials`, with its interval, controls and rank.
+
+    Where a case occurs several times, intervals draw whole cases. Baselines count only if `by` has `baseline`.
 
     Returns:
-        Indexed by `by`: `value`, `ci_low`, `ci_high` (bootstrap, 95 %), `cases`, `edited` features, `matched` and
-        `random_direction` (means over all draws, NaN without one), `p` (exact, one-sided, paired with the first matched
-        draw) and `q` (corrected over all rows, Benjamini and Hochberg); p and q only of shares.
+        Indexed by `by`: `value`, `ci_low`, `ci_high` (95 %), `cases`, `edited` features, `matched` and
+        `random_direction` (means over the draws that bite, NaN without one), the trial's `rank` among itself and the
+        `draws` (their number), the rank's `p` = rank / (1 + draws), NaN for the `reason` when no draw counts, and `q`
+        (p corrected over all rows, Benjamini and Hochberg).
     """
-    rows: dict[Any, dict[str, float]] = {}
+    rows: dict[Any, dict[str, Any]] = {}
     table = table if "baseline" in by else without_baselines(table)
     groupings = cast(Any, table.groupby(list(by), sort=False, dropna=False))  # pandas' own types are too wide
     for key, group in groupings:
         done = group[group.control == ""]
-        values = done[measure].to_numpy()
-        share = values.dtype == bool
         repeated = "case" in done and bool(done["case"].duplicated().any())
-        rate = (bootstrap_rate if share else bootstrap_mean)(values, groups=done["case"] if repeated else None)
+        rate = rate_of(done[measure].to_numpy(), done["case"].astype(str) if repeated else None)
         row = {"value": rate.value, "ci_low": rate.ci_low, "ci_high": rate.ci_high, "cases": rate.cases}
         row["edited"] = int(done.features.max())
-        for control in ("matched", "random_direction"):
-            drawn = group[group.control == control].groupby("draw", sort=False)
-            draws = [draw[measure].to_numpy() for _, draw in drawn]
-            row[control] = float(np.mean([draw.mean() for draw in draws])) if draws else np.nan
-            if control == "matched":
-                row["p"] = paired_p(values, draws[0]) if draws and share else np.nan
-        rows[key if len(by) > 1 else key[0]] = row
+        for control in CONTROLS:
+            means = draws_of(group, measure, control).means
+            row[control] = float(means.mean()) if len(means) else np.nan
+        draws = draws_of(group, measure)
+        row |= {"p": draws.p(rate.value), "rank": draws.rank(rate.value), "draws": len(draws.means)}
+        rows[key if len(by) > 1 else key[0]] = row | {"reason": draws.reason}
     return corrected(indexed(rows, by))
 
 
-def indexed(rows: dict[Any, dict[str, float]], by: Sequence[str]) -> Any:
+def indexed(rows: dict[Any, dict[str, Any]], by: Sequence[str]) -> Any:
     """Rows by key as a frame whose index has the levels `by`."""
     frame: Any = pd.DataFrame.from_dict(rows, orient="index")
     frame.index = pd.MultiIndex.from_tuples(frame.index, names=by) if len(by) > 1 else frame.index.rename(by[0])
@@ -210,48 +287,52 @@ def measured(table: pd.DataFrame, by: Sequence[str], measures: Mapping[str, str]
 
 
 CELL = ["question", "recipient", "donor"]
-ALPHA = 0.01  # the false discovery rate below which a cell counts as above its control
 
 
 def cell_means(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Means over cells (levels `CELL` of rows of `rates`), each counted once whatever its number of cases.
 
     Returns:
-        Indexed by `by`: the columns of `rates` without p and q, with `cases` the number of cells and an interval that
-        draws unordered pairs of concepts, since a pair's cells share one circuit; and `lowest`, `highest` (cell) and
-        `significant`, the share of cells whose q is below `ALPHA`.
+        Indexed by `by`: the columns of `rates` without ranks, with `cases` the number of cells and an interval that
+        draws unordered pairs of concepts, since a pair's cells share one circuit; and `lowest`, `highest` (cell).
     """
     means: dict[Any, dict[str, float]] = {}
     groups = cast(Any, rows.groupby(level=list(by), sort=False))
     for key, cells in groups:
         pairs = ["-".join(sorted(pair)) for pair in cells.reset_index()[["recipient", "donor"]].to_numpy()]
-        mean = bootstrap_rate(cells.value.to_numpy(), groups=pairs)
+        mean = share_rate(cells.value.to_numpy(), groups=pairs)
         means[key if len(by) > 1 else key[0]] = {
             "value": mean.value, "ci_low": mean.ci_low, "ci_high": mean.ci_high, "cases": mean.cases,
             "edited": cells.edited.max(), "matched": cells.matched.mean(),
             "random_direction": cells.random_direction.mean(), "lowest": cells.value.min(),
             "highest": cells.value.max(),
-            "significant": (cells.q < ALPHA).mean() if cells.q.notna().any() else np.nan,
         }  # fmt: skip
     return indexed(means, by)
 
 
 def worst(rows: pd.DataFrame, over: str) -> pd.DataFrame:
-    """Of rows of `rates`, those with the least value over the level `over`, next to the highest controls of any."""
+    """Of rows of `rates`, those with the least value over the level `over`, next to the highest controls and the
+    weakest evidence (rank, p, q) of any.
+    """
     others = [name for name in rows.index.names if name != over]
     groups = rows.groupby(level=others, sort=False)
     lowest: Any = rows.loc[groups["value"].idxmin()]
-    for control in ("matched", "random_direction"):
+    for control in CONTROLS:
         lowest[control] = np.asarray(groups[control].max())
+    weakest = rows.loc[rows.p.fillna(2.0).groupby(level=others, sort=False).idxmax()]  # unknown is weaker than 1
+    for column in ("p", "q", "rank", "draws", "reason"):
+        lowest[column] = weakest[column].to_numpy()
     return lowest.droplevel(over)
 
 
 def trial_metrics(table: pd.DataFrame, trials: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, float]:
     """`steer/main` (the worst question) with `_ci_low`, `_ci_high`, `_control`, and `steer/main/name`.
 
-    A setting of several modes gives `steer/frozen/direct`, one of several strengths or limits `steer/dose/strength_2`
-    (the worst question) alone; several places are in the table. A baseline gives `steer/main/only_writers`, also the
-    worst question. Further measures of a setting are means over its cases: `steer/unrelated_kl`.
+    `_changed` and `_control_changed` are the shares of answers that change at all, the least and the highest of any
+    question. A setting of several modes gives `steer/frozen/direct`, one of several strengths or limits
+    `steer/dose/strength_2` (the worst question) and its `_control` alone; several places are in the table. A baseline
+    gives `steer/main/only_writers`, also the worst question. Further measures of a setting are means over its cases:
+    `steer/unrelated_kl`.
     """
     metrics: dict[str, float] = {}
     axes = ["positions", "layers", "strength", "limit"]
@@ -263,8 +344,9 @@ def trial_metrics(table: pd.DataFrame, trials: Mapping[str, Any], settings: Mapp
         varied = [axis for axis in axes if (part.groupby(["mode", "question"])[axis].nunique(dropna=False) > 1).any()]
         if varied in (["strength"], ["limit"]) and part["mode"].nunique() == 1:
             doses: Any = rates(part, [*varied, "question"], measure)
-            lowest = doses.groupby(level=varied[0], sort=False)["value"].min()
-            metrics |= {f"{operation}/{setting}/{varied[0]}_{dose:g}": value for dose, value in lowest.items()}
+            for dose, row in worst(doses, "question").iterrows():
+                name = f"{operation}/{setting}/{varied[0]}_{dose:g}"
+                metrics |= {name: row.value} | known({f"{name}_control": row.matched})
         if varied:
             continue
         several = part["mode"].nunique() > 1
@@ -276,10 +358,11 @@ def trial_metrics(table: pd.DataFrame, trials: Mapping[str, Any], settings: Mapp
             if "/" in operation:  # another set's features on a question: no question is the worst of them
                 metrics |= by_question
                 continue
-            row = (worst(shares, "question") if len(shares) > 1 else shares).iloc[0]
-            metrics |= {name: row.value, f"{name}_ci_low": row.ci_low, f"{name}_ci_high": row.ci_high}
-            if not np.isnan(row.matched):
-                metrics[f"{name}_control"] = row.matched
+            row = worst(shares, "question").iloc[0]
+            metrics |= rate_metrics(name, row)
+            if "changed" in runs and "changed" not in (measure, *others):
+                moved = worst(rates(runs, ["setting", "question"], "changed"), "question").iloc[0]
+                metrics |= {f"{name}_changed": moved.value} | known({f"{name}_control_changed": moved.matched})
             if len(shares) > 1 and not several:
                 metrics |= by_question
             same = (table.operation == operation) & (table.setting == setting) & (table["mode"] == mode)
@@ -288,6 +371,17 @@ def trial_metrics(table: pd.DataFrame, trials: Mapping[str, Any], settings: Mapp
                 lowest = variants.groupby(level="baseline", sort=False)["value"].min()
                 metrics |= {f"{name}/{baseline}": value for baseline, value in lowest.items()}
     return metrics
+
+
+def rate_metrics(name: str, row: Any) -> dict[str, float]:
+    """Metrics `name`, `_ci_low`, `_ci_high` and, if there is one, `_control` (matched) of a row of `rates`."""
+    interval = {name: float(row.value), f"{name}_ci_low": float(row.ci_low), f"{name}_ci_high": float(row.ci_high)}
+    return interval | known({f"{name}_control": row.matched})
+
+
+def known(numbers: Mapping[str, float]) -> dict[str, float]:
+    """The numbers that are not NaN."""
+    return {name: float(value) for name, value in numbers.items() if value == value}
 
 
 def measures_of(trial: Mapping[str, Any], setting: Mapping[str, Any]) -> list[str]:
@@ -306,7 +400,7 @@ def counted(trials: Mapping[str, Any], settings: Mapping[str, Any], operation: s
 def cell_metrics(table: pd.DataFrame, trials: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, float]:
     """`steer/main`, the mean over cells of recipient, donor and question, with its interval, and `steer/main/name`.
 
-    `_control` is the mean over cells, `_lowest` and `_highest` are cells, `_significant` the share above its control.
+    `_control` is the mean over cells, `_lowest` and `_highest` are cells; `_changed` and `_control_changed` are means.
     """
     by = ["operation", "setting"]
     cells = measured(table, [*by, *CELL], {name: trial.measure for name, trial in trials.items()})
@@ -315,9 +409,11 @@ def cell_metrics(table: pd.DataFrame, trials: Mapping[str, Any], settings: Mappi
     row: Any
     for key, row in cell_means(cells, by).iterrows():
         name = "/".join(key)
-        metrics |= {name: row.value, f"{name}_ci_low": row.ci_low, f"{name}_ci_high": row.ci_high}
-        more = {"control": row.matched, "lowest": row.lowest, "highest": row.highest, "significant": row.significant}
-        metrics |= {f"{name}_{kind}": float(value) for kind, value in more.items() if value == value}
+        metrics |= rate_metrics(name, row) | {f"{name}_lowest": row.lowest, f"{name}_highest": row.highest}
+    if "changed" in table:
+        for key, row in cell_means(rates(table, [*by, *CELL], "changed"), by).iterrows():
+            name = "/".join(key)
+            metrics |= known({f"{name}_changed": row.value, f"{name}_control_changed": row.matched})
     for key, row in cell_means(cells, [*by, "question"]).iterrows():
         metrics["/".join(key)] = row.value
     return metrics

@@ -23,9 +23,22 @@ from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId, PatchBox
 from vlmscope.core.results import AnswerExample, CircuitFeature, Curve, FeatureExample, FlipRow, Rate, Supernode
-from vlmscope.metrics.rates import CELL, bootstrap_mean, bootstrap_rate, cell_means, corrected, rates, worst
+from vlmscope.metrics.rates import CELL, NO_CONTROL, cell_means, corrected, rate_of, rates, worst
 from vlmscope.report.figures import CONTROL, dose_response, layer_role_heatmap, rate_bars, share_matrices, word_bars
-from vlmscope.report.page import Card, Cards, Examples, Features, Figure, Percent, Section, Table, Text, Value, drawn
+from vlmscope.report.page import (
+    Card,
+    Cards,
+    Examples,
+    Features,
+    Figure,
+    Percent,
+    Section,
+    Table,
+    Text,
+    Value,
+    drawn,
+    percent,
+)
 from vlmscope.report.style import label
 
 AXES = ["positions", "layers", "strength", "limit"]  # of a setting, besides its mode
@@ -109,17 +122,22 @@ class Folder:
 
 def cards(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """The worst question of each trial as a headline number; of recipients and donors the mean over cells."""
-    if "donor" in folder.trials:
-        lowest = cell_means(folder.rates(mark, ["operation", "setting", *CELL]), ["operation", "setting"])
-    else:
-        by_question = folder.rates(mark, ["operation", "setting", "question"])
-        several = by_question.index.get_level_values("question").nunique() > 1
-        lowest = worst(by_question, "question") if several else by_question
+
+    def lowest(measure: str | None) -> Any:
+        if "donor" in folder.trials:
+            return cell_means(folder.rates(mark, ["operation", "setting", *CELL], measure), ["operation", "setting"])
+        return worst(folder.rates(mark, ["operation", "setting", "question"], measure), "question")
+
+    moved: Any = lowest("changed") if "changed" in folder.trials else None
     headlines = []
     key: Any
-    for key, row in lowest.iterrows():
-        detail = "" if np.isnan(row.matched) else f"matched features: {row.matched:.0%}"
-        headlines.append(Card(f"{label(key[0])}: {label(key[1])}", _rate(row), detail))
+    for key, row in lowest(None).iterrows():
+        details = [] if "rank" not in row or row.reason == NO_CONTROL else [ranked(row)]
+        if moved is not None:
+            least = moved.loc[key]
+            beside = "" if np.isnan(least.matched) else f" (matched features: {percent(least.matched)})"
+            details.append(f"answers changed at all: {percent(least.value)}{beside}")
+        headlines.append(Card(f"{label(key[0])}: {label(key[1])}", _rate(row), "; ".join(details)))
     return [Cards(mark.title or "Result", tuple(headlines), mark.says)]
 
 
@@ -163,22 +181,22 @@ def table(folder: Folder, name: str, mark: Mark) -> list[Section]:
 def flip_table(title: str, rows: Sequence[FlipRow], note: str = "") -> Table:
     """Flip rates with intervals next to their controls, in the order given; rows for everything at once stand out.
 
-    Changed answers and q-values have columns where any row has them.
+    Changed answers, ranks among control draws and q-values have columns where any row has them.
     """
 
     def control(rate: Rate | None) -> Percent | None:
         return None if rate is None or rate.control is None else Percent(rate.control)
 
-    counted, tested = any(row.changed for row in rows), any(row.q is not None for row in rows)
+    counted, tested = any(row.changed for row in rows), any(row.rank for row in rows)
     columns = ["method", "mode", "question", "where", "features", "flip rate, 95 % interval", CONTROL]
     columns += ["answer changed, 95 % interval", "changed, control"] if counted else []
-    columns += ["q"] if tested else []
+    columns += ["rank among draws", "q"] if tested else []
     values = []
     for row in rows:
         cells: list[Value] = [label(row.method), label(row.mode), label(row.question), label(row.scope)]
         cells += [row.n_features, row.rate, control(row.rate)]
         cells += [row.changed, control(row.changed)] if counted else []
-        cells += [row.q] if tested else []
+        cells += [row.rank or None, row.q] if tested else []
         values.append((*cells, row.rate.cases))
     strong = frozenset(number for number, row in enumerate(rows) if row.question == "worst" and row.scope == "all")
     return Table(title, (*columns, "cases"), tuple(values), note=note, strong=strong)
@@ -228,10 +246,12 @@ def matrix(folder: Folder, name: str, mark: Mark) -> list[Section]:
         lowest: Any = rows.sort_values("value", kind="stable").head(mark.top)
         lines = []
         for (_, question, recipient, donor), row in lowest.iterrows():
-            control = (None, None) if np.isnan(row.matched) else (Percent(float(row.matched)), float(row.q))
+            control = (
+                (None, ranked(row) or None) if np.isnan(row.matched) else (Percent(float(row.matched)), ranked(row))
+            )
             lines.append((recipient, donor, label(question), int(row.cases), _rate(row), *control))
-        columns = ("recipient", "donor", "question", "cases", "rate", "matched features", "q")
-        note = f"q is corrected over all cells shown; the mean of all {len(rows)} is {rows.value.mean():.0%}."
+        columns = ("recipient", "donor", "question", "cases", "rate", "matched features", "rank among draws")
+        note = f"The mean of all {len(rows)} cells is {rows.value.mean():.0%}."
         sections.append(Table(f"{title}: lowest cells", columns, tuple(lines), note=note))
     return sections
 
@@ -285,8 +305,7 @@ def groups(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """Horizontal bars of the run's table <name>.parquet: the mean of `y` for each `x`, a bar for each value of `by`."""
     data: Any = pd.read_parquet(folder.path / f"{name}.parquet")
     x, by, y = mark.x or "name", mark.by or "series", mark.y or "value"
-    mean = bootstrap_rate if data[y].dtype == bool else bootstrap_mean
-    rows = {key: mean(group[y].to_numpy()) for key, group in data.groupby([by, x], sort=False)}
+    rows = {key: rate_of(group[y].to_numpy()) for key, group in data.groupby([by, x], sort=False)}
     names = list(dict.fromkeys(data[x]))
     series = {label(str(value)): [rows.get((value, word)) for word in names] for value in dict.fromkeys(data[by])}
     path = word_bars(names, series, folder.figure(name), f"{label(y)} (%)")
@@ -341,17 +360,26 @@ def flip_rows(folder: Folder, mark: Mark) -> list[FlipRow]:
         counted = mark.y or folder.measures.get(f"{operation}/{setting}", "hit")
         shown, moved = (part.loc[group.index] for part in (hits if counted == "changed" else measured, changes))
         for number, question in enumerate(group.index.get_level_values("question")):
-            q = None if np.isnan(group.q.iloc[number]) else float(group.q.iloc[number])
-            rate, changed, size = _rate(shown.iloc[number]), _rate(moved.iloc[number]), int(group.edited.iloc[number])
-            rows.append(FlipRow(operation, mode, str(question), place, rate, size, changed, None, q))
+            row: Any = group.iloc[number]
+            rate, changed, size = _rate(shown.iloc[number]), _rate(moved.iloc[number]), int(row.edited)
+            q = None if np.isnan(row.q) else float(row.q)
+            rows.append(FlipRow(operation, mode, str(question), place, rate, size, changed, ranked(row), q))
         if len(group) > 1:
             # The worst question stands against the strongest control of all questions.
             low = int(np.argmin(group["value"]))
             rate, changed = (
                 _rate(part.iloc[low].where(part.columns != "matched", part.matched.max())) for part in (shown, moved)
             )
-            rows.append(FlipRow(operation, mode, "worst", place, rate, int(group.edited.iloc[low]), changed))
+            row = worst(group, "question").iloc[0]
+            rows.append(FlipRow(operation, mode, "worst", place, rate, int(row.edited), changed, ranked(row)))
     return rows
+
+
+def ranked(row: Any) -> str:
+    """The rank of a row of `rates` among its draws, such as "1 of 31", or why it has none; "" without controls."""
+    if row.reason:
+        return "" if row.reason == NO_CONTROL else str(row.reason)
+    return f"{int(row['rank'])} of {int(row.draws) + 1}"
 
 
 def _rate(row: Any) -> Rate:

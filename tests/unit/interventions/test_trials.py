@@ -14,7 +14,7 @@ from vlmscope.core.records import control_draws
 from vlmscope.interventions.edits import matched_features, set_features
 from vlmscope.interventions.run import base_run, run_edited
 from vlmscope.interventions.trials import Cases, Setting, Trial, layer_range, run_trials
-from vlmscope.metrics.rates import benjamini_hochberg, bootstrap_rate, corrected, paired_p, rates, trial_metrics, worst
+from vlmscope.metrics.rates import benjamini_hochberg, corrected, rates, share_rate, trial_metrics, worst
 from vlmscope.models.base import exact_float64
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
@@ -204,15 +204,15 @@ def test_rates_worst_and_corrected_p_values_are_those_by_hand() -> None:
     controls = {("name", "matched", 0): none, ("name", "matched", 1): some, ("colour", "matched", 0): some}
     table = tidy({("name", "", 0): name, ("colour", "", 0): half} | controls)
     found = rates(table, ["question"])
-    expected = bootstrap_rate(name)
+    expected = share_rate(name)
     assert (found.value["name"], found.ci_low["name"], found.ci_high["name"]) == (
         0.9,
         expected.ci_low,
         expected.ci_high,
     )
     assert (found.cases["name"], found.edited["name"], found.matched["name"]) == (10, 4, 0.1)
-    assert found.p["name"] == paired_p(name, none) == 1 / 2**9 and found.p["colour"] == 1 / 2**3
-    assert found.q.tolist() == benjamini_hochberg(np.array([1 / 2**9, 1 / 2**3])).tolist()
+    assert found.p["name"] == 1 / 3 and found.p["colour"] == 1 / 2  # above two draws, above one
+    assert found.q.tolist() == benjamini_hochberg(np.array([1 / 3, 1 / 2])).tolist()
     again = corrected(pd.concat([rates(part, ["question"]) for _, part in table.groupby("question", sort=False)]))
     assert again.q.tolist() == found.q.tolist()
     row = worst(rates(table.assign(setting="main"), ["setting", "question"]), "question").loc["main"]

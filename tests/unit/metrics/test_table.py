@@ -1,4 +1,4 @@
-"""Queries on tables of trials: means over cells and p-values corrected over all of them."""
+"""Queries on tables of trials: ranks among control draws, and means over cells."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vlmscope.metrics.rates import CELL, bootstrap_rate, cell_means, measured
+from vlmscope.metrics.rates import CELL, NO_CONTROL, cell_means, measured, rates, share_rate, worst
 
-# Hits of 8 cases under the trial and under its control. One-sided exact paired tests: 8 to 0 gives 2**-8.
+# Hits of 8 cases under the trial and under its control.
 CELLS = {
     ("steer", "name", "a", "b"): (8, 0),
     ("steer", "name", "b", "a"): (8, 8),
@@ -26,12 +26,39 @@ def cells() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def test_all_cells_and_operations_are_corrected_together() -> None:
-    """Two of four p-values are 1 / 256: q = 4 / 256 / 2. Of steering alone, one of two, it would be the same twice."""
+def test_a_trial_is_ranked_among_its_draws() -> None:
+    """The draw is what is random: with one draw of the control the smallest p-value is 1 / 2, whatever the pictures."""
     found = measured(cells(), ["operation", *CELL], {"steer": "hit", "patch": "hit"})
     assert list(found.index) == list(CELLS)
-    np.testing.assert_allclose(found.p.iloc[[0, 2]], 2.0**-8)
-    np.testing.assert_allclose(found.q, [2.0**-7, 1.0, 2.0**-7, 1.0])
+    assert found.p.tolist() == [1 / 2, 1.0, 1 / 2, 1.0] and found["rank"].tolist() == [1, 2, 1, 2]
+    assert found.q.tolist() == [1.0] * 4 and (found.draws == 1).all()
+
+
+def ranked(hits: list[int], weak: list[bool], moves: float = 0.1) -> Any:
+    """`rates` of 8 cases that all hit, beside control draws of so many hits, some of which do not bite."""
+    one = {"question": "name", "features": 3}
+    rows = [one | {"control": "", "draw": 0, "case": i, "hit": True, "displacement": 2.0} for i in range(8)]
+    for draw, (count, soft) in enumerate(zip(hits, weak, strict=True)):
+        same = one | {"control": "matched", "draw": draw, "weak": soft, "displacement": 2 * moves if soft else 2.0}
+        rows += [same | {"case": i, "hit": i < count} for i in range(8)]
+    return rates(pd.DataFrame(rows), ["question"]).loc["name"]
+
+
+def test_draws_that_do_not_bite_are_refused_with_the_number() -> None:
+    row = ranked([0] * 19 + [8, 4], [False] * 19 + [True, False])
+    assert (row["rank"], row.draws, row.p, row.reason) == (1, 20, 1 / 21, "")
+    assert row.matched == pytest.approx(0.5 / 20)  # the mean over draws that count
+    none = ranked([0, 0], [True, True], 0.07)
+    assert np.isnan(none.p) and np.isnan(none.matched) and none.draws == 0
+    assert none.reason == "control too weak: it moves 0.07 of what the edit does"
+    assert ranked([], []).reason == NO_CONTROL
+
+
+def test_the_worst_question_has_the_weakest_evidence_of_any() -> None:
+    table: Any = cells()
+    table = table[table.operation == "steer"].assign(question=table.recipient, setting="main")
+    row = worst(rates(table, ["setting", "question"]), "question").loc["main"]
+    assert (row.value, row.matched, row["rank"], row.p) == (1.0, 1.0, 2, 1.0)
 
 
 def test_means_count_each_cell_once_and_draw_pairs_of_concepts() -> None:
@@ -41,7 +68,6 @@ def test_means_count_each_cell_once_and_draw_pairs_of_concepts() -> None:
     steer, patch = means.loc["steer"], means.loc["patch"]
     assert (steer.value, steer.matched, steer.lowest, steer.cases) == (1.0, 0.5, 1.0, 2)
     assert patch.value == pytest.approx((1 + 4 / 6) / 2) and patch.lowest == pytest.approx(4 / 6)
-    assert (steer.significant, patch.significant) == (0.5, 0.5)
     # a given b and b given a are one pair.
-    assert steer.ci_low == bootstrap_rate(np.array([1.0, 1.0]), groups=["a-b", "a-b"]).ci_low
-    assert patch.ci_low == bootstrap_rate(np.array([1.0, 4 / 6]), groups=["a-b", "a-c"]).ci_low
+    assert steer.ci_low == share_rate(np.array([1.0, 1.0]), groups=["a-b", "a-b"]).ci_low
+    assert patch.ci_low == share_rate(np.array([1.0, 4 / 6]), groups=["a-b", "a-c"]).ci_low

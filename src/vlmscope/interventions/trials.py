@@ -34,6 +34,7 @@ from vlmscope.transcoders.transcoder import SparseCode
 
 Features = Mapping[int, Tensor]  # layer -> [n] int64
 ANSWER_TOKENS = 6  # longest answer in mode "generate"
+WEAK = 0.5  # a control whose median displacement is under this share of its trial's is none: it edits next to nothing
 PER_CASE = ("ids", "inputs", "pngs", "texts", "target_texts")  # fields of a case set with one entry per case
 
 
@@ -179,9 +180,10 @@ def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0) -> pd.DataF
         `question`, the tags of the case set, `case`, `control` ("" for the trial itself, "matched",
         "random_direction"), `draw`, `features` (edited), `displacement_by_layer` [L], the norm over the prompt's
         positions of what the edit adds to each layer's transcoder target, `displacement`, that over the layers too,
-        and the outcome (see `_outcome`).
+        `weak`, whether a control is refused (see `WEAK`), and the outcome (see `_outcome`). Prints what is refused.
     """
-    tables = []
+    tables: list[pd.DataFrame] = []
+    shares: dict[str, list[float]] = {}  # trial, setting and control -> the share that each draw moves
     with tqdm(desc="trials", unit="run", disable=None) as bar:  # a run: some cases under one edit
         for trial in trials:
             for setting, cases in product(trial.settings, trial.cases):
@@ -189,9 +191,24 @@ def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0) -> pd.DataF
                 whole = trial.do.plan(scope, cases, setting.strength)
                 for local in setting.everywhere(scope.transcoders.layers, cases.batch.roles):
                     plan = local.restrict(whole, cases.batch.roles, scope.adapter.n_layers)
+                    moved = np.nan
                     for table in _with_controls(scope, trial, cases, local, plan, seed):
-                        tables.append(table)
+                        control, displaced = table.control.iloc[0], float(table.displacement.median())
+                        if control:
+                            share = displaced / moved if moved else 1.0
+                            shares.setdefault(f"{trial.operation}/{setting.name} {control}", []).append(share)
+                        else:
+                            share, moved = 1.0, displaced
+                        tables.append(table.assign(weak=share < WEAK))
                         bar.update()
+    refused = {name: [share for share in found if share < WEAK] for name, found in shares.items()}
+    lines = [
+        f"{name}: {len(weak)} of {len(shares[name])} draws move {np.median(weak):.2g} of it"
+        for name, weak in refused.items()
+        if weak
+    ]
+    if lines:
+        print(f"refused as controls, which must move {WEAK:.0%} of what the trial moves: {'; '.join(lines)}")
     return pd.concat(tables, ignore_index=True)
 
 

@@ -176,6 +176,26 @@ def test_displacement_is_what_is_added_at_each_layer(mode: str, cross_layer: boo
     np.testing.assert_allclose(first, random, rtol=1e-9)
 
 
+def test_controls_that_move_next_to_nothing_are_refused(cases: tuple[Scope, Cases], capsys) -> None:
+    """Features that are silent in all cases, ablated next to one that is active."""
+    scope, made = cases
+    code = scope.transcoders[1].encode(scope.capture(made.batch)[1])
+    strength = code.dense(40).sum((0, 1))
+    chosen, silent = strength.argmax().view(1), torch.nonzero(strength == 0).flatten()
+    assert len(silent)
+    means = {1: torch.where(strength == 0, 1.0, 0.0).double()}  # so that silent ones are drawn
+    means[1][chosen] = 1.0
+    setting = Setting(matched=2, random_direction=1)
+    table = run_trials(scope, [Trial("off", Ablate({1: chosen}), [made], [setting], means)])
+    weak: Any = table.groupby(["control", "draw"]).weak.agg(["min", "max"])
+    assert (weak["min"] == weak["max"]).all()
+    assert weak["max"].to_dict() == {
+        ("", 0): False, ("matched", 0): True, ("matched", 1): True, ("random_direction", 0): False,
+    }  # fmt: skip
+    refused = "refused as controls, which must move 50% of what the trial moves"
+    assert capsys.readouterr().out.strip() == f"{refused}: off/main matched: 2 of 2 draws move 0 of it"
+
+
 def shifts(made: Cases) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """Changes that do not depend on the run, so that a random direction is as long at every layer."""
     return {layer: (rows, torch.ones(made.batch.length, len(rows))) for layer, rows in SOME.items()}

@@ -23,7 +23,7 @@ from vlmscope.core.records import ROLES
 from vlmscope.core.results import Curve, Rate
 from vlmscope.data.inputs import check_choosing
 from vlmscope.features.structure import modality_metrics, modality_parts, modality_table
-from vlmscope.interventions.run import mean_ablated, mlp_outputs
+from vlmscope.interventions.ablation import Averages, ablated, all_sites
 from vlmscope.metrics.rates import bootstrap_mean, rates, without_baselines
 from vlmscope.report.figures import dose_response, layer_role_heatmap, modality_by_layer
 from vlmscope.report.marks import write_rows
@@ -94,15 +94,19 @@ class MeanAblation:
     def analyse(self, bench: Bench) -> dict[str, float]:
         """Table, figure and metrics."""
         adapter, config = bench.scope.adapter, bench.circuit_config
-        means = self.means(bench)
+        images = [image for concept in bench.all_concepts for image in
+                  bench.concept_pictures(concept, "train", self.pictures)]  # fmt: skip
+        batches = [bench.scope.batch(bench.inputs(images, q.prompt)) for q in config.questions.values()]
+        sites = all_sites(adapter, ["mlp"])
+        means = Averages(adapter, batches, sites, by_role=True)
         count = bench.cfg.intervention.pictures
         questions = concept_cases(bench.scope, config, bench.concept_pictures, count, ["free"])
         drops = np.zeros((adapter.n_layers, len(ROLES)))
         for cases in questions:
-            for layer in range(adapter.n_layers):
+            for layer, site in enumerate(sites):
                 for column, role in enumerate(ROLES):
                     where = torch.from_numpy(cases.batch.roles == role)
-                    logits = mean_ablated(adapter, cases.batch, layer, where, means[layer, role])
+                    logits = ablated(adapter, cases.batch, {site: means.of_role(site, role)}, where)
                     right = (logits.argmax(-1) == cases.answer).double().mean()
                     drops[layer, column] += (1.0 - float(right)) / len(questions)
         path = bench.run_dir / "figures" / "ablation.png"
@@ -112,21 +116,6 @@ class MeanAblation:
                 for n in layers for column, role in enumerate(ROLES)]  # fmt: skip
         write_rows(bench.run_dir / "mlp_ablation.parquet", rows)
         return {f"ablation/layer_{row['layer']:02d}/{row['role']}/accuracy_drop": row["accuracy_drop"] for row in rows}
-
-    def means(self, bench: Bench) -> dict[tuple[int, str], torch.Tensor]:
-        """Mean MLP output [d] by layer and role."""
-        sums: dict[tuple[int, str], torch.Tensor] = {}
-        counts: dict[tuple[int, str], int] = {}
-        images = [image for concept in bench.all_concepts for image in
-                  bench.concept_pictures(concept, "train", self.pictures)]  # fmt: skip
-        for question in bench.circuit_config.questions.values():
-            batch = bench.scope.batch(bench.inputs(images, question.prompt))
-            for layer, out in mlp_outputs(bench.scope.adapter, batch).items():
-                for role in ROLES:
-                    part = out[:, torch.from_numpy(batch.roles == role)].flatten(0, 1)
-                    sums[layer, role] = sums.get((layer, role), torch.zeros_like(part[0])) + part.sum(0)
-                    counts[layer, role] = counts.get((layer, role), 0) + len(part)
-        return {key: total / counts[key] for key, total in sums.items()}
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""Running under edits: base runs and what modes freeze, edited forwards, generation. Also edits that are no plan: mean
-ablation of whole MLP outputs, and many single edits of one prompt run as a batch.
+"""Running under edits: base runs and what modes freeze, edited forwards, generation, and many single edits of one
+prompt run as a batch.
 
 Three modes, from strict to loose. `direct` freezes attention patterns, norm scales and MLP outputs, so that a change
 reaches the logits through the residual stream and the value/output path only (and through W_skip, if the transcoder
@@ -382,37 +382,6 @@ def log_likelihoods(scope: Scope, prompts: Sequence[ModelInputs], answers: Seque
 
 
 BATCH = 96  # edits of one forward
-
-
-@torch.no_grad()
-def mlp_outputs(adapter: Adapter, batch: InputBatch) -> dict[int, Tensor]:
-    """Raw MLP outputs by layer [B, T, d] of one unedited forward."""
-    outputs: dict[int, Tensor] = {}
-    with ExitStack() as stack:
-        for layer in range(adapter.n_layers):
-
-            def hook(_m: Any, _a: Any, out: Tensor, layer: int = layer) -> None:
-                outputs[layer] = out
-
-            stack.callback(adapter.mlp(layer).register_forward_hook(hook).remove)
-        adapter.next_logits(batch.tensors)
-    return outputs
-
-
-@torch.no_grad()
-def mean_ablated(adapter: Adapter, batch: InputBatch, layer: int, where: Tensor, mean: Tensor) -> Tensor:
-    """Last-position logits [B, V] when the MLP output of `layer` is `mean` [d] at positions `where` [T] bool."""
-
-    def hook(_m: Any, _a: Any, out: Tensor) -> Tensor:
-        replaced = out.clone()
-        replaced[:, where] = mean.to(out.dtype)
-        return replaced
-
-    handle = adapter.mlp(layer).register_forward_hook(hook)
-    try:
-        return adapter.next_logits(batch.tensors)
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,11 @@ from vlmscope.attribution.targets import choose_logits
 from vlmscope.attribution.vision import vision_path
 from vlmscope.core.records import generator
 from vlmscope.core.results import Curve
-from vlmscope.data.orrery.dataset import covered_cells, object_mask
+from vlmscope.data.orrery.dataset import covered, object_mask
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import Scene
 from vlmscope.models.batching import make_batch
+from vlmscope.models.boxes import grid_boxes
 from vlmscope.replacement import build_replacement
 from vlmscope.report.figures import dose_response
 from vlmscope.scope import Scope
@@ -95,8 +96,8 @@ def pointing(cases: list[Case], name: str) -> tuple[float, float]:
     hits, chance = [], []
     for case in cases:
         grid = case.maps[name]
-        cells = covered_cells(case.mask, grid.shape[0])
-        hits.append(bool(cells.ravel()[int(grid.argmax())]))
+        cells = covered(case.mask, grid_boxes(*grid.shape))
+        hits.append(bool(cells[int(grid.argmax())]))
         chance.append(float(cells.mean()))
     return float(np.mean(hits)), float(np.mean(chance))
 

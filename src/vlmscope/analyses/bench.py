@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
 from vlmscope.circuits.cases import answer_token, pairs_by_question
@@ -104,9 +105,10 @@ class Bench:
         seed = self.circuit_config.seed if seed is None else seed
         return [Image.fromarray(p) for p in pictures(concept_scenes(concept, split, count, seed))]
 
-    def inputs(self, images: Sequence[Image.Image], prompt: str) -> list[ModelInputs]:
-        """One prompt for each picture."""
-        return [self.vlm.prepare(prompt, [image]) for image in images]
+    def inputs(self, images: Sequence[Image.Image | np.ndarray], prompt: str) -> list[ModelInputs]:
+        """One prompt for each picture, an array being uint8 [H, W, 3]."""
+        shown = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images]
+        return [self.vlm.prepare(prompt, [image]) for image in shown]
 
     def write_table(self, name: str, table: pd.DataFrame, compression: Any = "snappy") -> None:
         """Write `<name>.parquet` into the run folder."""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
 from vlmscope.circuits.operations import Carry
 from vlmscope.core.artifacts import write_json
@@ -70,8 +69,7 @@ def scene_codes(
     """Place -> layer -> [n, F]: activations at the last position, and summed over the soft tokens of the picture."""
     codes: dict[str, dict[int, list[np.ndarray]]] = {place: {} for place in places}
     for start in range(0, len(images), CHUNK):
-        shown = [Image.fromarray(image) for image in images[start : start + CHUNK]]
-        batch = bench.scope.batch(bench.inputs(shown, prompt))
+        batch = bench.scope.batch(bench.inputs(images[start : start + CHUNK], prompt))
         soft = torch.from_numpy(batch.is_image)
         for layer, x in bench.scope.capture(batch).items():
             transcoder = bench.transcoders[layer]

@@ -168,7 +168,7 @@ class MarkConfig:
     y: str | None = None  # the measure; that of each trial where it is null
     says: str = ""  # words under the title; of "text" the paragraphs
     top: int = 8  # features or examples
-    file: str | None = None  # a Parquet file (table), or a pattern of names in figures/ (picture)
+    file: str | None = None  # a Parquet file (table, curve, groups), or a pattern of names in figures/ (picture)
 
 
 SELECTORS = ("ids", "label", "contrast", "influence", "cluster")

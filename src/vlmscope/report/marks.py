@@ -203,7 +203,9 @@ def flip_table(title: str, rows: Sequence[FlipRow], note: str = "") -> Table:
 
 
 def curve(folder: Folder, name: str, mark: Mark) -> list[Section]:
-    """A measure against the column `x`, a line for each value of `by` and operation."""
+    """A measure against the column `x`, a line for each value of `by` and operation; with `file` of that table."""
+    if mark.file is not None:
+        return _table_curve(folder, name, mark)
     x, by = mark.x or "strength", mark.by or "question"
     measured = folder.rates(mark, ["operation", by, x])
     operations = measured.index.get_level_values("operation").unique()
@@ -225,6 +227,32 @@ def curve(folder: Folder, name: str, mark: Mark) -> list[Section]:
     ylabel = f"{counted}{' (%)' if share else ''}"
     path = dose_response(lines, folder.figure(name), xlabel, ylabel, percent=share, log_x=x == "limit")
     return [Figure(mark.title or f"Against {x}", (drawn(path, f"{mark.title} against {x}"),), mark.says)]
+
+
+def _means(data: Any, by: str, x: str, y: str) -> dict[Any, Rate]:
+    """(value of `by`, value of `x`) -> the mean of `y` with its interval, where there is one."""
+    known = data.dropna(subset=[y]).groupby([by, x], sort=False)
+    return {key: rate_of(group[y].to_numpy()) for key, group in known}
+
+
+def _table_curve(folder: Folder, name: str, mark: Mark) -> list[Section]:
+    """The mean of `y` of a table for each `x`, a line for each `by`; and that of the column `<y>_control`, if any."""
+    data: Any = pd.read_parquet(folder.file(mark.file or ""))
+    x, by, y = mark.x or "layer", mark.by or "series", mark.y or "value"
+    parts = [(data, y)]
+    if f"{y}_control" in data:
+        parts.append((data.assign(**{by: "control"}), f"{y}_control"))
+    lines = []
+    for part, column in parts:
+        rates = _means(part, by, x, column)
+        for series in dict.fromkeys(value for value, _ in rates):
+            places = sorted(place for value, place in rates if value == series)
+            lines.append(Curve.of(label(str(series)), places, [rates[series, place] for place in places]))
+    share = data[y].dtype == bool
+    ylabel = f"{label(y)}{' (%)' if share else ''}"
+    path = dose_response(lines, folder.figure(name), label(x), ylabel, percent=share)
+    alt = f"{mark.title}: {label(y)} against {label(x)}"
+    return [Figure(mark.title or label(name), (drawn(path, alt),), mark.says)]
 
 
 def matrix(folder: Folder, name: str, mark: Mark) -> list[Section]:
@@ -302,10 +330,12 @@ def picture(folder: Folder, name: str, mark: Mark) -> list[Section]:
 
 
 def groups(folder: Folder, name: str, mark: Mark) -> list[Section]:
-    """Horizontal bars of the run's table <name>.parquet: the mean of `y` for each `x`, a bar for each value of `by`."""
-    data: Any = pd.read_parquet(folder.path / f"{name}.parquet")
+    """Horizontal bars of a table, <name>.parquet unless `file` names it: the mean of `y` for each `x`, a bar for each
+    value of `by`.
+    """
+    data: Any = pd.read_parquet(folder.file(mark.file or f"{name}.parquet"))
     x, by, y = mark.x or "name", mark.by or "series", mark.y or "value"
-    rows = {key: rate_of(group[y].to_numpy()) for key, group in data.groupby([by, x], sort=False)}
+    rows = _means(data, by, x, y)
     names = list(dict.fromkeys(data[x]))
     series = {label(str(value)): [rows.get((value, word)) for word in names] for value in dict.fromkeys(data[by])}
     path = word_bars(names, series, folder.figure(name), f"{label(y)} (%)")

@@ -24,6 +24,7 @@ _LOG = logging.getLogger(__name__)
 ANALYSES = {
     "discovery": "vlmscope.analyses.measures.Discover",
     "feature_kinds": "vlmscope.analyses.feature_codes.FeatureKinds",
+    "lens": "vlmscope.analyses.measures.Lens",
     "mean_ablation": "vlmscope.analyses.measures.MeanAblation",
     "modality": "vlmscope.analyses.measures.Modality",
     "number_line": "vlmscope.analyses.feature_codes.NumberLine",

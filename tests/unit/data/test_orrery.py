@@ -9,11 +9,10 @@ import pytest
 from experiments.captioning import facts_named
 from experiments.hallucination_prediction import degrade, harder_scenes
 from experiments.hierarchy import APPEARANCE, appearance
-from experiments.object_recognition import share_in_boxes
 
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import PatchBox, generator
+from vlmscope.core.records import generator
 from vlmscope.data.orrery import dataset
 from vlmscope.data.orrery.dataset import (
     ScenePool,
@@ -21,7 +20,7 @@ from vlmscope.data.orrery.dataset import (
     colour_scenes,
     concept_scenes,
     counted_scenes,
-    covered_cells,
+    covered,
     digit_scenes,
     object_mask,
     painted_mask,
@@ -37,6 +36,7 @@ from vlmscope.data.orrery.scenes import (
     Scene,
     vocabulary,
 )
+from vlmscope.models.boxes import grid_boxes
 
 
 def image_of(scene: Scene) -> np.ndarray:
@@ -134,23 +134,19 @@ def test_a_digit_can_be_asked_for_alone() -> None:
     assert np.array_equal(first | second, both)
 
 
-def test_a_cell_counts_from_a_quarter_on() -> None:
+def test_a_box_counts_from_a_quarter_on() -> None:
     mask = np.zeros((8, 8), bool)
     mask[0, :4], mask[4:6, 4:6] = True, True
-    mask[4, 0] = True
-    assert covered_cells(mask, 2).tolist() == [[True, False], [False, True]]
+    assert covered(mask, grid_boxes(2, 2)).tolist() == [True, False, False, True]
     mask[0, 0] = False
-    assert covered_cells(mask, 2).tolist() == [[False, False], [False, True]]
+    assert covered(mask, grid_boxes(2, 2)).tolist() == [False, False, False, True]
 
 
-def test_painted_pixels_lie_in_the_boxes_and_shares_are_of_each_box() -> None:
+def test_painted_pixels_lie_in_the_boxes() -> None:
     scene = make_scene("test", "shapes", 3)
     painted = painted_mask(image_of(scene))
     assert painted.any()
     assert (painted & ~object_mask(scene)).mean() < 0.01  # a turned cross reaches a little out of its box
-    shares = share_in_boxes(painted, [PatchBox(0, 0, 0.5, 1), PatchBox(0.5, 0, 1, 1)])
-    assert shares.mean() == painted.mean()
-    assert shares[0] == painted[:, :32].mean()
 
 
 def test_counted_scenes_are_balanced_and_painted_as_they_say() -> None:

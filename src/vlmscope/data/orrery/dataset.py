@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import Exchange, derive, generator
+from vlmscope.core.records import Exchange, PatchBox, derive, generator
 from vlmscope.data.images import encode_png
 from vlmscope.data.orrery.rendering import (
     SPREAD,
@@ -246,10 +246,10 @@ def object_mask(scene: Scene, group: str = "") -> np.ndarray:
     return mask
 
 
-def covered_cells(mask: np.ndarray, side: int) -> np.ndarray:
-    """`[side, side]` bool: cells that the object covers to at least `COVERED`; `side` must divide the mask's sides."""
-    rows, columns = mask.shape[0] // side, mask.shape[1] // side
-    return mask.reshape(side, rows, side, columns).mean((1, 3)) >= COVERED
+def covered(mask: np.ndarray, boxes: Sequence[PatchBox]) -> np.ndarray:
+    """`[n]` bool, boxes whose pixels `mask [H, W]` covers to at least `COVERED`."""
+    corners = [box.pixels(mask.shape[1], mask.shape[0]) for box in boxes]
+    return np.array([mask[top:bottom, left:right].mean() for left, top, right, bottom in corners]) >= COVERED
 
 
 def painted_mask(image: np.ndarray, contrast: int = SKIN) -> np.ndarray:

@@ -150,3 +150,7 @@ class Scene:
     def answer(self, group: str) -> str:
         """The correct answer to the question about a fact; "" without such a question."""
         return next((question.answer for question in self.questions if question.group == group), "")
+
+    def answer_to(self, question: str) -> str:
+        """The correct answer to a question in any of its wordings; "" to another."""
+        return next((q.answer for q in self.questions if question in QUESTIONS.get(q.group, ())), "")

@@ -1,6 +1,7 @@
 """Every experiment and every option composes; a key that does not exist fails."""
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.data.config import SourceConfig
 from vlmscope.tasks import registry
 
+ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted(catalog.options("experiment"))
 # These have keys that no other experiment has.
 LIMITED = ("train_orrery", "train_orrery_transcoders", "captioning", "mars_earth_patch", "mars_earth_curves")
@@ -212,3 +214,14 @@ def test_every_limit_of_debug_is_a_setting(hydra: None) -> None:
 
     lost = [key for key in limits if not any(reached(cfg, key.split(".")) for cfg in composed_runs)]
     assert lost == []
+
+
+def test_the_commands_of_the_documents_compose() -> None:
+    for document in ("README.md", "docs/commands.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        commands = re.findall(r"^(?:python run\.py|python -m torch\S+ .*? run\.py|vlmscope) (.+)$", text, re.MULTILINE)
+        assert commands, document
+        for command in commands:
+            words = [word for word in shlex.split(command, comments=True) if "=" in word]
+            sweep = command.startswith("-m ")  # of which the first job is composed
+            composed(*(word.partition(",")[0] if sweep else word for word in words))

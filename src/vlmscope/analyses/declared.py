@@ -33,7 +33,8 @@ from vlmscope.features.readouts import RoleMeans
 from vlmscope.features.study import CaptionedPrompt, top_examples
 from vlmscope.interventions.run import generate_edited, run_edited
 from vlmscope.interventions.trials import Cases, Operation, run_trials
-from vlmscope.metrics.rates import cell_metrics, log_softmax, trial_metrics, without_baselines
+from vlmscope.metrics.claims import claim_metrics, claims, claims_text
+from vlmscope.metrics.rates import cell_metrics, counted, log_softmax, trial_metrics, without_baselines
 from vlmscope.models.base import token_strings
 from vlmscope.report.graph_figure import attribution_graph
 from vlmscope.report.marks import write_evidence, write_records, write_rows
@@ -45,7 +46,7 @@ SHOWN = 2  # cases of each question with their words before and after
 
 
 def run_declared(bench: Bench, analyses: Sequence[Any] = ()) -> dict[str, float]:
-    """All trials, with those that analyses add: trials.parquet, examples.parquet and metrics."""
+    """All trials, with those that analyses add: trials.parquet, claims.parquet, examples.parquet and metrics."""
     cfg = bench.cfg
     modules = [analysis for analysis in analyses if hasattr(analysis, "declare")]
     declare = modules[0].declare if modules else source_of(bench)
@@ -54,10 +55,15 @@ def run_declared(bench: Bench, analyses: Sequence[Any] = ()) -> dict[str, float]
     more = (analysis.trials(bench, declared) for analysis in analyses if hasattr(analysis, "trials"))
     table = run_trials(bench.scope, chain(declared.trials(cfg.trials, cfg.settings), *more), cfg.seed)
     bench.write_table("trials", table)
+    ran = table[["operation", "setting"]].drop_duplicates().to_numpy()
+    found = claims(table, {f"{a}/{b}": counted(cfg.trials, cfg.settings, a, b)[0] for a, b in ran})
+    bench.write_table("claims", found)
+    if len(found):
+        print(f"\n{claims_text(found)}\n", flush=True)
     if declared.metrics is None:  # else the case sets are not one question's pictures before and after
         write_records(bench.run_dir / "examples.parquet", [*examples(bench, declared, table)])
         write_captions(bench, declared)
-    return (declared.metrics or trial_metrics)(table, cfg.trials, cfg.settings)
+    return (declared.metrics or trial_metrics)(table, cfg.trials, cfg.settings) | claim_metrics(found)
 
 
 def source_of(bench: Bench) -> Callable[[Bench], Declared]:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import pandas as pd
-from scipy.special import betaincinv
+from scipy.special import betaincinv, stdtrit
 
 from vlmscope.core.records import generator
 from vlmscope.core.results import Rate
@@ -33,20 +33,36 @@ def share_rate(
 
     Of independent cases the exact binomial interval (Clopper and Pearson 1934): 99 of 100 reads as 94.6 to 100 %. With
     `groups` that repeat, as for `bootstrap_mean`, the cluster bootstrap, but never narrower than the exact interval of
-    independent cases. Where all cases agree every resample does too, which says nothing about the next group; the
-    exact interval is then that of as many cases as there are groups.
+    the effective number of cases: few groups, or groups that agree, make every resample look alike.
     """
     sample = np.asarray(hits, dtype=float)
-    count = len(sample) if groups is None else len(set(groups))
-    if count == len(sample) > 0:
-        return Rate(float(sample.mean()), *_exact(float(sample.sum()), len(sample)), len(sample), control)
     rate = bootstrap_mean(sample, seed, control, groups)
-    n = count if rate.value in (0.0, 1.0) else len(sample)
-    low, high = _exact(rate.value * n, n)
+    size = float(len(sample)) if groups is None else effective_size(sample, groups)
+    low, high = _exact(rate.value * size, size)
+    if size == len(sample):
+        return replace(rate, ci_low=low, ci_high=high)
     return replace(rate, ci_low=min(low, rate.ci_low), ci_high=max(high, rate.ci_high))
 
 
-def _exact(hits: float, n: int) -> tuple[float, float]:
+def effective_size(sample: np.ndarray, groups: Sequence[str]) -> float:
+    """How many independent cases say as much as these grouped ones (Korn and Graubard 1998).
+
+    n = p (1 - p) / v with v the variance of the mean between groups, at most the number of cases, times the squared
+    ratio of Student's quantiles for cases and for groups; the number of groups where these agree, so that v is 0.
+    """
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    p, count, cases = sample.mean(), int(group.max()) + 1, len(sample)
+    if count == cases:
+        return float(cases)
+    excess = np.bincount(group, sample) - p * np.bincount(group)
+    variance = count / max(count - 1, 1) * float((excess**2).sum()) / cases**2
+    if variance <= 1e-12:
+        return float(count)
+    quantiles = [float(stdtrit(size - 1, 0.975)) for size in (cases, count)]
+    return min(p * (1 - p) / variance, cases) * (quantiles[0] / quantiles[1]) ** 2
+
+
+def _exact(hits: float, n: float) -> tuple[float, float]:
     """The Clopper-Pearson 95 % interval of a share, by quantiles of the beta distribution."""
     low = float(betaincinv(hits, n - hits + 1, 0.025)) if hits > 0 else 0.0
     return low, float(betaincinv(hits + 1, n - hits, 0.975)) if hits < n else 1.0
@@ -199,6 +215,8 @@ class Draws:
     """
 
     means: np.ndarray  # [n], the measure's mean under each draw that counts
+    numbers: tuple[int, ...]  # of these draws
+    control: str  # their kind
     reason: str  # why there is none; "" when there is
 
     def rank(self, value: float) -> int:
@@ -220,14 +238,15 @@ def draws_of(group: pd.DataFrame, measure: str, control: str | None = None) -> D
     kind = control or ("matched" if "matched" in kinds else "random_direction")
     rows = group[group.control == kind]
     if rows.empty:
-        return Draws(np.empty(0), NO_CONTROL)
+        return Draws(np.empty(0), (), kind, NO_CONTROL)
     weak: Any = rows.weak if "weak" in rows else pd.Series(False, rows.index)
     refused = weak.groupby(rows.draw, sort=False).any()
     means: Any = rows.groupby("draw", sort=False)[measure].mean()
     if not refused.all():
-        return Draws(means[~refused].to_numpy(float), "")
+        counted = means[~refused]
+        return Draws(counted.to_numpy(float), tuple(counted.index), kind, "")
     ratio = displaced(rows) / displaced(group[group.control == ""])
-    return Draws(np.empty(0), f"control too weak: it moves {ratio:.2g} of what the edit does")
+    return Draws(np.empty(0), (), kind, f"control too weak: it moves {ratio:.2g} of what the edit does")
 
 
 def displaced(rows: pd.DataFrame) -> float:
@@ -260,7 +279,8 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit") -> pd.Da
             row[control] = float(means.mean()) if len(means) else np.nan
         draws = draws_of(group, measure)
         row |= {"p": draws.p(rate.value), "rank": draws.rank(rate.value), "draws": len(draws.means)}
-        rows[key if len(by) > 1 else key[0]] = row | {"reason": draws.reason}
+        unknown = "" if rate.value == rate.value else "not measured"
+        rows[key if len(by) > 1 else key[0]] = row | {"reason": draws.reason or unknown}
     return corrected(indexed(rows, by))
 
 

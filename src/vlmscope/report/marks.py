@@ -42,6 +42,10 @@ from vlmscope.report.page import (
 from vlmscope.report.style import label
 
 AXES = ["positions", "layers", "strength", "limit"]  # of a setting, besides its mode
+CLAIMS_NOTE = (
+    "A claim is shown when it holds on every question; the row has the question that decides. Rules: docs/circuits.md, "
+    "What an experiment may claim."
+)
 LISTED = 24  # members of a supernode in a report; all are in circuits/ of the run folder
 
 
@@ -176,6 +180,25 @@ def table(folder: Folder, name: str, mark: Mark) -> list[Section]:
         rows = tuple(tuple(row.values()) for row in contents.to_pylist())
         return [Table(mark.title or label(name), tuple(map(label, contents.column_names)), rows, mark.says)]
     return [flip_table(mark.title or "All rates", flip_rows(folder, mark), mark.says)]
+
+
+def claims(folder: Folder, name: str, mark: Mark) -> list[Section]:
+    """What the experiment may claim: the run's claims.parquet, with the numbers that decide."""
+    found = pd.read_parquet(folder.file("claims.parquet"))
+    if mark.trials:
+        keys = found.operation + "/" + found.setting
+        found = found[keys.isin(mark.trials) | found.setting.isin(mark.trials) | found.operation.isin(mark.trials)]
+    rows = []
+    row: Any
+    for row in found.itertuples():
+        judged = not np.isnan(row.value)
+        rate = Rate(row.value, row.ci_low, row.ci_high, int(row.cases)) if judged else None
+        other = None if np.isnan(row.other) else Percent(row.other)
+        words = (label(row.operation), label(row.claim), "shown" if row.shown else "not shown")
+        rows.append((*words, rate, row.decided_by or None, other, row.question or None, row.reason or None))
+    columns = ("trial", "the features are", "", "rate, 95 % interval", "decided by", "there", "question", "why not")
+    strong = frozenset(number for number, shown in enumerate(found.shown) if shown)
+    return [Table(mark.title or "What this shows", columns, tuple(rows), mark.says, CLAIMS_NOTE, strong)]
 
 
 def flip_table(title: str, rows: Sequence[FlipRow], note: str = "") -> Table:
@@ -349,7 +372,7 @@ def text(folder: Folder, name: str, mark: Mark) -> list[Section]:
 
 MARKS: dict[str, Callable[[Folder, str, Any], list[Section]]] = {
     mark.__name__: mark
-    for mark in (cards, bars, table, curve, matrix, heatmap, examples, features, picture, groups, text)
+    for mark in (cards, claims, bars, table, curve, matrix, heatmap, examples, features, picture, groups, text)
 }
 
 

@@ -8,6 +8,7 @@ from scipy.stats import binomtest, false_discovery_control
 from vlmscope.core.records import generator
 from vlmscope.metrics.rates import (
     benjamini_hochberg,
+    effective_size,
     holm,
     log_softmax,
     paired_p,
@@ -54,6 +55,16 @@ def test_cases_of_one_group_are_drawn_together() -> None:
     assert two.ci_low == pytest.approx(share_rate([True, True]).ci_low) and two.ci_low < 0.2  # two pictures say little
     with pytest.raises(ValueError, match="names of groups"):
         share_rate(hits, groups=["a"])
+
+
+def test_grouped_shares_are_worth_fewer_cases() -> None:
+    hits = np.array([True, True, False, False] * 10)
+    each = [str(i) for i in range(40)]
+    assert effective_size(hits.astype(float), each) == 40
+    same = [str(i // 4) for i in range(40)]  # groups alike: as many cases as groups
+    assert effective_size(hits.astype(float), same) == 10
+    ones = effective_size(np.repeat([0.0, 1.0], 20), [str(i // 2) for i in range(40)])  # pairs of equal cases
+    assert 15 < ones < 20
 
 
 def test_a_paired_p_value_by_hand() -> None:

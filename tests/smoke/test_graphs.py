@@ -59,7 +59,13 @@ def test_every_row_has_its_folder_and_metrics_are_means(run: Path) -> None:
     for name, count in {"graph/nodes": 5, "graph/replacement_score": 5, "graph/answer_sees_image": 4}.items():
         values = [line["metrics"][name] for line in index if name in line["metrics"]]
         assert len(values) == count and metrics[name] == pytest.approx(np.mean(values))
+    scores = [line["metrics"]["graph/completeness_score_no_bias"] for line in index]
+    shown = [metrics[f"graph/completeness_score_no_bias_{name}"] for name in ("q25", "median", "q75")]
+    assert shown == pytest.approx(np.quantile(scores, [0.25, 0.5, 0.75])) and metrics["graph/graphs"] == 5
+    assert shown[0] < shown[1] < shown[2] < 1
     for line in index:
+        shares = (line["metrics"][f"graph/{name}_share"] for name in ("image", "text", "error", "bias", "left_out"))
+        assert sum(shares) == pytest.approx(1)
         assert read(run / line["folder"] / "graph.json")["metadata"]["slug"] == line["id"]
         assert load_graph(run / line["folder"] / "graph.safetensors").graph.prompt == line["prompt"]
 

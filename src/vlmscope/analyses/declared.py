@@ -20,6 +20,7 @@ from torch import Tensor
 from vlmscope.analyses.association import from_association
 from vlmscope.analyses.bench import Bench
 from vlmscope.attribution.export import save_graph, write_graph_json
+from vlmscope.attribution.trace import spread
 from vlmscope.circuits.cases import answer_token, bystanders, concept_cases, matrix_cases
 from vlmscope.circuits.circuit import Circuit, direct_edges, labelled, load_circuit, save_circuit, with_labels
 from vlmscope.circuits.config import TrialConfig
@@ -107,7 +108,7 @@ def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, Ro
     config, folder = bench.circuit_config, bench.run_dir
     train, prompts = training(bench)
     means = concept_means(bench.scope, train, prompts)
-    influence, traces, seconds = concept_influence(bench.scope, train, prompts, config.graphs, bench.cfg.attribution)
+    influence, traces, graphs = concept_influence(bench.scope, train, prompts, config.graphs, bench.cfg.attribution)
     circuit, metrics = contrast_circuit(bench.transcoders, means, influence, config.per_layer, bench.vlm.name)
     circuit, pruned = labelled(circuit, bench.labels), traces[0].pruned
     save_circuit(circuit, folder / "circuits" / "_".join(config.concepts))
@@ -119,7 +120,8 @@ def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, Ro
     draw_diagram(folder / "figures" / "circuit.png", nodes, direct_edges([pruned.graph], nodes), image, MIN_SHARE)
     groups = {m.feature: node.name for node in nodes for m in node.features}
     attribution_graph(pruned, folder / "figures" / "graph.png", [image], groups, labels=bench.labels)
-    bench.metrics |= metrics | traces[0].metrics() | {"graph/seconds": float(np.median(seconds))}
+    bench.metrics |= metrics | traces[0].metrics() | spread(graphs)
+    bench.metrics["graph/seconds"] = float(np.median([graph["graph/seconds"] for graph in graphs]))
     return circuit, means
 
 

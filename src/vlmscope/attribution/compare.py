@@ -32,7 +32,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlmscope.attribution.export import GRAPH_FILE, Merged, kept_by, load_graph
-from vlmscope.attribution.influence import absolute_rows, influence, logit_weights, row_blocks, rows_of, take_rows
+from vlmscope.attribution.influence import (
+    absolute_rows,
+    counted,
+    influence,
+    logit_weights,
+    row_blocks,
+    rows_of,
+    take_rows,
+)
 from vlmscope.core.artifacts import write_text
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AggregateGraph, AttributionGraph, GraphComparison, MatchedNodes, NodeKind, PrunedGraph
@@ -69,14 +77,19 @@ def choose_match(match: str, graphs: Sequence[AttributionGraph]) -> str:
     return "position" if same else "role"
 
 
-def _check_same_model(first: AttributionGraph, second: AttributionGraph, names: Sequence[str]) -> None:
-    models = [
-        f"{graph.meta.get('model') or 'a model without a name'} ({graph.n_layers} layers)" for graph in (first, second)
-    ]
+def _check_alike(first: PrunedGraph, second: PrunedGraph, names: Sequence[str]) -> None:
+    """Raise a `UserError` for graphs of two models or with two conventions for biases."""
+    graphs = first.graph, second.graph
+    models = [f"{graph.meta.get('model') or 'a model without a name'} ({graph.n_layers} layers)" for graph in graphs]
     if models[0] != models[1]:
         raise UserError(
             f"{names[0]} is a graph of {models[0]}, {names[1]} of {models[1]}: "
             "features of two models are not the same; give graphs of one"
+        )
+    if first.bias != second.bias:
+        raise UserError(
+            f"{names[0]} was traced with attribution.bias={first.bias}, {names[1]} with {second.bias}: shares of their "
+            "influence do not compare; trace one of them again"
         )
 
 
@@ -256,7 +269,7 @@ def project(pruned: PrunedGraph, layout: Layout) -> dict[str, np.ndarray]:
     """
     graph = pruned.graph
     number = np.array([layout.numbers.get(key, -1) for key in node_keys(graph, layout.match)], np.int64)
-    flow = influence(graph, logit_weights(graph))
+    flow = influence(graph, logit_weights(graph), counted(graph, pruned.bias))
     total = flow.nodes.sum() or 1.0
     inside = np.flatnonzero(number >= 0)
     m, e = len(layout.nodes), len(layout.edges)
@@ -299,7 +312,7 @@ def compare(
 ) -> GraphComparison:
     """Match two graphs by a rule; the weights of the first count as positive in the difference."""
     graphs = [first.graph, second.graph]
-    _check_same_model(first.graph, second.graph, names)
+    _check_alike(first, second, names)
     union = Union(choose_match(match, graphs))
     union.add(first)
     union.add(second)
@@ -333,10 +346,10 @@ def aggregate(
     if names is None:
         numbered = enumerate(graphs, 1)
         names = [f"graph {n}" if isinstance(g, PrunedGraph) else graph_file(g).parent.name for n, g in numbered]
-    head = [loaded(graph).graph for graph in graphs[:2]]
-    union, prompts = Union(choose_match(match, head)), []
+    head = [loaded(graph) for graph in graphs[:2]]
+    union, prompts = Union(choose_match(match, [pruned.graph for pruned in head])), []
     for pruned, name in zip(each(map(loaded, graphs)), names, strict=True):
-        _check_same_model(head[0], pruned.graph, (names[0], name))
+        _check_alike(head[0], pruned, (names[0], name))
         union.add(pruned)
         prompts.append(pruned.graph.prompt)
     # 0.07 * 100 is a little above 7 in floating point.
@@ -347,7 +360,7 @@ def aggregate(
         part |= {"activation": np.nan_to_num(part["activation"]), "absolute": np.abs(part["weights"])}
         sums = {name: values + sums.get(name, 0) for name, values in part.items()}
     return AggregateGraph(
-        **layout.common(head[0], names, prompts),
+        **layout.common(head[0].graph, names, prompts),
         share=sums["share"] / len(graphs),
         count=sums["kept"],
         present=sums["present"],

@@ -13,6 +13,7 @@ _CHOICES = {
     "dtype": ("float32", "float64", "model"),
     "weights": ("uniform", "probability", "surprise"),
     "choice": ("influence", "total_effect"),
+    "bias": ("node", "fold"),
     "patch_effect": ("total", "direct"),
     "patch_baseline": ("grey", "mean"),
     "patch_rule": ("frozen", "gradient"),
@@ -72,6 +73,9 @@ class AttributionConfig:
     n_pairs: int = 100  # pairs of sources that are listed for a score
     node_threshold: float = 0.8  # share of influence that the pruned graph's nodes reach
     edge_threshold: float = 0.98  # share of edge influence that its edges reach
+    # how biases count for influence, pruning and scores: "node", as sources of their own, or "fold", not at all
+    # (circuit-tracer's convention, with which numbers compare); the edges are the same
+    bias: str = "node"
     # which features get a row when not all do: those with the most "influence" through the rows so far, or the largest
     # "total_effect" on the targets, which is known before any row
     choice: str = "influence"

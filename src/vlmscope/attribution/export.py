@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from vlmscope.attribution.edges import cumulative_share
+from vlmscope.attribution.influence import scores
 from vlmscope.core.artifacts import built_from, load_tensors, save_tensors, write_text
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import (
@@ -39,9 +40,10 @@ Merged = GraphComparison | AggregateGraph
 Labels = Mapping[FeatureId, str] | None
 
 GRAPH_FILE = "graph.safetensors"
-FORMAT, VERSION = "vlmscope.graph", "2"
-# Version 1 had no target weights: they were the probabilities.
-_READ = ("1", VERSION)
+FORMAT, VERSION = "vlmscope.graph", "3"
+# Version 1 had no target weights: they were the probabilities. Before 3, biases were always nodes, and scores without
+# them were not kept.
+_READ = ("1", "2", VERSION)
 _MERGED_FORMATS = {"vlmscope.comparison": GraphComparison, "vlmscope.aggregate": AggregateGraph}
 _MERGED_VERSION = "1"
 SCHEMA_VERSION = 2
@@ -51,8 +53,9 @@ _NODE_FIELDS = tuple(field.name for field in dataclasses.fields(NodeTable))
 _EDGE_ARRAYS = ("indptr", "indices", "weights", "residual", "left_out_mass")
 _GRAPH_ARRAYS = (*_EDGE_ARRAYS, "logit_probabilities", "is_image", "image_index")
 _PRUNED_ARRAYS = ("node_mask", "edge_mask", "influence", "cumulative")
+_SCORES = tuple(field.name for field in dataclasses.fields(GraphScores))
 _GRAPH_WORDS = ("tokens", "logit_tokens", "prompt", "meta")
-_THRESHOLDS = ("node_threshold", "edge_threshold")
+_PRUNED_WORDS = ("node_threshold", "edge_threshold", "bias")
 
 # The viewers draw the first four by these names.
 _FEATURE_TYPES = {
@@ -76,7 +79,7 @@ def save_graph(path: str | Path, pruned: PrunedGraph) -> None:
     boxes = [(np.nan,) * 4 if box is None else tuple(box) for box in graph.patch_boxes]
     arrays["patch_boxes"] = np.array(boxes, dtype=np.float64)
     words = {name: getattr(graph, name) for name in _GRAPH_WORDS} | {"roles": graph.roles.tolist()}
-    words |= {name: getattr(pruned, name) for name in _THRESHOLDS} | {"scores": dataclasses.asdict(pruned.scores)}
+    words |= {name: getattr(pruned, name) for name in _PRUNED_WORDS} | {"scores": dataclasses.asdict(pruned.scores)}
     _save(path, arrays, words, FORMAT, VERSION)
 
 
@@ -93,10 +96,12 @@ def load_graph(path: str | Path) -> PrunedGraph:
             target_weights=arrays.get("target_weights"),
         )
         pruning: dict[str, Any] = {name: arrays[name] for name in _PRUNED_ARRAYS}
-        pruning |= {name: words[name] for name in _THRESHOLDS}
-        pruned = PrunedGraph(graph=graph, scores=GraphScores(**words["scores"]), **pruning)
+        pruning |= {name: words[name] for name in _PRUNED_WORDS if name in words}
+        known = GraphScores(**{**dict.fromkeys(_SCORES, 0.0), **words["scores"]})
+        pruned = PrunedGraph(graph=graph, scores=known, **pruning)
         _check_lengths(pruned)
-        return pruned
+        old = len(words["scores"]) < len(_SCORES)
+        return dataclasses.replace(pruned, scores=scores(graph, pruned.influence)) if old else pruned
 
 
 def _check_lengths(pruned: PrunedGraph) -> None:
@@ -241,6 +246,7 @@ def graph_to_json(
             for token, role, place in zip(graph.tokens, graph.roles, where, strict=True)
         ],
         "scores": {name: float(value) for name, value in vars(pruned.scores).items()},
+        "bias": pruned.bias,
         "n_nodes_unpruned": graph.n_nodes,
         "n_edges_unpruned": graph.n_edges,
         "target": str(graph.meta.get("target", "logits")),

@@ -15,6 +15,11 @@ share of its own, absent from the replacement score and explained in the complet
 rows together, `sum_i A_hat_is (I_i + w_i)`, is its influence I_s, so `completeness = 1 - I_unexplained / sum_i (I_i +
 w_i)`.
 
+circuit-tracer has no nodes for biases: its rows are normalised over features, errors and tokens alone, which is the
+graph cut to all nodes but the biases (`counted`). The scores `.._no_bias` are of this cut, where nothing is explained
+by a bias. With the convention `bias="fold"` influence, pruning and all scores are, and equal circuit-tracer's if no
+feature was left out.
+
 Pruning keeps the ends, the tokens, and the smallest set of nodes that reaches a share of the total influence. On the
 matrix of these nodes, normalised anew, an edge scores `A_hat_ij (I_i + w_i)`; the smallest set of edges that reaches a
 share is kept. Then features, errors, biases and left-out nodes without an outgoing edge, and features without an
@@ -124,29 +129,57 @@ def take_rows(graph: AttributionGraph, values: np.ndarray, rows: np.ndarray) -> 
     return sparse.csr_matrix((data, indices, begins), shape=(len(rows), graph.n_nodes))
 
 
-def scores(graph: AttributionGraph, flow: np.ndarray | None = None) -> GraphScores:
-    """Scores of a graph; `flow [N]` is its influence where it is known."""
-    flow = influence(graph, logit_weights(graph)).nodes if flow is None else flow
-    kinds = (NodeKind.TOKEN, NodeKind.ERROR, NodeKind.BIAS, NodeKind.LEFT_OUT)
-    token, error, bias, left_out = (float(flow[graph.nodes.kind == kind].sum()) for kind in kinds)
-    sources = token + error + bias + left_out
-    known = token + error + left_out
+def counted(graph: AttributionGraph, bias: str) -> np.ndarray | None:
+    """Mask `[N]` of the nodes that count for influence under a convention, "node" or "fold"; None where all do."""
+    return None if bias == "node" else graph.nodes.kind != NodeKind.BIAS
+
+
+def scores(graph: AttributionGraph, flow: np.ndarray | None = None, bias: str = "node") -> GraphScores:
+    """Scores of a graph; `flow [N]` is its influence under the convention `bias` where it is known."""
+    weights, nodes = logit_weights(graph), graph.nodes
+    flow = influence(graph, weights, counted(graph, bias)).nodes if flow is None else flow
+    folded = flow if bias == "fold" else influence(graph, weights, counted(graph, "fold")).nodes
+
+    def parts(flow: np.ndarray) -> list[float]:
+        kinds = (NodeKind.TOKEN, NodeKind.ERROR, NodeKind.BIAS, NodeKind.LEFT_OUT)
+        return [float(flow[nodes.kind == kind].sum()) for kind in kinds]
+
+    def rated(flow: np.ndarray) -> tuple[float, float]:
+        """Replacement and completeness."""
+        token, error, _, left_out = parts(flow)
+        known = token + error + left_out
+        return token / known if known else 0.0, 1.0 - (error + left_out) / float(flow.sum() + weights.sum())
+
+    token, error, biases, left_out = parts(flow)
+    sources = token + error + biases + left_out
+    tokens = nodes.of(NodeKind.TOKEN)
+    (replacement, completeness), (replacement_no_bias, completeness_no_bias) = rated(flow), rated(folded)
     return GraphScores(
-        replacement=token / known if known else 0.0,
-        completeness=1.0 - (error + left_out) / float(flow.sum() + logit_weights(graph).sum()),
+        replacement=replacement,
+        completeness=completeness,
         token_share=token / sources,
         error_share=error / sources,
-        bias_share=bias / sources,
+        bias_share=biases / sources,
         left_out_share=left_out / sources,
+        image_share=float(flow[tokens[graph.is_image[nodes.position[tokens]]]].sum()) / sources,
+        replacement_no_bias=replacement_no_bias,
+        completeness_no_bias=completeness_no_bias,
     )
 
 
 def prune(
-    graph: AttributionGraph, node_threshold: float = 0.8, edge_threshold: float = 0.98, storage: Memory = MEMORY
+    graph: AttributionGraph,
+    node_threshold: float = 0.8,
+    edge_threshold: float = 0.98,
+    storage: Memory = MEMORY,
+    bias: str = "node",
 ) -> PrunedGraph:
-    """Mark the nodes and edges whose influence reaches the thresholds; `storage` holds the mask of the edges."""
+    """Mark the nodes and edges whose influence, under the convention `bias`, reaches the thresholds.
+
+    `storage` holds the mask of the edges.
+    """
     weights = logit_weights(graph)
-    flow = influence(graph, weights).nodes
+    flow = influence(graph, weights, counted(graph, bias)).nodes
     nodes = smallest_set(flow, node_threshold) | np.isin(graph.nodes.kind, (NodeKind.TOKEN, *ENDS))
     edges = _edges_of(graph, nodes, influence(graph, weights, nodes), edge_threshold, storage)
     alive = nodes & ~_dead_ends(graph, nodes, edges)
@@ -161,9 +194,10 @@ def prune(
         edge_mask=edges,
         influence=flow,
         cumulative=cumulative_share(flow),
-        scores=scores(graph, flow),
+        scores=scores(graph, flow, bias),
         node_threshold=node_threshold,
         edge_threshold=edge_threshold,
+        bias=bias,
     )
 
 

@@ -8,7 +8,7 @@ adjoint (`adjoint`), rows of edges and the choice of features that get one (`edg
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from vlmscope.attribution.heads import (
     source_of,
     top_pairs,
 )
-from vlmscope.attribution.influence import end_sources, prune
+from vlmscope.attribution.influence import counted, end_sources, prune
 from vlmscope.attribution.memory import MemoryPlan, plan_memory
 from vlmscope.attribution.targets import Targets, ask, choose_logits, choose_targets
 from vlmscope.attribution.vision import save_maps, vision_path
@@ -70,6 +70,10 @@ class Trace:
             "graph/pruned_edges": float(pruned.n_edges),
             "graph/replacement_score": scores.replacement,
             "graph/completeness_score": scores.completeness,
+            "graph/replacement_score_no_bias": scores.replacement_no_bias,
+            "graph/completeness_score_no_bias": scores.completeness_no_bias,
+            "graph/image_share": scores.image_share,
+            "graph/text_share": scores.token_share - scores.image_share,
             "graph/error_share": scores.error_share,
             "graph/bias_share": scores.bias_share,
             "graph/left_out_share": scores.left_out_share,
@@ -91,8 +95,8 @@ class Trace:
             ("", "whole graph", "kept by pruning"),
             ("nodes", f"{graph.n_nodes:,}", f"{self.pruned.n_nodes:,}"),
             ("edges", f"{graph.n_edges:,}", f"{self.pruned.n_edges:,}"),
-            ("replacement score", f"{scores.replacement:.3f}", ""),
-            ("completeness score", f"{scores.completeness:.3f}", ""),
+            ("replacement score", f"{scores.replacement:.3f}", f"{scores.replacement_no_bias:.3f} without biases"),
+            ("completeness score", f"{scores.completeness:.3f}", f"{scores.completeness_no_bias:.3f} without biases"),
             ("largest residual", f"{graph.residual.max():.1e}", ""),
             *(("explains", end, "") for end in self.explained()[:5]),
         ]
@@ -142,7 +146,7 @@ def trace(scope: Scope, inputs: ModelInputs, config: AttributionConfig, folder: 
     else:
         targets = choose_targets(replacement, config, vlm.tokenizer, ids)
     graph, plan = graph_of(targets)
-    pruned = prune(graph, config.node_threshold, config.edge_threshold, plan.storage)
+    pruned = prune(graph, config.node_threshold, config.edge_threshold, plan.storage, config.bias)
     return Trace(replacement, graph, pruned, targets, scores, flow)
 
 
@@ -216,6 +220,48 @@ def word_sources(scope: Scope, inputs: ModelInputs, ids: Sequence[int], config: 
     return np.concatenate([grouped / np.where(total > 0, total, 1.0), error[:, None]], 1)
 
 
+_SCORES = ("replacement_score", "completeness_score", "replacement_score_no_bias", "completeness_score_no_bias")
+_SHARES = ("image_share", "text_share", "error_share", "bias_share", "left_out_share")
+
+
+def spread(graphs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What `Trace.metrics` of many graphs says together, since a score of one picture is one picture's.
+
+    Returns:
+        `graph/<score>_median`, `_q25` and `_q75` (quartiles), `graph/<share>_median`, and their number `graph/graphs`.
+    """
+
+    def values(name: str) -> list[float]:
+        return [metrics[f"graph/{name}"] for metrics in graphs]
+
+    found = {f"graph/{name}_median": float(np.median(values(name))) for name in (*_SCORES, *_SHARES)}
+    for name in _SCORES:
+        low, high = np.quantile(values(name), [0.25, 0.75]).tolist()
+        found |= {f"graph/{name}_q25": low, f"graph/{name}_q75": high}
+    return found | {"graph/graphs": float(len(graphs))}
+
+
+def spread_in_words(found: Mapping[str, float]) -> str:
+    """`spread` in two lines."""
+
+    def score(name: str) -> str:
+        return (
+            " (".join(
+                f"{found[f'graph/{key}_median']:.3f} [{found[f'graph/{key}_q25']:.3f}, {found[f'graph/{key}_q75']:.3f}]"
+                for key in (f"{name}_score", f"{name}_score_no_bias")
+            )
+            + " without biases)"
+        )
+
+    words = ("pictures", "words", "errors", "biases", "features left out")
+    shares = zip(words, (found[f"graph/{name}_median"] for name in _SHARES), strict=True)
+    return (
+        f"replacement score {score('replacement')}, completeness score {score('completeness')}\n"
+        f"  influence that ends at {', '.join(f'{word} {share:.1%}' for word, share in shares)}: medians [quartiles] "
+        f"of {found['graph/graphs']:.0f} graphs"
+    )
+
+
 INDEX = "graphs.jsonl"  # in the folder of a run of many traces, one line per graph
 
 
@@ -242,7 +288,7 @@ def strongest_edges(pruned: PrunedGraph, count: int) -> np.ndarray:
     quantity that pruning ranks by.
     """
     graph = pruned.graph
-    total = graph.absolute_sums()
+    total = graph.absolute_sums(counted(graph, pruned.bias))
     importance = pruned.influence.astype(np.float64).copy()
     # Influence starts from the weights of the ends and does not include them.
     importance[graph.nodes.ends()] += graph.end_weights

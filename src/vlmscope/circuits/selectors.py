@@ -335,24 +335,24 @@ def concept_influence(
     prompts: Mapping[str, str],
     graphs: int,
     attribution: AttributionConfig,
-) -> tuple[dict[str, dict[FeatureId, float]], list[Trace], list[float]]:
+) -> tuple[dict[str, dict[FeatureId, float]], list[Trace], list[dict[str, float]]]:
     """Concept -> share of influence of features, mean over `graphs` pictures and all questions; the first trace alone,
-    since each holds a whole graph; and the seconds of each trace.
+    since each holds a whole graph; and the metrics of each, `graph/seconds` being those of the whole trace.
     """
     influence: dict[str, dict[FeatureId, float]] = {}
     first: list[Trace] = []
-    seconds: list[float] = []
+    metrics: list[dict[str, float]] = []
     for concept, images in train.items():
         tables = []
         for prompt in prompts.values():
             for image in images[:graphs]:
                 start = time.perf_counter()
                 traced = trace(scope, scope.inputs(prompt, [image]), attribution)
-                seconds.append(time.perf_counter() - start)
+                metrics.append(traced.metrics() | {"graph/seconds": time.perf_counter() - start})
                 tables.append(_confirming(traced))
                 first = first or [traced]
         influence[concept] = mean_shares(tables)
-    return influence, first, seconds
+    return influence, first, metrics
 
 
 def _confirming(traced: Trace) -> dict[FeatureId, float]:

@@ -118,15 +118,18 @@ class AttributionGraph:
         """Target nodes of `edges [n]`, `[n]` int64, without expanding all edges."""
         return np.searchsorted(self.indptr, edges, side="right") - 1
 
-    def absolute_sums(self) -> np.ndarray:
-        """Sum of |edges| into each node, `[N]` float64."""
+    def absolute_sums(self, inside: np.ndarray | None = None) -> np.ndarray:
+        """Sum of |edges| into each node, from the sources `inside [N]` alone if given, `[N]` float64."""
         # In blocks, so that |weights| of a large graph is never copied as a whole.
         rows = np.flatnonzero(np.diff(self.indptr))
         out = np.zeros(self.n_nodes)
         for block in np.array_split(rows, 1 + self.n_edges // (1 << 20)):
             if len(block):
                 begin = self.indptr[block[0]]
-                absolute = np.abs(self.weights[begin : self.indptr[block[-1] + 1]])
+                edges = slice(begin, self.indptr[block[-1] + 1])
+                absolute = np.abs(self.weights[edges])
+                if inside is not None:
+                    absolute = absolute * inside[self.indices[edges]]
                 out[block] = np.add.reduceat(absolute, self.indptr[block] - begin, dtype=np.float64)
         return out
 
@@ -140,7 +143,8 @@ class AttributionGraph:
 class GraphScores:
     """How much of the logits' influence the graph explains, each 0..1 (`vlmscope.attribution.influence`).
 
-    Shares refer to the influence that ends at sources, so `token + error + bias + left_out` is 1.
+    Shares refer to the influence that ends at sources, so `token + error + bias + left_out` is 1; `image` is the part
+    of `token` that ends at soft tokens. The last two scores are without biases, as circuit-tracer computes them.
     """
 
     replacement: float
@@ -149,6 +153,9 @@ class GraphScores:
     error_share: float
     bias_share: float
     left_out_share: float
+    image_share: float
+    replacement_no_bias: float
+    completeness_no_bias: float
 
 
 @dataclass(frozen=True)
@@ -163,6 +170,7 @@ class PrunedGraph:
     scores: GraphScores  # of the whole graph
     node_threshold: float  # share of influence that the kept nodes had to reach
     edge_threshold: float  # the same for edges
+    bias: str = "node"  # "fold": biases have no influence, and rows are normalised without them
 
     @property
     def n_nodes(self) -> int:

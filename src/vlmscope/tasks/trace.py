@@ -117,11 +117,12 @@ def _trace_into(
 def _trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Trace the rows of `task.rows` that have no folder yet.
 
-    Every row is checked before any is traced. Metrics are means over the rows that have them, and counts of rows.
+    Every row is checked before any is traced. Metrics are means over the rows that have them, medians and quartiles of
+    scores (`spread`), and counts of rows.
     """
     from tqdm import tqdm
 
-    from vlmscope.attribution.trace import INDEX
+    from vlmscope.attribution.trace import INDEX, spread, spread_in_words
     from vlmscope.config.wiring import load_model, load_scope
     from vlmscope.core.artifacts import write_text
     from vlmscope.data.inputs import read_rows
@@ -175,7 +176,9 @@ def _trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         for name, value in record["metrics"].items():
             values[name].append(value)
     counts = {"rows/traced": float(len(records)), "rows/resumed": float(resumed), "rows/skipped": float(skipped)}
-    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()} | counts
+    together = spread([record["metrics"] for record in records])
+    print(f"  {spread_in_words(together)}")
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()} | together | counts
 
 
 def _refuse(cfg: AppConfig, bad: Sequence[str]) -> int:

@@ -157,6 +157,9 @@ def test_prompts_of_different_length_are_matched_by_role_and_cells_wherever_they
 def test_graphs_of_two_models_and_unknown_rules_are_refused() -> None:
     first, second = traced(0), traced(1)
     other = dataclasses.replace(second, graph=dataclasses.replace(second.graph, meta={"n_layers": 4, "model": "b"}))
+    folded = dataclasses.replace(second, bias="fold")
+    with pytest.raises(UserError, match="second with fold: shares of their influence do not compare"):
+        compare(first, folded)
     with pytest.raises(UserError, match="of two models"):
         compare(first, other)
     with pytest.raises(UserError, match="no such rule"):

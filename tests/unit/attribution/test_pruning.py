@@ -139,6 +139,61 @@ def test_scores_follow_their_definition(graph: AttributionGraph) -> None:
     assert found.token_share + found.error_share + found.bias_share + found.left_out_share == pytest.approx(1.0)
 
 
+def cut_at(values: np.ndarray, share: float) -> float:
+    """The value down to which the largest values are kept, by circuit-tracer's rule."""
+    ordered = np.sort(values)[::-1]
+    place = np.searchsorted(np.cumsum(ordered) / ordered.sum(), share)
+    return ordered[min(place, len(ordered) - 1)]
+
+
+def circuit_tracer(
+    graph: AttributionGraph, node_share: float, edge_share: float
+) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Kept nodes `[N]`, kept edges `[N, N]`, replacement and completeness, by circuit-tracer's formulas.
+
+    It has no bias nodes, so their columns are left out before rows are normalised. After `prune_graph` and
+    `compute_graph_scores` of circuit-tracer 0.5.0, which on Orrery's graphs give the same nodes and scores.
+    """
+    kind, weights = graph.nodes.kind, logit_weights(graph)
+    is_error, is_token = kind == NodeKind.ERROR, kind == NodeKind.TOKEN
+    adjacency = dense_absolute(graph)
+    adjacency[:, kind == NodeKind.BIAS] = 0.0
+    normalised = dense_normalised(adjacency)
+    flow = dense_influence(normalised, weights)
+    replacement = flow[is_token].sum() / (flow[is_token].sum() + flow[is_error].sum())
+    output = flow + weights
+    completeness = ((1 - normalised[:, is_error].sum(1)) * output).sum() / output.sum()
+
+    always = is_token | (kind == NodeKind.LOGIT)
+    nodes = (flow >= cut_at(flow, node_share)) | always
+    cut = dense_normalised(adjacency * nodes[:, None] * nodes[None, :])
+    score = cut * (dense_influence(cut, weights) + weights)[:, None]
+    edges = score >= cut_at(score.flatten(), edge_share)
+    while True:
+        before = nodes.copy()
+        nodes = nodes & (edges.any(0) | always) & (edges.any(1) | (kind != NodeKind.FEATURE))
+        edges = edges & nodes[:, None] & nodes[None, :]
+        if (nodes == before).all():
+            return nodes, edges, replacement, completeness
+
+
+@pytest.mark.parametrize("thresholds", [(0.8, 0.98), (0.5, 0.7)])
+@pytest.mark.parametrize("name", ["dense", "thin", "thinner", "float64"])
+def test_folded_biases_give_circuit_tracers_graph_and_scores(name: str, thresholds: tuple[float, float]) -> None:
+    graph = random_graph(**GRAPHS[name], seed=3)
+    nodes, edges, replacement, completeness = circuit_tracer(graph, *thresholds)
+    folded, pruned = prune(graph, *thresholds, bias="fold"), prune(graph, *thresholds)
+    np.testing.assert_array_equal(folded.node_mask, nodes)
+    np.testing.assert_array_equal(folded.edge_mask, edges[graph.edge_targets(), graph.indices])
+    for found in (folded.scores, pruned.scores):  # whatever the convention of the pruning
+        assert found.replacement_no_bias == pytest.approx(replacement, rel=1e-12)
+        assert found.completeness_no_bias == pytest.approx(completeness, rel=1e-12)
+    assert folded.scores.replacement == folded.scores.replacement_no_bias and folded.scores.bias_share == 0
+    assert folded.scores.completeness == folded.scores.completeness_no_bias
+    assert pruned.scores.bias_share > 0 and pruned.scores.completeness != pytest.approx(completeness)
+    assert not folded.node_mask[graph.nodes.of(NodeKind.BIAS)].any()
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("share", [0.3, 0.8, 0.98, 1.0])
 def test_the_smallest_set_needs_no_sort(seed: int, share: float) -> None:

@@ -288,7 +288,7 @@ def graph_scores(
         words = int(pairs.tokens[row]), int(pairs.other_tokens[row])
         targets = difference_target(replacement, *words, "original - counterfactual")
         graph = attribute(replacement, config, None, targets=targets)
-        pruned = prune(graph, config.node_threshold, config.edge_threshold)
+        pruned = prune(graph, config.node_threshold, config.edge_threshold, bias=config.bias)
         number = _numbers(graph, nodes, rows)
         kept = pruned.node_mask & (number >= 0)
         table.append(np.bincount(number[kept], weights=pruned.influence[kept], minlength=len(nodes)))

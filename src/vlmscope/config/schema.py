@@ -94,13 +94,25 @@ class RandomTranscodersConfig:
         check_choice("transcoder.activation", self.activation, ACTIVATIONS)
 
 
+WIDEST = 0.5  # of the range of a share or correlation
+
+
+def toothless(low: float, high: float) -> bool:
+    """Whether a range of a share or correlation is so wide that hardly any fault misses it."""
+    return low >= -1 and high <= 1 and high - low > WIDEST + 1e-9
+
+
 @dataclass
 class HeadlineConfig:
-    """The range of one metric of an experiment, both ends included, and its meaning in one line."""
+    """The range of one metric of an experiment, both ends included, and its meaning in one line.
+
+    `why` a share or correlation has a range wider than `WIDEST`, which hardly anything misses.
+    """
 
     low: float = MISSING
     high: float = MISSING
     says: str = MISSING
+    why: str = ""
 
     def __post_init__(self) -> None:
         if not self.low <= self.high:
@@ -110,6 +122,11 @@ class HeadlineConfig:
         if not self.says.strip():
             raise UserError(
                 f"headline: the range {self.low:g} to {self.high:g} does not say what it means; fill in says"
+            )
+        if toothless(self.low, self.high) and not self.why.strip():
+            raise UserError(
+                f"headline: the range {self.low:g} to {self.high:g} is wider than {WIDEST:g}, so a broken build lies "
+                "in it too; measure more cases, choose another number, or say in why it has to be"
             )
 
     def holds(self, value: float | None) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmscope.config.schema import toothless
 from vlmscope.core.artifacts import write_json, write_text
 from vlmscope.core.launch import program
 from vlmscope.core.results import Reproduced
@@ -23,9 +24,9 @@ _COLOURS = 64
 _READING = (
     "The paper studies Gemma-3-4B-it; these numbers are of Orrery, a small model of the same classes whose tasks "
     "mirror the paper's case studies. So what can agree is the finding, not the figure.",
-    "A range comes from three seeds of the pictures, pairs and controls on these assets, widened by the interval of "
-    "one run or the spread between them (docs/reproduce.md). It is meant to hold another seed and to be missed by a "
-    "broken build.",
+    "A range comes from three other seeds of the pictures, pairs and controls on these assets, widened by the interval "
+    "of one run or the spread between them (docs/reproduce.md). It is meant to hold a seed that did not make it and to "
+    "be missed by a broken build.",
 )
 
 
@@ -95,32 +96,43 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def write_ranges(run_dir: Path, results: Sequence[Reproduced]) -> None:
+def write_ranges(run_dir: Path, results: Sequence[Reproduced], tested: int) -> None:
     """Write ranges.json, and ranges.yaml with blocks that can be pasted into the experiments.
 
-    By experiment and metric: the values of all seeds, the stated range, and the range that the values suggest.
+    By experiment and metric: the values of all seeds, the stated range, and the range that the values suggest, with its
+    width. Values of the seed `tested`, on which the ranges are judged, make none of them; whether the suggested range
+    `holds` them is told.
     """
     table: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(result.name for result in results):
         runs = [result for result in results if result.name == name and not result.problem]
         for i, stated in enumerate(runs[0].numbers if runs else ()):
             seeds = {run.label: run.numbers[i] for run in runs}
-            values = [number.value for number in seeds.values() if number.value is not None]
-            rates = [number.rate for number in seeds.values() if number.rate is not None]
+            held_out = seeds.get(f"{name}_seed_{tested}")
+            makers = [number for number in seeds.values() if number is not held_out]
+            values = [number.value for number in makers if number.value is not None]
+            rates = [number.rate for number in makers if number.rate is not None]
             halves = [half_width(rate.value, rate.ci_low, rate.ci_high) for rate in rates]
+            low, high = suggested_range(values, halves, stated.share) if values else (None, None)
+            known = low is not None and high is not None
+            value = None if held_out is None else held_out.value
             table.setdefault(name, {})[stated.metric] = {
                 "values": {label: number.value for label, number in seeds.items()},
                 "half_widths": halves,
                 "stated": [stated.low, stated.high],
-                "suggested": list(suggested_range(values, halves, stated.share)) if values else [None, None],
+                "suggested": [low, high],
+                "width": high - low if known else None,
+                "holds": low <= value <= high if known and value is not None else None,
                 "says": stated.says,
             }
-    write_json(run_dir / "ranges.json", {"rule": RULE, "experiments": table})
+    write_json(run_dir / "ranges.json", {"rule": RULE, "tested": tested, "experiments": table})
     lines = [f"# {RULE}"]
     for name, metrics in table.items():
         lines += [f"# experiments/{name}.yaml", "headline:"]
         for metric, row in metrics.items():
             low, high = row["suggested"]
             says = json.dumps(row["says"], ensure_ascii=False)  # a quoted string is the same in YAML
-            lines.append(f"  {metric}: {{low: {low}, high: {high}, says: {says}}}")
+            wide = low is not None and toothless(low, high)
+            note = "  # too wide to be missed: measure more cases, or say why" * wide
+            lines.append(f"  {metric}: {{low: {low}, high: {high}, says: {says}}}{note}")
     write_text(run_dir / "ranges.yaml", "\n".join(lines) + "\n")

@@ -24,7 +24,8 @@ _SHARDS = "shards"  # where validation scenes go when an experiment needs them a
 class Config:
     """`only` names experiments that say `reproduce: true` (empty: all of them).
 
-    `seeds` repeats each with these seeds and writes the ranges of its numbers.
+    `seeds` repeats each with these seeds and writes the ranges of its numbers; the root key `seed`, that of a run
+    without them, is left out of the ranges and held against them if it is one of these.
     """
 
     only: list[str] = field(default_factory=list)
@@ -44,7 +45,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     results = _run_all(context, planned(cfg, context))
     if cfg.task.seeds:
-        write_ranges(context.run_dir, results)
+        write_ranges(context.run_dir, results, cfg.seed)
     print(f"summary: {write_page(context.run_dir, context.overrides, results)}")
     numbers = [(result.label, number) for result in results for number in result.numbers]
     metrics = {

@@ -91,6 +91,11 @@ def planned(cfg: AppConfig, context: RunContext) -> list[Job]:
     shared = [override for override in context.overrides if not override.lstrip("+~").startswith(_OWN)]
     if cfg.task.seeds and any(override.startswith("seed=") for override in shared):
         raise UserError("both seed= and task.seeds= were given; give one of them")
+    if cfg.task.seeds and set(cfg.task.seeds) <= {cfg.seed}:
+        raise UserError(
+            f"task.seeds={list(cfg.task.seeds)}: ranges are tested on seed {cfg.seed}, so others must make them; "
+            "give some, as in task.seeds=[1,2,3]"
+        )
     shared += [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
     base, jobs = base_digest(), []
     for name in [name for name in tagged if not cfg.task.only or name in cfg.task.only]:

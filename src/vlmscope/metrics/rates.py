@@ -168,10 +168,10 @@ NO_CONTROL = "no control was run"
 SHARE_FLOOR = 0.03  # of a share: what 100 cases without a single failure leave open at 95 % (the rule of three)
 VALUE_FLOOR = 0.05  # of any other number, relative to its mean
 RULE = (
-    "made on seeds other than the one that is tested: lowest and highest value, widened on both sides by the larger of "
-    "the spread between the seeds and the half-width of the 95 % interval of any seed; of a number without an interval, "
-    f"by the spread or {SHARE_FLOOR:g} of a share, {VALUE_FLOOR:.0%} of the mean of anything else; shares stay within 0 "
-    "and 1; rounded outwards to two decimals (three digits)"
+    "made on seeds other than the one that is tested: lowest and highest value, widened on both sides by the larger "
+    "of the spread between the seeds and the half-width of the 95 % interval of any seed; of a number without an "
+    f"interval, by the spread or {SHARE_FLOOR:g} of a share, {VALUE_FLOOR:.0%} of the mean of anything else; shares "
+    "stay within 0 and 1; rounded outwards to two decimals (three digits)"
 )
 
 

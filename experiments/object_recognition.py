@@ -7,9 +7,9 @@ norm of a decoder row, or of |a' - a| within a pair. Painted pixels say which so
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -22,39 +22,20 @@ from vlmscope.circuits.experiment import Declared
 from vlmscope.circuits.operations import Carry, all_features
 from vlmscope.core.errors import UserError
 from vlmscope.core.maps import PictureMap, TileMap
-from vlmscope.core.records import PatchBox, control_draws
-from vlmscope.core.results import Curve
-from vlmscope.data.orrery.dataset import COVERED, painted_mask
-from vlmscope.interventions.edits import AnyPlan, LayerEdit, donor_activations, matched_features
+from vlmscope.core.records import control_draws
+from vlmscope.data.orrery.dataset import covered, painted_mask
+from vlmscope.interventions.edits import LayerEdit, donor_activations, matched_features
 from vlmscope.interventions.trials import Cases, Features, Setting, Trial
-from vlmscope.metrics.prediction import pointing_hit
+from vlmscope.metrics.prediction import pointing_hit, share_on
 from vlmscope.metrics.rates import bootstrap_mean
-from vlmscope.report.figures import dose_response
 from vlmscope.report.pictures import map_rows
 
 if TYPE_CHECKING:
     from vlmscope.analyses.bench import Bench
-    from vlmscope.scope import Scope
 
 NEEDS = "dissociation needs pairs that differ in two facts, such as pairs=object, and pairs.train > 0"
 SHOWN = 4  # pictures drawn with their maps
-
-
-@dataclass(frozen=True)
-class CarryAt:
-    """Carry every feature at chosen soft tokens [B, S] bool alone; the others stay live."""
-
-    chosen: np.ndarray
-    rereads: ClassVar[bool] = True
-
-    def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
-        """As `Operation.plan`."""
-        plan = Carry(all_features(scope.transcoders)).plan(scope, cases, strength, features)
-        mask = torch.zeros(cases.batch.size, cases.batch.length, 1, dtype=torch.bool)
-        mask[:, np.flatnonzero(cases.batch.is_image)] = torch.from_numpy(self.chosen).unsqueeze(-1)
-        mask = mask.to(scope.adapter.device)
-        edits = {layer: edit for layer, edit in plan.items() if isinstance(edit, LayerEdit)}
-        return {n: replace(edit, value=mask * edit.value, scale=(~mask).to(edit.value)) for n, edit in edits.items()}
+WHATS = ("fires", "changes")
 
 
 def check(cfg: Any) -> None:
@@ -66,10 +47,8 @@ def check(cfg: Any) -> None:
     if len(scenes) < 2:
         raise UserError(f"{cfg.pairs.path}: {NEEDS}")
     if not set.intersection(*scenes.values()):
-        raise UserError(
-            f"{cfg.pairs.path}: no test pair of {', '.join(scenes)} has an id in common, and dissociation compares "
-            'them on the same scenes; give lines about one scene the same "id"'
-        )
+        same = 'dissociation compares them on the same scenes; give lines about one scene the same "id"'
+        raise UserError(f"{cfg.pairs.path}: no test pair of {', '.join(scenes)} has an id in common, and {same}")
 
 
 def trials(bench: Bench, declared: Declared) -> Iterator[Trial]:
@@ -89,45 +68,31 @@ def trials(bench: Bench, declared: Declared) -> Iterator[Trial]:
                 setting, means = Setting(f"alone_{change}", matched=draws), declared.means(carry, cases)
                 yield Trial(f"each/{fact}", declared.operation(carry, cases, None), [cases], [setting], means)
     for cases in declared.cases["test"]:
-        rows, on, _ = places = covers(bench, cases)
+        known = {pair.id: pair for pair in pairs_by_question(pairs, "test")[cases.question]}
+        sides = [[np.asarray(s.images[0]) for s in (known[i].original, known[i].counterfactual)] for i in cases.ids]
+        boxes = [box for box in cases.inputs[0].patch_boxes if box is not None]
+        on = np.array([covered(painted_mask(a) | painted_mask(b), boxes) for a, b in sides])  # [B, S], in either side
+        rows = np.flatnonzero(on.any(1) & ~on.all(1))  # with both an object and a ground
         if len(rows) < config.least:
             raise UserError(f"{len(rows)} pictures have both an object and a ground; give more pairs")
-        bench.records[cases.question] = places
-        for name, chosen in {"objects": on, "ground": ~on, "whole_picture": np.ones_like(on)}.items():
-            yield Trial(
-                "carry", CarryAt(chosen), [cases.select(rows.tolist())], [Setting(name, positions="image", matched=0)]
-            )
-
-
-def share_in_boxes(mask: np.ndarray, boxes: Sequence[PatchBox]) -> np.ndarray:
-    """`[n]`, the share of each box's pixels that `mask [H, W]` covers."""
-    corners = [box.pixels(mask.shape[1], mask.shape[0]) for box in boxes]
-    return np.array([float(mask[top:bottom, left:right].mean()) for left, top, right, bottom in corners])
-
-
-def covers(bench: Bench, cases: Cases) -> tuple[np.ndarray, np.ndarray, list[Any]]:
-    """Rows [n] of pictures with an object and a ground, which soft tokens [n, S] lie on an object in either side of the
-    pair, and the pictures of all rows with the boxes of soft tokens.
-    """
-    assert bench.cfg.pairs is not None, "cases come from pairs"
-    known = {pair.id: pair for pair in pairs_by_question(bench.cfg.pairs, "test")[cases.question]}
-    pictures = [[np.asarray(s.images[0]) for s in (known[i].original, known[i].counterfactual)] for i in cases.ids]
-    boxes = tuple(box for box in cases.inputs[0].patch_boxes if box is not None)
-    on = np.array([share_in_boxes(painted_mask(a) | painted_mask(b), boxes) for a, b in pictures]) >= COVERED
-    rows = np.flatnonzero(on.any(1) & ~on.all(1))
-    return rows, on[rows], [(sides[0], boxes) for sides in pictures]
+        bench.records[cases.question] = rows, on[rows], [sides[row][0] for row in rows], boxes
+        for name, chosen in {"objects": on[rows], "ground": ~on[rows], "whole_picture": np.ones_like(on[rows])}.items():
+            at = torch.zeros(len(rows), cases.batch.length, dtype=torch.bool)
+            at[:, cases.batch.is_image] = torch.from_numpy(chosen)
+            settings = [Setting(name, positions="image", matched=0)]
+            carry_all = Carry(all_features(bench.transcoders), at=at)
+            yield Trial("carry", carry_all, [cases.select(rows.tolist())], settings)
 
 
 def analyse(bench: Bench) -> dict[str, float]:
-    """dissociation/<fact>/own_minus_other and active_under, places/ metrics, places.parquet, figures of the maps."""
+    """dissociation/<fact>/own_minus_other and active_under, places/ metrics; places.parquet and object_maps.png."""
     declared: Declared = bench.records["declared"]
     assert callable(declared.means), "cases come from pairs"
     table: Any = pd.read_parquet(bench.run_dir / "trials.parquet")
     table = table.query("setting == 'cross' and control == '' and baseline == ''")
     metrics: dict[str, float] = {}
-    parts: list[pd.DataFrame] = []
-    drawn: dict[str, Any] = {}
-    key: Any
+    places: list[pd.DataFrame] = []
+    drawn: dict[str, tuple[str, np.ndarray, dict[str, PictureMap]]] = {}
     cases = {each.question: each for name in ("test", "stays") for each in declared.cases[name]}
     for fact in declared.sets:
         less = contrast(table[table.operation == f"each/{fact}"], fact)
@@ -136,47 +101,30 @@ def analyse(bench: Bench) -> dict[str, float]:
         metrics |= bootstrap_mean(less).metrics(f"dissociation/{fact}/own_minus_other")
         carry = TrialConfig("carry", features=fact)
         operation: Any = declared.operation(carry, cases[fact], None)
-        features = operation.features
-        moved = {question: changed(bench, each, features) for question, each in cases.items()}
+        writes = {question: written(bench, each, operation.features) for question, each in cases.items()}
+        moved = {q: sum(float(sides[1].sum()) / cases[q].batch.size for sides in w.values()) for q, w in writes.items()}
         whole = max(moved[fact], 1e-12)
         metrics |= {f"dissociation/{fact}/active_under/{question}": size / whole for question, size in moved.items()}
-        control = matched(features, declared.means(carry, cases[fact]), bench.cfg.seed)
-        rows, on, pictures = bench.records[fact]
-        for label, chosen in (("own", features), ("matched", control)):
-            for what, maps in maps_of(bench, cases[fact], chosen).items():
-                layers = {layer: values[rows] for layer, values in maps.items()}
-                # Layer -1 stands for the sum over all layers.
-                layers[-1] = np.sum(list(maps.values()), axis=0)[rows]
-                for layer, values in layers.items():
-                    total, hit = values.sum(1), (values * on).sum(1)
-                    share = np.divide(hit, total, out=np.full(len(total), np.nan, total.dtype), where=total > 0)
-                    peak = [pointing_hit(*both) for both in zip(values, on, strict=True)]
-                    columns = {"fact": fact, "features": label, "map": what, "layer": layer, "share": share}
-                    parts.append(pd.DataFrame(columns | {"chance": on.mean(1), "peak": peak}))
-                for row, values in zip(rows[:SHOWN], layers[-1], strict=False) if label == "own" else ():
-                    shown = drawn.setdefault(cases[fact].ids[row], (*pictures[row], {}))
-                    shown[2][f"{fact}, {what}"] = values
-    places = pd.concat(parts, ignore_index=True)
-    bench.write_table("places", places)
-    sums = places[(places.layer < 0) & (places.features == "own")]
-    for key, part in sums.groupby(["fact", "map"], sort=False):
-        fact, what = key
-        active = part.dropna()
-        for name, rows, values in (("on_object", active, active.share), ("pointing", part, part.peak)):
-            rate = bootstrap_mean(values.to_numpy(), control=float(rows.chance.mean()))
-            metrics |= rate.metrics(f"places/{fact}/{what}/{name}")
-    for what, table in places[places.layer >= 0].dropna().groupby("map", sort=False):
-        lines = []
-        for key, part in table.groupby(["fact", "features"], sort=False):
-            rates = {layer: bootstrap_mean(rows.share.to_numpy()) for layer, rows in part.groupby("layer")}
-            lines.append(Curve.of(", ".join(key), map(float, list[Any](rates)), list(rates.values())))
-        path = bench.run_dir / "figures" / f"places_{what}.png"
-        dose_response(lines, path, "layer", "share on the objects' soft tokens (%)")
-    figure = []
-    for shown, boxes, by_name in drawn.values():
-        if len(by_name) == 2 * len(declared.sets):  # pictures that every fact has maps of
-            maps = {key: PictureMap(key, 0, [TileMap(list(boxes), cells)], 0.0, {}) for key, cells in by_name.items()}
-            figure.append(("picture", shown, maps))
+        control = matched(operation.features, declared.means(carry, cases[fact]), bench.cfg.seed)
+        rows, on, pictures, boxes = bench.records[fact]
+        soft, summed = torch.from_numpy(cases[fact].batch.is_image), np.empty(0)
+        for label, layers in (("matched", written(bench, cases[fact], control)), ("own", writes[fact])):
+            maps = {n: sides[:, rows][..., soft].float().numpy(force=True) for n, sides in layers.items()}
+            for n, sides in maps.items():
+                shares = {what: share_on(values, on) for what, values in zip(WHATS, sides, strict=True)}
+                places.append(pd.DataFrame({"features": f"{fact}, {label}", "layer": n, **shares}))
+            summed = np.sum([*maps.values()], axis=0)
+        for what, values in zip(WHATS, summed, strict=True):  # the fact's own features, all layers
+            share, peak = share_on(values, on), [pointing_hit(*both) for both in zip(values, on, strict=True)]
+            there = ~np.isnan(share)
+            rate = bootstrap_mean(share[there], control=float(on[there].mean(1).mean()))
+            metrics |= rate.metrics(f"places/{fact}/{what}/on_object")
+            metrics |= bootstrap_mean(peak, control=float(on.mean(1).mean())).metrics(f"places/{fact}/{what}/pointing")
+            for row, picture, cells in zip(rows[:SHOWN], pictures, values, strict=False):
+                own = PictureMap(f"{fact}, {what}", 0, [TileMap(boxes, cells)], 0.0, {})
+                drawn.setdefault(cases[fact].ids[row], ("picture", picture, {}))[2][own.target] = own
+    bench.write_table("places", pd.concat(places, ignore_index=True))
+    figure = [shown for shown in drawn.values() if len(shown[2]) == len(WHATS) * len(declared.sets)]  # in maps of all
     map_rows(figure, bench.run_dir / "figures" / "object_maps.png", "blue: more, relative to the map's range")
     return metrics
 
@@ -187,34 +135,12 @@ def contrast(table: pd.DataFrame, fact: str) -> np.ndarray:
     return (pulled[fact] - pulled.drop(columns=fact).mean(axis=1)).to_numpy()
 
 
-def both_sides(bench: Bench, cases: Cases, features: Features) -> list[Any]:
-    """Activations of features in the originals and in the counterfactuals."""
+def written(bench: Bench, cases: Cases, features: Features) -> dict[int, Tensor]:
+    """Layer -> [2, B, T]: what features write at each position of the originals, and how that changes within pairs."""
     assert cases.donors is not None, "cases come from pairs"
-    return [donor_activations(bench.scope, side, features) for side in (cases.batch, cases.donors)]
-
-
-def changed(bench: Bench, cases: Cases, features: Features) -> float:
-    """Mean over pairs of what features write differently within a pair, summed over features and positions."""
-    before, after = both_sides(bench, cases, features)
-    total = 0.0
-    for layer, (indices, values) in before.items():
-        norms = bench.transcoders[layer].write_norms()[indices]
-        total += float(((after[layer][1] - values).abs() @ norms).sum()) / cases.batch.size
-    return total
-
-
-def maps_of(bench: Bench, cases: Cases, features: Features) -> dict[str, dict[int, np.ndarray]]:
-    """ "fires" and "changes" -> layer -> [B, S]: what features write on each soft token of the originals, and how that
-    changes within pairs.
-    """
-    soft = torch.from_numpy(cases.batch.is_image)
-    before, after = both_sides(bench, cases, features)
-    maps: dict[str, dict[int, np.ndarray]] = {"fires": {}, "changes": {}}
-    for layer, (indices, values) in sorted(before.items()):
-        norms, a, b = bench.transcoders[layer].write_norms()[indices], values[:, soft], after[layer][1][:, soft]
-        maps["fires"][layer] = (a @ norms).float().numpy(force=True)
-        maps["changes"][layer] = ((b - a).abs() @ norms).float().numpy(force=True)
-    return maps
+    before, after = (donor_activations(bench.scope, side, features) for side in (cases.batch, cases.donors))
+    norms = {layer: bench.transcoders[layer].write_norms()[indices] for layer, (indices, _) in before.items()}
+    return {n: torch.stack([a @ norms[n], (after[n][1] - a).abs() @ norms[n]]) for n, (_, a) in before.items()}
 
 
 def matched(features: Features, means: Mapping[int, Tensor], seed: int) -> dict[int, Tensor]:

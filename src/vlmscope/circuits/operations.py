@@ -44,6 +44,7 @@ class Carry:
     pooled: bool = False  # every soft token gets the donor's mean over its soft tokens, not the one at the same place
     nodes: tuple[Supernode, ...] = ()  # whose positions their features keep to
     last: bool = False  # the donors' last position into the last position alone: they may have any length
+    at: Tensor | None = None  # [B, T] bool, positions of each case; features stay live at its others
     rereads: ClassVar[bool] = True
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
@@ -57,7 +58,11 @@ class Carry:
         if self.last:
             where = position_mask(roles, "last")
             return {layer: set_features(f, strength * acts[:, -1:], where) for layer, (f, acts) in carried.items()}
-        return at_supernodes(patch_plan(carried, roles, strength, self.pooled), self.nodes, cases.batch.places)
+        plan = patch_plan(carried, roles, strength, self.pooled)
+        if self.at is not None:
+            mask = self.at.unsqueeze(-1).to(scope.adapter.device)
+            plan = {n: replace(e, value=mask * e.value, scale=(~mask).to(e.value)) for n, e in plan.items()}
+        return at_supernodes(plan, self.nodes, cases.batch.places)
 
     def _whole(self, scope: Scope, cases: Cases, layer: int, code: SparseCode) -> WholeEdit:
         """Every feature of a layer set to what it is in the donors; only active ones are kept."""

@@ -144,6 +144,12 @@ def pointing_hit(values: np.ndarray, on_object: np.ndarray) -> float:
     return float(np.asarray(on_object, bool).ravel()[largest].mean())
 
 
+def share_on(values: np.ndarray, on_object: np.ndarray) -> np.ndarray:
+    """`[n]`, the share of each map of `values [n, S]` that lies where `on_object [n, S]`; NaN where a map sums to 0."""
+    total, hit = values.sum(1), (values * on_object).sum(1)
+    return np.divide(hit, total, out=np.full(len(total), np.nan, total.dtype), where=total > 0)
+
+
 def area_under(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The mean height of curves by the trapezoid rule: `x [n]` ascending, `y [.., n]` -> `[..]`."""
     x = np.asarray(x, float)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.unit.circuits.subjects import carried, cases_of, recovered
 
-from vlmscope.circuits.operations import Carry
+from vlmscope.circuits.operations import Carry, all_features
 from vlmscope.circuits.pairs import PairEffects, PairSubject, pair_subject
 from vlmscope.core.errors import UserError
 from vlmscope.data.config import PairsConfig
@@ -75,17 +75,15 @@ def test_a_contrast_compares_the_pairs_that_both_questions_have() -> None:
 def test_features_elsewhere_are_left_alone_when_a_place_is_carried(made: tuple[Any, PairSubject]) -> None:
     bench, subject = made
     soft = np.flatnonzero(subject.batch.is_image)
-    on = np.zeros((subject.size, len(soft)), bool)
-    on[:, :2] = True
-    for chosen, places in ((on, soft[:2]), (~on, soft[2:]), (np.ones_like(on), soft)):
+    for places in (soft[:2], soft[2:], soft):
         where = torch.zeros(subject.batch.length, dtype=torch.bool)
         where[places] = True
         logits = run_edited(bench.scope, subject.batch, carried(bench.scope, subject, None, where))
         expected = float(recovered(subject, logits).mean())
         assert abs(expected) > 1e-3
-        trial = Trial("carry", OBJECTS.CarryAt(chosen), [cases_of(subject)], [Setting(positions="image", matched=0)])
-        found = run_trials(bench.scope, [trial]).recovered.mean()
-        assert found == pytest.approx(expected, rel=1e-4)
+        carry = Carry(all_features(bench.transcoders), at=where.expand(subject.size, -1))
+        trial = Trial("carry", carry, [cases_of(subject)], [Setting(positions="image", matched=0)])
+        assert run_trials(bench.scope, [trial]).recovered.mean() == pytest.approx(expected, rel=1e-4)
 
 
 def own_pairs(folder: Path, ids: tuple[str | None, str | None]) -> Any:

@@ -32,11 +32,10 @@ import numpy as np
 import pandas as pd
 
 from vlmscope.core.results import Rate, text_table
-from vlmscope.metrics.rates import Draws, displaced, draws_of, holm, paired_p, share_rate
+from vlmscope.metrics.rates import LEAST_DRAWS, Draws, displaced, draws_of, holm, paired_p, share_rate
 
 HALF = 0.5  # of the cases: a circuit that does it in fewer does not do it
 ALPHA = 0.05
-LEAST_DRAWS = 19  # with fewer no rank has p <= ALPHA
 UNRELATED = 0.1  # the most that answers to unrelated cases may change
 LEAST_DISPLACEMENT = 0.5  # of what the edit moves; the share below which a control or a baseline is too weak to decide
 PLACES = ["mode", "positions", "layers", "strength", "limit"]
@@ -101,7 +100,7 @@ def claims(table: pd.DataFrame, measures: Mapping[str, str]) -> pd.DataFrame:
     for number, p in zip(tested, holm(np.array([rows[number].p for number in tested])), strict=True):
         row = replace(rows[number], p=float(p))
         if row.shown and not p <= ALPHA:
-            reason = f"not above {row.decided_by}: {row.value:.1%} against {row.other:.1%}"
+            reason = f"not above {row.decided_by}: {percent(row.value)} against {percent(row.other)}"
             row = replace(row, shown=False, reason=f"{reason} (p {p:.2g})")
         rows[number] = row
     return pd.DataFrame([asdict(row) for row in rows], columns=list(Claim.__dataclass_fields__))
@@ -120,15 +119,24 @@ def claims_text(found: pd.DataFrame) -> str:
             f"{row.operation}/{row.setting}",
             str(row.claim).replace("_", " "),
             "yes" if row.shown else "no",
-            *(("-", "-") if np.isnan(row.value) else (f"{row.value:.1%}", f"{row.ci_low:.1%} to {row.ci_high:.1%}")),
+            *(
+                ("-", "-")
+                if np.isnan(row.value)
+                else (f"{percent(row.value)}", f"{percent(row.ci_low)} to {percent(row.ci_high)}")
+            ),
             row.decided_by or "-",
-            "-" if np.isnan(row.other) else f"{row.other:.1%}",
+            "-" if np.isnan(row.other) else f"{percent(row.other)}",
             row.question or "-",
             row.reason,
         )
         for row in found.itertuples()
     ]
     return text_table([head, *rows])
+
+
+def percent(share: float) -> str:
+    """A share in per cent with one decimal."""
+    return f"{100 * share:.1f} %"
 
 
 def _decided(subject: Subject, claim: str, found: Sequence[Verdict] | str) -> Claim:
@@ -238,8 +246,9 @@ class Subject:
 
     def _removal(self, question: str, rows: pd.DataFrame) -> Verdict:
         value = self._rate(_own(rows))
-        verdict = self._above_draws(question, value, _own(rows), rows)
-        return replace(verdict, reason=_at_least(value, HALF) or verdict.reason)
+        if reason := _at_least(value, HALF):
+            return Verdict(question, value, "half of the cases", HALF, reason=reason)
+        return self._above_draws(question, value, _own(rows), rows)
 
     def _needed(self, subjects: Sequence[Subject]) -> list[Verdict] | str:
         """By the complement, by a removal on the same cases, or by both."""
@@ -247,7 +256,7 @@ class Subject:
         for other in subjects:
             if other.removes and set(other.rows.cases) == set(self.rows.cases):
                 removed = [
-                    replace(verdict, decided_by=f"{verdict.decided_by}, of {other.operation}")
+                    replace(verdict, decided_by=f"{verdict.decided_by} ({other.operation})")
                     for verdict in other._each(other._removal)
                 ]
                 return removed if isinstance(found, str) else [*found, *removed]
@@ -256,7 +265,9 @@ class Subject:
     def _complement(self, name: str, question: str, rows: pd.DataFrame) -> Verdict:
         other = rows[rows.baseline == name]
         value = self._rate(other)
-        reason = "" if value.ci_high < HALF else f"all other features do it too: up to {value.ci_high:.1%} of the cases"
+        reason = (
+            "" if value.ci_high < HALF else f"all other features do it too: up to {percent(value.ci_high)} of the cases"
+        )
         return Verdict(question, value, name, HALF, np.nan, _weak(name, other, rows) or reason, below=True)
 
     def _ranked(self, question: str, rows: pd.DataFrame) -> Verdict:
@@ -274,7 +285,9 @@ class Subject:
         rows = rows[rows["mode"] == self.rows["mode"].iloc[0]]
         if len(rows):
             value = share_rate(rows.changed.to_numpy(bool), groups=_units(rows))
-            reason = "" if value.ci_high <= UNRELATED else f"up to {value.ci_high:.1%} of unrelated answers change too"
+            reason = (
+                "" if value.ci_high <= UNRELATED else f"up to {percent(value.ci_high)} of unrelated answers change too"
+            )
             yield Verdict("unrelated cases", value, "most that may change", UNRELATED, np.nan, reason, below=True)
 
     def _not_copied(self, name: str, question: str, rows: pd.DataFrame) -> Verdict:
@@ -282,7 +295,7 @@ class Subject:
         value, own = self._rate(other), self._rate(_own(rows)).value
         verdict = self._above_draws(question, value, other, rows)
         if value.ci_low < HALF * own:
-            reason = f"without the features that write an answer {value.value:.1%} are left of {own:.1%}"
+            reason = f"without the features that write an answer {percent(value.value)} are left of {percent(own)}"
             return Verdict(question, value, "half of the trial's rate", HALF * own, reason=reason)
         return verdict
 
@@ -332,7 +345,7 @@ def _units(rows: pd.DataFrame) -> list[str]:
 
 def _at_least(value: Rate, least: float) -> str:
     """Why an interval does not lie above a share, or ""."""
-    return "" if value.ci_low >= least else f"its interval starts at {value.ci_low:.1%}, under half of the cases"
+    return "" if value.ci_low >= least else f"its interval starts at {percent(value.ci_low)}, under half of the cases"
 
 
 def _weak(name: str, other: pd.DataFrame, rows: pd.DataFrame) -> str:

@@ -163,6 +163,7 @@ def permutation_p(observed: np.ndarray, null: np.ndarray) -> np.ndarray:
     return ((null >= observed).sum(0) + 1) / (len(null) + 1)
 
 
+LEAST_DRAWS = 19  # of a control: no rank among fewer has p <= 0.05
 CONTROLS = ("matched", "random_direction")
 NO_CONTROL = "no control was run"
 SHARE_FLOOR = 0.03  # of a share: what 100 cases without a single failure leave open at 95 % (the rule of three)
@@ -263,7 +264,7 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit") -> pd.Da
         Indexed by `by`: `value`, `ci_low`, `ci_high` (95 %), `cases`, `edited` features, `matched` and
         `random_direction` (means over the draws that bite, NaN without one), the trial's `rank` among itself and the
         `draws` (their number), the rank's `p` = rank / (1 + draws), NaN for the `reason` when no draw counts, and `q`
-        (p corrected over all rows, Benjamini and Hochberg).
+        (see `corrected`).
     """
     rows: dict[Any, dict[str, Any]] = {}
     table = table if "baseline" in by else without_baselines(table)
@@ -292,10 +293,14 @@ def indexed(rows: dict[Any, dict[str, Any]], by: Sequence[str]) -> Any:
 
 
 def corrected(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `rates`, of several calls perhaps, with `q` corrected over all of them together."""
-    known = rows.p.notna().to_numpy()
+    """Rows of `rates`, of several calls perhaps, with `q`: p corrected over all of them that have `LEAST_DRAWS` draws.
+
+    Benjamini and Hochberg's correction, not Holm's, which no rank among few draws passes beside other rows. A rank
+    among fewer draws tests nothing, whatever the trial does: it has no q and does not count against the others.
+    """
+    tested = (rows.p.notna() & (rows.draws >= LEAST_DRAWS)).to_numpy(bool)
     q = np.full(len(rows), np.nan)
-    q[known] = benjamini_hochberg(rows.p.to_numpy(float)[known])
+    q[tested] = benjamini_hochberg(rows.p.to_numpy(float)[tested])
     return rows.assign(q=q)
 
 

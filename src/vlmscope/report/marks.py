@@ -194,9 +194,13 @@ def claims(folder: Folder, name: str, mark: Mark) -> list[Section]:
         judged = not np.isnan(row.value)
         rate = Rate(row.value, row.ci_low, row.ci_high, int(row.cases)) if judged else None
         other = None if np.isnan(row.other) else Percent(row.other)
-        words = (label(row.operation), label(row.claim), "shown" if row.shown else "not shown")
+        words = (
+            f"{label(row.operation)}: {label(row.setting)}",
+            label(row.claim),
+            "shown" if row.shown else "not shown",
+        )
         rows.append((*words, rate, row.decided_by or None, other, row.question or None, row.reason or None))
-    columns = ("trial", "the features are", "", "rate, 95 % interval", "decided by", "there", "question", "why not")
+    columns = ("trial", "claim", "", "rate, 95 % interval", "decided by", "there", "question", "why not")
     strong = frozenset(number for number, shown in enumerate(found.shown) if shown)
     return [Table(mark.title or "What this shows", columns, tuple(rows), mark.says, CLAIMS_NOTE, strong)]
 

@@ -14,7 +14,7 @@ from vlmscope.core.records import control_draws
 from vlmscope.interventions.edits import matched_features, set_features
 from vlmscope.interventions.run import base_run, run_edited
 from vlmscope.interventions.trials import Cases, Setting, Trial, layer_range, run_trials
-from vlmscope.metrics.rates import benjamini_hochberg, corrected, rates, share_rate, trial_metrics, worst
+from vlmscope.metrics.rates import rates, share_rate, trial_metrics, worst
 from vlmscope.models.base import exact_float64
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
@@ -232,9 +232,7 @@ def test_rates_worst_and_corrected_p_values_are_those_by_hand() -> None:
     )
     assert (found.cases["name"], found.edited["name"], found.matched["name"]) == (10, 4, 0.1)
     assert found.p["name"] == 1 / 3 and found.p["colour"] == 1 / 2  # above two draws, above one
-    assert found.q.tolist() == benjamini_hochberg(np.array([1 / 3, 1 / 2])).tolist()
-    again = corrected(pd.concat([rates(part, ["question"]) for _, part in table.groupby("question", sort=False)]))
-    assert again.q.tolist() == found.q.tolist()
+    assert found.q.isna().all()  # so few draws test nothing
     row = worst(rates(table.assign(setting="main"), ["setting", "question"]), "question").loc["main"]
     assert (row.value, row.matched) == (0.5, 0.2)  # the least rate next to the highest control
 

@@ -52,11 +52,15 @@ def test_a_good_circuit_may_claim_everything() -> None:
 @pytest.mark.parametrize(
     ("changes", "claim", "reason"),
     [
-        ({"": 24}, "sufficient", "its interval starts at 43.3%"),
+        ({"": 24}, "sufficient", "its interval starts at 43.3 %"),
         ({"complement": 20}, "necessary", "all other features do it too"),
-        ({"without_writers": 2}, "more_than_copying", "without the features that write an answer 5.0% are left of 95"),
-        ({"difference_of_means": 38}, "more_than_a_mean_difference", "not above difference_of_means: 95.0% against 95"),
-        ({"unconfirmed": 36}, "found_by_the_graph", r"not above unconfirmed: 95.0% against 90.0% \(p 0.25\)"),
+        ({"without_writers": 2}, "more_than_copying", "without the features that write an answer 5.0 % are left of 95"),
+        (
+            {"difference_of_means": 38},
+            "more_than_a_mean_difference",
+            "not above difference_of_means: 95.0 % against 95",
+        ),
+        ({"unconfirmed": 36}, "found_by_the_graph", r"not above unconfirmed: 95.0 % against 90.0 % \(p 0.25\)"),
     ],
 )
 def test_a_claim_falls_by_its_own_number(changes: dict[str, int], claim: str, reason: str) -> None:
@@ -105,17 +109,17 @@ def test_a_removal_shows_what_is_necessary_and_what_suffices() -> None:
     assert shown(found) == set(CLAIMS) - {"more_than_a_mean_difference"} == set(found)
     assert found["sufficient"].value == 0.9  # of the answers stay when all else is removed
     carried = judged(*trial({"": 38}), *removed, ablate="changed")
-    assert carried["necessary"].shown and carried["necessary"].decided_by == "each of 30 control draws, of ablate"
+    assert carried["necessary"].shown and carried["necessary"].decided_by == "each of 30 control draws (ablate)"
     # Redundant: with the circuit removed the answers stay, and so do they with all others carried.
     spared = judged(*trial(GOOD), *trial({"": 3}, **ablate), ablate="changed")
-    assert spared["necessary"].reason == "its interval starts at 1.6%, under half of the cases"
+    assert spared["necessary"].reason == "its interval starts at 1.6 %, under half of the cases"
 
 
 def test_unrelated_answers_must_stay() -> None:
     calm, loud = ([run(n, setting="unrelated", cases="unrelated", cases_of=100)] for n in (1, 9))
     assert judged(*trial(GOOD), *calm)["specific"].shown
     row = judged(*trial(GOOD), *loud)["specific"]
-    assert (row.shown, row.question) == (False, "unrelated cases") and "16.4% of unrelated answers" in row.reason
+    assert (row.shown, row.question) == (False, "unrelated cases") and "16.4 % of unrelated answers" in row.reason
 
 
 def test_claims_are_corrected_together() -> None:
@@ -141,4 +145,4 @@ def test_the_setting_with_baselines_is_judged_and_text_and_metrics_have_each_cla
     assert set(found.setting) == {"main"} and set(found.operation) == {"steer"}
     assert claim_metrics(found) == {f"claims/steer/{claim}": 1.0 for claim in CLAIMS}
     text = claims_text(found).splitlines()
-    assert len(text) == 7 and "95.0%" in text[1] and "rank 1 of 31" in text[3]
+    assert len(text) == 7 and "95.0 %" in text[1] and "rank 1 of 31" in text[3]

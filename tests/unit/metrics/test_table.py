@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vlmscope.metrics.rates import CELL, NO_CONTROL, cell_means, measured, rates, share_rate, worst
+from vlmscope.metrics.rates import CELL, NO_CONTROL, cell_means, corrected, measured, rates, share_rate, worst
 
 # Hits of 8 cases under the trial and under its control.
 CELLS = {
@@ -31,7 +31,12 @@ def test_a_trial_is_ranked_among_its_draws() -> None:
     found = measured(cells(), ["operation", *CELL], {"steer": "hit", "patch": "hit"})
     assert list(found.index) == list(CELLS)
     assert found.p.tolist() == [1 / 2, 1.0, 1 / 2, 1.0] and found["rank"].tolist() == [1, 2, 1, 2]
-    assert found.q.tolist() == [1.0] * 4 and (found.draws == 1).all()
+    assert found.q.isna().all() and (found.draws == 1).all()  # one draw tests nothing
+
+
+def test_ranks_among_enough_draws_are_corrected_together() -> None:
+    rows = pd.DataFrame({"p": [1 / 31, 1 / 20, 1 / 2, np.nan, 0.8], "draws": [30, 19, 1, 0, 30]})
+    np.testing.assert_allclose(corrected(rows).q, [3 / 40, 3 / 40, np.nan, np.nan, 0.8])
 
 
 def ranked(hits: list[int], weak: list[bool], moves: float = 0.1) -> Any:

@@ -156,28 +156,6 @@ def test_the_tested_seed_makes_no_range(tmp_path: Path) -> None:
     assert "too wide to be missed" in (tmp_path / "ranges.yaml").read_text()
 
 
-@pytest.mark.usefixtures("program")
-def test_scenes_that_a_study_needs_are_rendered_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    studied = EMPTY.replace("name: NAME", "name: NAME\ntask: {study: true}")
-    studied = studied.replace("some/rate", "a/rate")
-    found, run = experiments(tmp_path, studied=studied), tmp_path / "run"
-    command = ["task=reproduce", only("studied"), found, f"hydra.run.dir={run}", "tracking=none"]
-    assert main([*command, f"data.path={tmp_path}/none"]) == 0
-    assert "rendering those 2,000" in capsys.readouterr().out
-    built = yaml.safe_load((run / "shards" / "config.yaml").read_text())
-    assert built["task"] == "build_data" and "task.val" not in built and "planets:0" in built["task.train"]
-    assert yaml.safe_load((run / "studied" / "config.yaml").read_text())["data.path"] == built["data.path"]
-    assert main([*command, f"data.path={tmp_path}/none", "study.path=/"]) == 0  # a study that is there needs none
-    assert "rendering" not in capsys.readouterr().out
-    left = run / "shards" / "data" / "left"
-    left.mkdir(parents=True)
-    monkeypatch.setattr("vlmscope.tasks.reproduction.base_digest", lambda: "other code renders other scenes")
-    assert main([*command, f"data.path={tmp_path}/none"]) == 0
-    assert not left.exists()
-
-
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

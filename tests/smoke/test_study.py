@@ -69,5 +69,5 @@ def test_what_is_missing_is_said_before_anything_heavy_is_imported(arguments: li
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
-    expected = "python run.py task=build_data" if makes else "no study.json in"
+    expected = "run vlmscope task=build_data first" if makes else "no study.json in"
     assert expected in done.stderr.splitlines()[-1]

@@ -1,6 +1,7 @@
 """`task=trace` on any picture: files agree, the answer leads back to the picture, and mistakes are refused."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 import vlmscope
 from vlmscope.app import main
 from vlmscope.attribution.export import load_graph
-from vlmscope.attribution.influence import reaches_image
+from vlmscope.attribution.influence import reaches_image, top_features
 from vlmscope.attribution.vision import load_maps
 from vlmscope.core.graph import NodeKind
 from vlmscope.data.orrery.dataset import concept_scenes
@@ -111,6 +112,30 @@ def test_odd_pictures_are_traced_to_their_patches(tmp_path: Path, mode: str) -> 
     more = ("attribution.patches=true", "attribution.max_nodes=100")
     assert traced(tmp_path / "r", tmp_path / "x.png", *more) == 0
     assert metrics_of(tmp_path / "r")["graph/patch_residual"] < 1e-5
+
+
+def test_the_console_says_the_answer_its_features_and_how_to_go_on(
+    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command that it offers is taken as it stands."""
+    assert traced(tmp_path / "a b", picture, "task.figure=false") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "answer" and lines[1].startswith("  mars  p = ")
+    pruned = load_graph(tmp_path / "a b" / "graph.safetensors")
+    best, *_ = top_features(pruned.graph, 1)
+    told = lines.index("features with most influence on it")
+    assert lines[told + 2].split()[0] == str(best)
+    on = np.flatnonzero(pruned.node_mask & (pruned.graph.nodes.kind == NodeKind.FEATURE))
+    seen = int(pruned.graph.is_image[pruned.graph.nodes.position[on]].sum())
+    (line,) = (number for number, text in enumerate(lines) if text.startswith("on the picture: "))
+    assert lines[line] == f"on the picture: {seen} of the {len(on)} features that pruning kept"
+    strongest = next(text for text in lines[line:] if "strongest there: " in text)
+    assert "(picture, " in strongest
+    assert lines[-1] == str(tmp_path / "a b")
+    steer, where = (shlex.split(text.removeprefix("next: vlmscope ")) for text in lines if text.startswith("next: "))
+    assert main([*steer, "tracking=none", f"hydra.run.dir={tmp_path / 'steer'}", "task.controls=1"]) == 0
+    assert (tmp_path / "steer" / "steer.json").is_file()
+    assert where == ["task=where", f"image={picture}", f"prompt={QUESTION}"]
 
 
 def test_a_score_and_heads_are_written_and_named(

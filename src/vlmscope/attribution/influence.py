@@ -28,8 +28,9 @@ incoming one, are dropped until nothing changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -262,23 +263,51 @@ def reaches_image(pruned: PrunedGraph, logit: int) -> bool:
     return bool((reached[tokens] & graph.is_image[graph.nodes.position[tokens]]).any())
 
 
-def top_features(graph: AttributionGraph, count: int) -> dict[FeatureId, float]:
+class RankedFeature(NamedTuple):
+    """A feature of a graph, with the position where it has most influence on the most probable end."""
+
+    feature: FeatureId
+    label: str  # "" where none is known
+    influence: float  # summed over the positions where it is active
+    share: float  # of the influence of all features
+    activation: float  # at `position`, as are the following
+    position: int
+    place: str  # in words, as `AttributionGraph.place`
+    positions: int  # number of positions where it is active
+
+
+def ranked_features(
+    graph: AttributionGraph, count: int, labels: Mapping[FeatureId, str] | None = None
+) -> list[RankedFeature]:
     """The features with the most influence on the most probable logit, the strongest first.
 
-    A feature's influence is the sum over the positions where it is active, in the whole graph: a pruned one may keep
-    hardly any feature.
+    Of the whole graph: a pruned one may keep hardly any feature.
     """
     weights = np.zeros(graph.n_nodes)
     weights[graph.nodes.ends()[int(np.argmax(graph.logit_probabilities))]] = 1.0
     flow = influence(graph, weights).nodes
-    sums: dict[FeatureId, float] = {}
+    nodes_of: dict[FeatureId, list[int]] = {}
     for node in graph.nodes.of(NodeKind.FEATURE).tolist():
-        feature = graph.nodes.feature_id(node)
-        sums[feature] = sums.get(feature, 0.0) + float(flow[node])
+        nodes_of.setdefault(graph.nodes.feature_id(node), []).append(node)
+    sums = {feature: sum(flow[nodes].tolist()) for feature, nodes in nodes_of.items()}
     ranked = sorted((feature for feature in sums if sums[feature] > 0), key=lambda feature: (-sums[feature], feature))
+    whole, rows = sum(sums.values()), []
+    for feature in ranked[:count]:
+        nodes = nodes_of[feature]
+        best = max(nodes, key=lambda node: flow[node])
+        position, level = int(graph.nodes.position[best]), float(graph.nodes.activation[best])
+        share, label = sums[feature] / whole, (labels or {}).get(feature, "")
+        place = graph.place(position)
+        rows.append(RankedFeature(feature, label, sums[feature], share, level, position, place, len(nodes)))
+    return rows
+
+
+def top_features(graph: AttributionGraph, count: int) -> dict[FeatureId, float]:
+    """Influence of the first `count` of `ranked_features`; a `UserError` where none has any."""
+    ranked = ranked_features(graph, count)
     if not ranked:
         raise UserError("no feature of the graph has influence on its answer; name the features instead")
-    return {feature: sums[feature] for feature in ranked[:count]}
+    return {row.feature: row.influence for row in ranked}
 
 
 def end_sources(graph: AttributionGraph) -> tuple[np.ndarray, np.ndarray]:

@@ -244,6 +244,7 @@ def study_sources(cfg: AppConfig) -> dict[str, SourceConfig]:
     Missing shards are refused here, before heavy imports.
     """
     from vlmscope.data.config import SourceConfig
+    from vlmscope.data.orrery.dataset import scene_shards
     from vlmscope.data.orrery.scenes import KINDS
     from vlmscope.data.shards import read_index
 
@@ -251,9 +252,9 @@ def study_sources(cfg: AppConfig) -> dict[str, SourceConfig]:
     if data.sources:
         sources = dict(data.sources)
     elif data.name == "orrery":
-        if data.path is None:
-            raise UserError("data.path is not set: give the folder with Orrery's shards (task=build_data writes them)")
-        sources = {kind: SourceConfig("shards", data.path, split="val", stream=kind) for kind in KINDS}
+        folder = scene_shards(data.path)
+        kind, path = ("scenes", None) if folder is None else ("shards", str(folder))
+        sources = {stream: SourceConfig(kind, path, split="val", stream=stream) for stream in KINDS}
     elif data.name == "folder":
         if not data.path:
             raise UserError("data.path is not set: give the folder with train.jsonl (docs/bring_your_own.md)")

@@ -22,7 +22,7 @@ from enum import IntEnum
 import numpy as np
 
 from vlmscope.core.records import FeatureId, PatchBox
-from vlmscope.core.results import html_table, text_table
+from vlmscope.core.results import html_table, printable, text_table
 
 
 class NodeKind(IntEnum):
@@ -132,6 +132,16 @@ class AttributionGraph:
                     absolute = absolute * inside[self.indices[edges]]
                 out[block] = np.add.reduceat(absolute, self.indptr[block] - begin, dtype=np.float64)
         return out
+
+    def place(self, position: int) -> str:
+        """A position in words: `picture, top left`, `picture 2, centre`, or the token with its number."""
+        box = self.patch_boxes[position]
+        if box is None:
+            return f"{printable(self.tokens[position].strip()) or 'a blank'!r} at {position}"
+        down = ("top", "middle", "bottom")[min(int(3 * (box.top + box.bottom) / 2), 2)]
+        across = ("left", "middle", "right")[min(int(3 * (box.left + box.right) / 2), 2)]
+        number = f" {self.image_index[position] + 1}" if self.image_index.max() > 0 else ""
+        return f"picture{number}, " + ("centre" if down == across == "middle" else f"{down} {across}")
 
     def incoming(self, node: int) -> tuple[np.ndarray, np.ndarray]:
         """Sources and weights of the edges into a node."""

@@ -19,8 +19,9 @@ from vlmscope.core.errors import UserError
 
 def program() -> str:
     """The command that started this process, for commands in messages; `vlmscope` where Python started otherwise."""
-    names = {"run.py": "python run.py", "__main__.py": "python -m vlmscope"}
-    return names.get(Path(sys.argv[0]).name, "vlmscope")
+    path = Path(sys.argv[0])
+    module = path.name == "__main__.py" and path.parent.name == "vlmscope"
+    return "python run.py" if path.name == "run.py" else "python -m vlmscope" if module else "vlmscope"
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from vlmscope.core.errors import UserError, check_choice, check_least
 from vlmscope.core.records import CAPTION_REQUEST
+from vlmscope.data.orrery.scenes import KINDS as SCENE_KINDS
 
-KINDS = ("folder", "hf_text", "hf_image_label", "hf_cauldron", "shards", "orrery")
+KINDS = ("folder", "hf_text", "hf_image_label", "hf_cauldron", "shards", "orrery", "scenes")
 ORRERY_STREAMS = ("text", "captions", "questions", "dialogues")
 _HOLDS = {"folder": "train.jsonl (docs/bring_your_own.md)", "shards": "index.json (task=build_data writes it)"}
 
@@ -35,7 +36,8 @@ class SourceConfig:
     request: str = CAPTION_REQUEST  # the user turn that a caption answers
     images: str | None = "images"  # hf_cauldron: the columns of pictures (a list, or one; None: none) and conversations
     texts: str = "texts"
-    stream: str | None = None  # shards: the name of the source that was written; orrery: one of `ORRERY_STREAMS`
+    # shards: the name of the source that was written; orrery: one of `ORRERY_STREAMS`; scenes: one of `SCENE_KINDS`
+    stream: str | None = None
 
 
 def check_source(name: str, source: SourceConfig) -> None:
@@ -46,6 +48,8 @@ def check_source(name: str, source: SourceConfig) -> None:
     check_choice(f"{key}.kind", source.kind, KINDS)
     if source.kind == "orrery":
         check_choice(f"{key}.stream", str(source.stream), ORRERY_STREAMS)
+    if source.kind == "scenes":
+        check_choice(f"{key}.stream", str(source.stream), SCENE_KINDS)
     check_least(key, source, limit=1)
     if not 0 < source.weight < float("inf"):
         raise UserError(f"{key}.weight={source.weight}: a weight must be positive; to leave a source out: ~{key}")
@@ -62,7 +66,8 @@ def check_source(name: str, source: SourceConfig) -> None:
 class DataConfig:
     """The data: Orrery's scenes, a folder of the user's own (docs/bring_your_own.md), or a mix (docs/data.md).
 
-    `path` is a folder, or None for data generated during use; for a mix, `task=build_data` writes its shards there.
+    `path` is a folder, or None for data generated during use, as Orrery's scenes are too while their default folder
+    does not exist; for a mix, `task=build_data` writes its shards there.
     `val_share` of the user's own examples is held out for validation if there is no file or split for it.
     The rest configures a mix: rows per source that are shuffled with each other (`shuffle`), tokens per packed text
     (`context`), and corrupt shards or files of a local table that may be skipped (`max_bad_shards`).

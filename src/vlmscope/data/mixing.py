@@ -22,9 +22,9 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
 from vlmscope.data.config import SourceConfig, check_source
-from vlmscope.data.orrery.dataset import row_of_scene, row_of_shard
+from vlmscope.data.orrery.dataset import rendered_sample, row_of_scene, row_of_shard
 from vlmscope.data.orrery.rendering import make_scene
-from vlmscope.data.orrery.scenes import PICTURED, SPLITS
+from vlmscope.data.orrery.scenes import COUNTS, PICTURED, SPLITS
 from vlmscope.data.samples import WHOLE, Mark, RawSample, Reader, Row, Share, Source, held_out, indexed
 from vlmscope.data.shards import shard_source
 from vlmscope.data.tables import folder_source, hf_source
@@ -52,6 +52,10 @@ def open_source(name: str, config: SourceConfig, split: str | None = None, max_b
         return hf_source(name, config, split, max_bad_shards)
     if split not in SPLITS:
         raise UserError(f"data.sources.{name}.split={split}: Orrery's scenes have {', '.join(SPLITS)}")
+    if config.kind == "scenes":
+        kind = str(config.stream)
+        count = min(COUNTS[split][kind], config.limit or COUNTS[split][kind])
+        return indexed(name, count, lambda row: row_of_shard(rendered_sample(split, kind, row)))
     kinds = ("text",) if config.stream == "text" else PICTURED
 
     def scene(row: int) -> RawSample:

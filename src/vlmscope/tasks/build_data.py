@@ -4,11 +4,11 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vlmscope.data.orrery.scenes import COUNTS
+
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.tasks.registry import RunContext
-
-TRAIN = {"planets": 10000, "digits": 28000, "shapes": 10000, "hands": 5000, "text": 2000}
 
 USES = ("data",)
 MEMORY = "task.shard_size or task.workers"
@@ -21,9 +21,9 @@ class Config:
     A mix is written in `parts` parts a source, by `workers` processes (None: one a core, four at most).
     """
 
-    train: dict[str, int] = field(default_factory=lambda: dict(TRAIN))
-    val: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TRAIN, 400))
-    test: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TRAIN, 1000))
+    train: dict[str, int] = field(default_factory=lambda: dict(COUNTS["train"]))
+    val: dict[str, int] = field(default_factory=lambda: dict(COUNTS["val"]))
+    test: dict[str, int] = field(default_factory=lambda: dict(COUNTS["test"]))
     shard_size: int = 1000
     parts: int = 4
     workers: int | None = None

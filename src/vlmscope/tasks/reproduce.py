@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 RESUMES = True
 USES = OPTIONAL  # what is set is passed on to the experiments
-_SHARDS = "shards"  # where validation scenes go when an experiment needs them and there are none
 
 
 @dataclass
@@ -79,43 +78,16 @@ def _run_all(context: RunContext, jobs: list[Job]) -> list[Reproduced]:
     left = [job for job in jobs if ended[job.label] is None]
     if len(left) < len(jobs):
         print(f"{len(jobs) - len(left)} of {len(jobs)} are in {run_dir} already", flush=True)
-    shards = _shards(run_dir) if any(job.needs_shards for job in left) else ()
     env = sweep.started_by(context.tracked.run_id, "reproduce")
     with tqdm(left, desc="experiments", unit="experiment") as bar:
         for job in bar:
             bar.set_postfix_str(job.label)
-            overrides = (*job.overrides, *(shards if job.needs_shards else ()))
-            end = ended[job.label] = run_job(run_dir, job.label, job.digest, overrides, env)
+            end = ended[job.label] = run_job(run_dir, job.label, job.digest, job.overrides, env)
             result = _judged(run_dir, job, end)
             good = sum(number.holds for number in result.numbers)
             outcome = f"failed: {end.problem}" if end.problem else f"{good} of {len(result.numbers)} numbers in range"
             bar.write(f"{job.label}: {outcome} ({end.seconds:.0f} s)")
     return [_judged(run_dir, job, end) for job in jobs if (end := ended[job.label]) is not None]
-
-
-def _shards(run_dir: Path) -> tuple[str, ...]:
-    """Render the 2,000 validation scenes of task=build_data into the run folder, and return the override for them.
-
-    Raises:
-        RuntimeError: that failed.
-    """
-    import shutil
-
-    from vlmscope.config.resolve import quote
-    from vlmscope.data.orrery.scenes import KINDS
-    from vlmscope.tasks import reproduction
-
-    print("no shards of Orrery's validation scenes (task=build_data writes them): rendering those 2,000", flush=True)
-    where = f"data.path={quote(str(run_dir / _SHARDS / 'data'))}"
-    none = [f"task.{split}={{{','.join(f'{kind}:0' for kind in KINDS)}}}" for split in ("train", "test")]
-    digest = reproduction.base_digest()
-    if reproduction.finished(run_dir, _SHARDS, digest) is None:
-        shutil.rmtree(run_dir / _SHARDS / "data", ignore_errors=True)  # made by other code, or incomplete
-        command = ["task=build_data", "tracking=none", where, *none]
-        end = reproduction.run_job(run_dir, _SHARDS, digest, command, {})
-        if end.code:
-            raise RuntimeError(f"the validation scenes could not be rendered: {end.problem}")
-    return (where,)
 
 
 def _judged(run_dir: Path, job: Job, end: Ended) -> Reproduced:

@@ -59,7 +59,6 @@ class Job:
     question: str
     overrides: tuple[str, ...]
     cfg: AppConfig
-    needs_shards: bool
     digest: str
 
 
@@ -103,8 +102,8 @@ def planned(cfg: AppConfig, context: RunContext) -> list[Job]:
             overrides = (f"experiment={name}", *shared, *([] if seed is None else [f"seed={seed}"]))
             composed = _composed(name, overrides)
             label = name if seed is None else f"{name}_seed_{seed}"
-            lacks, digest = _lacks_shards(composed), work_digest(base, composed)
-            jobs.append(Job(name, label, first_comment(tagged[name]), overrides, composed, lacks, digest))
+            digest = work_digest(base, composed)
+            jobs.append(Job(name, label, first_comment(tagged[name]), overrides, composed, digest))
     return jobs
 
 
@@ -141,17 +140,6 @@ def _reads_shards(cfg: AppConfig) -> bool:
     return isinstance(cfg.task, Config) and cfg.data.name == "orrery" and cfg.task.reads_shards(cfg)
 
 
-def _lacks_shards(cfg: AppConfig) -> bool:
-    """Whether an experiment reads the validation scenes and some kind of them is missing."""
-    from vlmscope.data.orrery.scenes import KINDS
-    from vlmscope.data.shards import shard_files
-
-    try:
-        return _reads_shards(cfg) and not all(shard_files(Path(cfg.data.path or ""), "val", kind) for kind in KINDS)
-    except UserError:
-        return True
-
-
 def base_digest() -> str:
     """Digest of the code, the shipped assets and the packages that can change a number."""
     digest = hashlib.sha256(json.dumps(package_versions()).encode())
@@ -166,7 +154,7 @@ def base_digest() -> str:
 def work_digest(base: str, cfg: AppConfig) -> str:
     """Digest of all that an experiment's numbers depend on: `base`, its settings, and the content of its files.
 
-    Missing shards will be rendered with seed 0, so that `base` covers them.
+    Without shards, scenes are rendered with seed 0, so that `base` covers them.
     """
     from vlmscope.data.shards import INDEX
 

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmscope.core.errors import NoRoom, UserError
+from vlmscope.core.launch import program
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from vlmscope.attribution.trace import Trace
     from vlmscope.config import AppConfig
+    from vlmscope.core.records import FeatureId
     from vlmscope.data.inputs import PromptRow
     from vlmscope.models.base import ModelInputs
     from vlmscope.scope import Scope
@@ -31,6 +35,9 @@ MEMORY = "attribution.max_nodes, attribution.batch_size or attribution.memory_gb
 _LOG = logging.getLogger(__name__)
 _ROWS, _ROW = "rows", "row.json"
 _MAPPED = 3  # targets in figures/patches.png
+_TOLD, _ON_PICTURE = 8, 3  # features on the console
+_RUNNERS_UP = 3  # words that the graph does not explain
+_SUBJECT = ("model=", "model.", "transcoder=", "transcoder.")  # overrides that a command about the same graph needs
 
 
 @dataclass
@@ -64,7 +71,9 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     vlm = load_model(cfg)
     inputs = vlm.prepare(cfg.prompt, pictures)
     scope = load_scope(cfg, vlm, context.overrides)
-    return _trace_into(context.run_dir, cfg, scope, inputs, pictures)
+    metrics = _trace_into(context.run_dir, cfg, scope, inputs, pictures)
+    print("\n".join(_next_steps(context.run_dir, cfg, context.overrides)))
+    return metrics
 
 
 def _trace_into(
@@ -80,7 +89,6 @@ def _trace_into(
     from vlmscope.attribution.influence import reaches_image
     from vlmscope.attribution.trace import trace, write_heads, write_patches, write_scores
     from vlmscope.config.wiring import feature_labels
-    from vlmscope.core.results import printable
     from vlmscope.data.images import for_figures
     from vlmscope.report.graph_figure import attribution_graph
     from vlmscope.report.pictures import patch_maps
@@ -104,14 +112,68 @@ def _trace_into(
     if cfg.task.figure:
         attribution_graph(pruned, folder / "figures" / "graph.png", for_figures(pictures), labels=labels)
     if cfg.task.rows is None:
-        for words in traced.explained():
-            print(f"  {printable(words)}")
+        print("\n".join(_answer(traced, scope.vlm.tokenizer, labels)))
     metrics |= write_scores(folder / "attention.json", traced, cfg.attribution.n_pairs)
     if cfg.task.head_edges:
         write_heads(folder / "heads.json", traced, cfg.task.head_edges)
     if pictures:
         metrics["graph/answer_sees_image"] = float(reaches_image(pruned, int(graph.nodes.ends()[0])))
     return metrics
+
+
+def _answer(traced: Trace, tokenizer: Any, labels: Mapping[FeatureId, str]) -> list[str]:
+    """What the graph explains, the features with most influence on it, and whether any lies on the picture."""
+    from vlmscope.attribution.influence import ranked_features
+    from vlmscope.attribution.targets import choose_logits
+    from vlmscope.core.graph import NodeKind
+    from vlmscope.core.results import printable, text_table
+
+    graph, pruned = traced.graph, traced.pruned
+    logits = graph.nodes.kind[-1] == NodeKind.LOGIT
+    lines = ["answer" if logits else "explains", *(f"  {printable(words)}" for words in traced.explained())]
+    if traced.targets.what == "logits":  # more words than the graph explains
+        likely = choose_logits(traced.replacement, 1.0, len(graph.logit_tokens) + _RUNNERS_UP)
+        ranked = list(zip(likely.names(tokenizer), likely.probabilities.tolist(), strict=True))
+        others = [f"{printable(word)} p = {p:.2g}" for word, p in ranked if word not in graph.logit_tokens]
+        lines.append(f"  then {', '.join(others[:_RUNNERS_UP])}")
+    rows = [("feature", "influence", "activation", "strongest at", "label")]
+    for row in ranked_features(graph, _TOLD, labels):
+        more = f" and {row.positions - 1} more" if row.positions > 1 else ""
+        rows.append((str(row.feature), f"{row.share:.1%}", f"{row.activation:.3g}", row.place + more, row.label))
+    if len(rows) > 1:
+        table = text_table(rows if labels else [row[:-1] for row in rows])
+        lines += ["features with most influence on it", *(f"  {line}" for line in table.splitlines())]
+    if graph.is_image.any():
+        kept = graph.nodes.position[pruned.node_mask & (graph.nodes.kind == NodeKind.FEATURE)]
+        seen = int(graph.is_image[kept].sum())
+        lines.append(f"on the picture: {seen} of the {len(kept)} features that pruning kept")
+        if not seen:
+            lines.append(
+                "  attribution.node_threshold=0.9 keeps more; attribution.patches=true maps the answer onto it"
+            )
+        nodes = graph.nodes.of(NodeKind.FEATURE)
+        nodes = nodes[graph.is_image[graph.nodes.position[nodes]]]
+        strongest = nodes[(-pruned.influence[nodes]).argsort(kind="stable")][:_ON_PICTURE]
+        there = [f"{graph.nodes.feature_id(node)} ({graph.place(graph.nodes.position[node])})" for node in strongest]
+        lines += [f"  strongest there: {', '.join(there)}"] if there else []
+    return lines
+
+
+def _next_steps(folder: Path, cfg: AppConfig, overrides: Sequence[str]) -> list[str]:
+    """The files to look at first, and commands that go on from this graph."""
+    pictures = ",".join(cfg.image or ())
+    subject = [f"image={pictures}" if len(cfg.image) == 1 else f"image=[{pictures}]"] if cfg.image else []
+    subject += [f"prompt={cfg.prompt}", *(one for one in overrides if one.lstrip("+").startswith(_SUBJECT))]
+    again = shlex.join(subject)
+    files = ["figures/graph.png"] if cfg.task.figure else []
+    files += ["figures/patches.png"] if cfg.task.figure and cfg.attribution.patches else []
+    lines = [f"files: {', '.join([*files, 'graph.json (Neuronpedia), graph.safetensors'])} in the folder below"]
+    lines.append(f"next: {program()} task=steer {again} {shlex.quote(f'task.from_graph={folder}')}")
+    if cfg.image:
+        lines.append(f"next: {program()} task=where {again}")
+    if cfg.attribution.labels is None:
+        lines.append("names of features: task=study, then task=label, then attribution.labels= (docs/labels.md)")
+    return lines
 
 
 def _trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:

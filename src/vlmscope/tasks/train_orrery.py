@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmscope.core.errors import UserError
 from vlmscope.models.orrery import OrreryConfig
 from vlmscope.training.config import OrreryTrainingConfig
 
@@ -20,7 +18,7 @@ MEMORY = "task.training.vlm.batch"
 
 @dataclass
 class Config:
-    """Sizes and stages. `max_steps`, when set, shortens each stage (for a try); the data come from `data.path`."""
+    """Sizes and stages. `max_steps`, when set, shortens each stage (for a try). The data are Orrery's scenes."""
 
     architecture: OrreryConfig = field(default_factory=OrreryConfig)
     training: OrreryTrainingConfig = field(default_factory=OrreryTrainingConfig)
@@ -31,10 +29,9 @@ class Config:
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Train (or resume, with trainer.resume=true) and report test accuracies next to those with shuffled pictures."""
     from vlmscope.config.wiring import limit_threads
+    from vlmscope.data.orrery.dataset import scene_shards
     from vlmscope.training.orrery import train_orrery
 
-    if cfg.data.path is None:
-        raise UserError("data.path is not set: give the folder with Orrery's shards (task=build_data writes them)")
     limit_threads(cfg)
     task: Config = cfg.task
     if task.max_steps is not None:
@@ -42,5 +39,5 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
             stage.max_steps = min(stage.max_steps, task.max_steps)
             stage.warmup = min(stage.warmup, max(stage.max_steps // 4, 1))
     logger = context.tracked.lightning_logger()
-    data, resume = Path(cfg.data.path), cfg.trainer.resume
+    data, resume = scene_shards(cfg.data.path), cfg.trainer.resume
     return train_orrery(data, task.architecture, task.training, context.run_dir, logger, resume, task.test_scenes)

@@ -43,7 +43,7 @@ from vlmscope.core.hub import gb
 from vlmscope.core.records import generator
 from vlmscope.data.config import DataConfig
 from vlmscope.data.mixing import Lane, ShuffledSource, TokenMix, fingerprint, keeps, open_source
-from vlmscope.data.orrery.dataset import ScenePool
+from vlmscope.data.orrery.dataset import ScenePool, scene_shards
 from vlmscope.data.orrery.scenes import KINDS
 from vlmscope.data.samples import WHOLE, Share
 from vlmscope.data.tables import JsonLines, load_folder
@@ -316,9 +316,8 @@ def batches_for(
 
 def _orrery_batches(data: DataConfig, settings: BatchConfig, seed: int, load: Load) -> tuple[VLM, Source]:
     """Scenes of each kind with one question each, for Orrery's own processor."""
-    if data.path is None:
-        raise UserError("data.path is not set: give the folder with Orrery's shards (task=build_data writes them)")
-    train, val = (ScenePool(Path(data.path), split) for split in ("train", "val"))
+    folder = scene_shards(data.path)
+    train, val = (ScenePool(folder, split) for split in ("train", "val"))
     vlm = load()
     if not speaks_orrery(vlm):
         raise UserError(f"data=orrery has words for Orrery alone, not for {vlm.name}; choose data=folder data.path=...")

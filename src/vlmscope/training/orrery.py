@@ -296,7 +296,7 @@ class _Validate(pl.Callback):
 
 
 def train_orrery(
-    data: Path,
+    data: Path | None,
     architecture: OrreryConfig,
     config: OrreryTrainingConfig,
     run_dir: Path,
@@ -304,15 +304,16 @@ def train_orrery(
     resume: bool,
     test_scenes: int | None = None,
 ) -> dict[str, float]:
-    """Train the tower, then the VLM on Orrery's shards in `data`; save to `run_dir/model`; return test metrics.
+    """Train the tower, then the VLM on Orrery's scenes; save to `run_dir/model`; return test metrics.
 
-    With `resume` the stages continue from the checkpoints in `run_dir`, which are removed otherwise. `logger` is
-    Lightning's, or False; `test_scenes` of each kind are tested (None: all).
+    The scenes are those of the shards in `data`, or rendered when it is None. With `resume` the stages continue from
+    the checkpoints in `run_dir`, which are removed otherwise. `logger` is Lightning's, or False; `test_scenes` of each
+    kind are tested (None: all).
     """
     processor = build_processor(vocabulary(), architecture.image_size, architecture.soft_tokens)
     stages = {key: value for key, value in asdict(config).items() if key not in ("checkpoint_every", "val_every")}
     settings = flat("training", stages) | flat("architecture", asdict(architecture))
-    origin = {"data": folder_digest(data)}
+    origin = {"data": "rendered" if data is None else folder_digest(data)}
     if not resume:  # else this run could later resume from another run's checkpoint of a later stage
         for stage in _STAGES:
             shutil.rmtree(run_dir / stage, ignore_errors=True)

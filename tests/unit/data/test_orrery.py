@@ -13,6 +13,9 @@ from experiments.hierarchy import APPEARANCE, appearance
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
+from vlmscope.data import mixing
+from vlmscope.data.config import SourceConfig
+from vlmscope.data.mixing import open_source
 from vlmscope.data.orrery import dataset
 from vlmscope.data.orrery.dataset import (
     ScenePool,
@@ -24,6 +27,7 @@ from vlmscope.data.orrery.dataset import (
     digit_scenes,
     object_mask,
     painted_mask,
+    scene_shards,
 )
 from vlmscope.data.orrery.rendering import glyphs, make_scene, planet_scene
 from vlmscope.data.orrery.scenes import (
@@ -36,6 +40,7 @@ from vlmscope.data.orrery.scenes import (
     Scene,
     vocabulary,
 )
+from vlmscope.data.samples import WHOLE
 from vlmscope.models.boxes import grid_boxes
 
 
@@ -211,6 +216,32 @@ def test_scenes_come_back_as_they_were(tmp_path: Path) -> None:
     for kind in KINDS:
         for index, scene in enumerate(pool.scenes(kind)):
             assert same(scene, make_scene("train", kind, index))
+
+
+def test_without_shards_the_same_scenes_are_rendered_when_they_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Batches and the rows of a study are those of the shards that task=build_data writes."""
+    counts = {split: dict.fromkeys(KINDS, 6) for split in SPLITS}
+    monkeypatch.setattr(dataset, "COUNTS", counts)
+    monkeypatch.setattr(mixing, "COUNTS", counts)
+    monkeypatch.chdir(tmp_path)
+    dataset._say_rendered.cache_clear()
+    assert scene_shards(dataset.DEFAULT_SHARDS) is None and scene_shards(None) is None
+    assert capsys.readouterr().out.count("rendered when they are drawn") == 1
+    assert scene_shards("typo") == Path("typo")  # the user's own: refused when it is read
+    build(Path(dataset.DEFAULT_SHARDS), counts)
+    folder = scene_shards(dataset.DEFAULT_SHARDS)
+    assert folder is not None
+    stored, rendered = ScenePool(folder, "train"), ScenePool(None, "train")
+    drawn = [pool.batch(3, 5, {"planets": 2, "hands": 1, "text": 1}) for pool in (stored, rendered)]
+    drawn += [pool.scenes("digits", 2) for pool in (stored, rendered)]
+    for one, other in zip(drawn[0] + drawn[2], drawn[1] + drawn[3], strict=True):
+        assert same(one, other)
+    for kind in KINDS:
+        configs = SourceConfig("shards", str(folder), stream=kind), SourceConfig("scenes", stream=kind)
+        shards, scenes = ([row() for row in open_source("scenes", config, "val").open(WHOLE)] for config in configs)
+        assert len(shards) == 6 and shards == scenes and [s.facts for s in shards] == [s.facts for s in scenes]
 
 
 def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from vlmscope.data.orrery.rendering import (
     shape_scene,
 )
 from vlmscope.data.orrery.scenes import (
+    COUNTS,
     DIGITS,
     KINDS,
     NUMBERS,
@@ -347,11 +349,57 @@ def _plain_facts(kind: str, facts: Mapping[str, Any]) -> dict[str, str | int]:
     return {"scene": kind} | {name: value for name, value in facts.items() if isinstance(value, str | int)}
 
 
-class ScenePool:
-    """All scenes of a split in memory (compressed), drawn by step number, so batches do not change after a resume."""
+DEFAULT_SHARDS = "outputs/data/orrery"  # as in conf/data/orrery.yaml
 
-    def __init__(self, folder: Path, split: str, kinds: tuple[str, ...] = KINDS) -> None:
-        self.samples = {kind: list(read_samples(shard_files(folder, split, kind))) for kind in kinds}
+
+def scene_shards(path: str | None) -> Path | None:
+    """The folder of Orrery's shards; None, said in a line, where it is the default one and does not exist.
+
+    The scenes of `task=build_data` are then rendered when they are drawn: the same scenes, without a wait.
+    """
+    if path is not None and (path != DEFAULT_SHARDS or Path(path).exists()):
+        return Path(path)
+    _say_rendered()
+    return None
+
+
+@cache
+def _say_rendered() -> None:  # once a process: a sweep has many jobs
+    print("Orrery's scenes are rendered when they are drawn (task=build_data stores them for later runs)", flush=True)
+
+
+@lru_cache(maxsize=100_000)  # compressed, about 3 kB each
+def rendered_sample(split: str, kind: str, index: int) -> dict[str, Any]:
+    """The sample that `task=build_data` writes of a scene by default."""
+    return to_sample(make_scene(split, kind, index))
+
+
+class _Rendered(Sequence[dict[str, Any]]):
+    """The samples of a split and kind that `task=build_data` writes by default, rendered when they are read."""
+
+    def __init__(self, split: str, kind: str) -> None:
+        self.split, self.kind = split, kind
+
+    def __len__(self) -> int:
+        return COUNTS[self.split][self.kind]
+
+    def __getitem__(self, index):  # pyright: ignore[reportIncompatibleMethodOverride]  # int or slice
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return rendered_sample(self.split, self.kind, range(len(self))[index])
+
+
+class ScenePool:
+    """All scenes of a split, drawn by step number, so batches do not change after a resume.
+
+    Those of the shards in `folder` are in memory (compressed); without a folder they are rendered when they are drawn.
+    """
+
+    def __init__(self, folder: Path | None, split: str, kinds: tuple[str, ...] = KINDS) -> None:
+        self.samples: dict[str, Sequence[dict[str, Any]]] = {
+            kind: _Rendered(split, kind) if folder is None else list(read_samples(shard_files(folder, split, kind)))
+            for kind in kinds
+        }
 
     def batch(self, seed: int, step: int, counts: dict[str, int]) -> list[Scene]:
         """Draw `counts[kind]` scenes of each kind for one step, without repeats within the batch."""

@@ -18,6 +18,11 @@ SIDE = 64  # pixels
 SPLITS = ("train", "val", "test")
 KINDS = ("planets", "digits", "shapes", "hands", "text")
 PICTURED = KINDS[:-1]
+COUNTS = {  # scenes of each split and kind that task=build_data writes by default
+    "train": {"planets": 10000, "digits": 28000, "shapes": 10000, "hands": 5000, "text": 2000},
+    "val": dict.fromkeys(KINDS, 400),
+    "test": dict.fromkeys(KINDS, 1000),
+}
 
 NUMBERS = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",

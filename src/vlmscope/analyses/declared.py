@@ -21,12 +21,13 @@ from vlmscope.analyses.association import from_association
 from vlmscope.analyses.bench import Bench
 from vlmscope.attribution.export import save_graph, write_graph_json
 from vlmscope.attribution.trace import spread
+from vlmscope.circuits.baselines import Baselines
 from vlmscope.circuits.cases import answer_token, bystanders, concept_cases, matrix_cases
 from vlmscope.circuits.circuit import Circuit, direct_edges, labelled, load_circuit, save_circuit, with_labels
 from vlmscope.circuits.config import TrialConfig
-from vlmscope.circuits.experiment import ALL, EACH, Declared, PairSource, concept_operation, settle
+from vlmscope.circuits.experiment import ALL, EACH, ConceptMaterial, Declared, PairSource, concept_operation, settle
 from vlmscope.circuits.page import described, draw_diagram
-from vlmscope.circuits.selectors import concept_influence, concept_means, contrast_circuit, control_means
+from vlmscope.circuits.selectors import Influence, concept_influence, concept_means, contrast_circuit, control_means
 from vlmscope.core.results import AnswerExample, Supernode
 from vlmscope.data.images import png_bytes
 from vlmscope.data.orrery.dataset import unrelated_scenes
@@ -61,6 +62,8 @@ def run_declared(bench: Bench, analyses: Sequence[Any] = ()) -> dict[str, float]
     bench.write_table("claims", found)
     if len(found):
         print(f"\n{claims_text(found)}\n", flush=True)
+    for name, rows in declared.baselines.tables().items() if declared.baselines else ():
+        bench.write_table(name, rows)
     if declared.metrics is None:  # else the case sets are not one question's pictures before and after
         write_records(bench.run_dir / "examples.parquet", [*examples(bench, declared, table)])
         write_captions(bench, declared)
@@ -91,7 +94,7 @@ def training(bench: Bench) -> tuple[dict[str, list[Image.Image]], dict[str, str]
 def from_circuit(bench: Bench) -> Declared:
     """Pictures of two concepts; their circuit is chosen by contrast first."""
     config, count = bench.circuit_config, bench.cfg.intervention.pictures
-    circuit, means = concept_circuit(bench)
+    circuit, means, baselines = concept_circuit(bench)
     pictures = cache(bench.concept_pictures)
     cases = {
         "test": concept_cases(bench.scope, config, pictures, count, modes_of(bench)),
@@ -100,11 +103,14 @@ def from_circuit(bench: Bench) -> Declared:
     }
     shown = len(pictures(config.concepts[0], "test", count))
     bench.metrics |= {f"base/{each.question}/accuracy": each.batch.size / shown for each in cases["test"]}
-    return Declared(cases, concept_operation(circuit, config), control_means(means))
+    operation = concept_operation(circuit, config)
+    return Declared(cases, operation, control_means(means), baselines=baselines)
 
 
-def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, RoleMeans]]]:
-    """The circuit of two concepts and their role means: circuits/, graph files, evidence.parquet and their figures."""
+def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, RoleMeans]], Baselines]:
+    """The circuit of two concepts, their role means and their baselines: circuits/, graph files, evidence.parquet and
+    their figures.
+    """
     config, folder = bench.circuit_config, bench.run_dir
     train, prompts = training(bench)
     means = concept_means(bench.scope, train, prompts)
@@ -122,7 +128,25 @@ def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, Ro
     attribution_graph(pruned, folder / "figures" / "graph.png", [image], groups, labels=bench.labels)
     bench.metrics |= metrics | traces[0].metrics() | spread(graphs)
     bench.metrics["graph/seconds"] = float(np.median([graph["graph/seconds"] for graph in graphs]))
-    return circuit, means
+    return circuit, means, concept_baselines(bench, train, means, influence)
+
+
+def concept_baselines(
+    bench: Bench,
+    train: Mapping[str, Sequence[Image.Image]],
+    means: Mapping[str, Mapping[str, RoleMeans]],
+    influence: Mapping[str, Influence],
+) -> Baselines:
+    """Baselines of circuits of concepts, from what these were chosen by."""
+    config = bench.circuit_config
+
+    @cache
+    def unconfirmed(*pair: str) -> Circuit:
+        both = {concept: means[concept] for concept in pair}
+        return contrast_circuit(bench.transcoders, both, influence, config.per_layer, bench.vlm.name, False)[0]
+
+    material = ConceptMaterial(bench.scope, config, train, lambda pair: unconfirmed(*sorted(pair)))
+    return Baselines(bench.scope, material)
 
 
 def evidence_items(bench: Bench, count: int = 10) -> list[CaptionedPrompt]:
@@ -191,7 +215,12 @@ def from_matrix(bench: Bench) -> Declared:
         pair = pair_of(subject)
         return concept_operation(circuits[frozenset(pair)], config, pair)(trial, subject, limit)
 
-    return Declared(cases, operation, lambda _, subject: controls[frozenset(pair_of(subject))], metrics=cell_metrics)
+    baselines = concept_baselines(bench, train, means, influence)
+
+    def matched(_: TrialConfig, subject: Cases) -> Mapping[int, Tensor]:
+        return controls[frozenset(pair_of(subject))]
+
+    return Declared(cases, operation, matched, metrics=cell_metrics, baselines=baselines)
 
 
 def from_pairs(bench: Bench) -> Declared:
@@ -213,7 +242,9 @@ def from_pairs(bench: Bench) -> Declared:
         nodes = {name: with_labels(Supernode(name, tuple(members)), bench.labels) for name, members in ranked.items()}
         chosen = Circuit(nodes, {}, model=bench.vlm.name, n_features=bench.transcoders.widths)
         save_circuit(chosen, bench.run_dir / "circuits" / (cfg.pairs.change or "pairs"))
-    return Declared(cases, source.operation, source.means, source.sets, source)
+    return Declared(
+        cases, source.operation, source.means, source.sets, source, baselines=Baselines(bench.scope, source)
+    )
 
 
 def examples(bench: Bench, declared: Declared, table: pd.DataFrame) -> Iterator[AnswerExample]:
@@ -224,8 +255,8 @@ def examples(bench: Bench, declared: Declared, table: pd.DataFrame) -> Iterator[
         few = cases.select(range(min(SHOWN, cases.batch.size)))
         for name, trial in bench.cfg.trials.items():
             if few.texts:
-                own: Any = without_baselines(table[table.control == ""])
-                run = own[(own.operation == name) & (own.question == few.question)]
+                own: Any = without_baselines(table)
+                run = own[(own.operation == name) & (own.question == few.question) & (own.control == "")]
                 after = run.drop_duplicates("case").set_index("case").text
                 for png, case, text in zip(few.pngs, few.ids, few.texts, strict=True):
                     yield AnswerExample(png, few.prompt, name, text, after[case], (), ())

@@ -186,7 +186,7 @@ class NumberShift:
 
     def analyse(self, bench: Bench) -> dict[str, float]:
         """From trials.parquet."""
-        table = without_baselines(pd.read_parquet(bench.run_dir / "trials.parquet"))
+        table: Any = without_baselines(pd.read_parquet(bench.run_dir / "trials.parquet"))
         number = {bench.token(word): value for value, word in enumerate(self.numbers)}
         dose = table[(table.setting == self.setting) & (table.answer.map(number) <= self.most)]
         dose = dose.assign(shift=dose.said.map(number) - dose.answer.map(number))  # NaN where no number is said

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -15,10 +15,17 @@ from vlmscope.data.orrery.scenes import with_facts
 OPERATIONS = ("exchange", "carry", "toward", "shift", "ablate", "level")
 TRIAL_MODES = ("free", "frozen_attention", "direct", "generate")
 MEASURES = ("hit", "changed", "recovered", "drop", "kl")
-BASELINES = (
-    "without_writers", "only_writers", "other_writers", "complement", "unconfirmed", "difference_of_means",
-    "before_readable",
-)  # fmt: skip
+_ANY = ("exchange", "carry", "toward", "shift", "ablate")
+BASELINES = {  # name -> the operations that it is defined of (`circuits.baselines`)
+    "without_writers": _ANY,
+    "only_writers": _ANY,
+    "other_writers": _ANY,
+    "complement": ("carry", "toward", "ablate"),
+    "unconfirmed": _ANY,
+    "difference_of_means": ("exchange", "carry", "toward", "shift"),
+    "before_readable": _ANY,
+}
+OUTSIDE = ("other_writers", "complement", "unconfirmed")  # baselines that need features that the trial does not edit
 AXES = ("mode", "positions", "layers", "strength", "limit")  # of a setting; lists of them are combined
 
 
@@ -142,7 +149,7 @@ class SettingConfig:
         for measure in self.measures:
             check_choice("settings.measures", measure, MEASURES)
         for baseline in self.baselines:
-            check_choice("settings.baselines", baseline, BASELINES)
+            check_choice("settings.baselines", baseline, tuple(BASELINES))
         for layers in self.layers:
             if layers not in ("all", "no_last") and not re.fullmatch(r"\d+(-\d*|-each)?|each-?", layers):
                 raise UserError(
@@ -154,6 +161,30 @@ class SettingConfig:
         """Every combination of `AXES`, for a trial of this strength."""
         values = (self.mode, self.positions, self.layers, self.strength or [strength], self.limit or [None])
         return [dict(zip(AXES, combination, strict=True)) for combination in product(*values)]
+
+
+def baselines_of(trial: TrialConfig, setting: SettingConfig) -> list[str]:
+    """Those of a setting's baselines that are defined of a trial."""
+    every = trial.features == "all"
+    return [
+        name
+        for name in setting.baselines
+        if trial.do in BASELINES[name]
+        and not (every and name in OUTSIDE)
+        and not (trial.pooled and name == "complement")
+    ]
+
+
+def check_baselines(trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig]) -> None:
+    """Refuse a baseline that is defined of none of its setting's trials."""
+    for key, setting in settings.items():
+        mine = [trials[name] for name in setting.of or trials if name in trials]
+        for baseline in setting.baselines:
+            if not any(baseline in baselines_of(trial, setting) for trial in mine):
+                raise UserError(
+                    f"settings.{key}.baselines: {baseline} is defined of none of the setting's trials; it needs do: "
+                    f"{' or '.join(BASELINES[baseline])}{', of chosen features' * (baseline in OUTSIDE)}"
+                )
 
 
 @dataclass

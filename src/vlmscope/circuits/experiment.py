@@ -12,13 +12,15 @@ from functools import cached_property
 
 import pandas as pd
 import torch
+from PIL import Image
 from torch import Tensor
 
-from vlmscope.circuits.cases import TextPair, pair_cases, pairs_by_question, subject_of_pairs
+from vlmscope.circuits.baselines import Baselines, RoleVectors, mean_outputs
+from vlmscope.circuits.cases import TextPair, answer_token, pair_cases, pairs_by_question, subject_of_pairs
 from vlmscope.circuits.circuit import Circuit
-from vlmscope.circuits.config import CircuitConfig, InterchangeConfig, SettingConfig, TrialConfig
+from vlmscope.circuits.config import CircuitConfig, InterchangeConfig, SettingConfig, TrialConfig, baselines_of
 from vlmscope.circuits.operations import Ablate, Carry, Exchange, Level, Shift, Toward, all_features
-from vlmscope.circuits.pairs import PairEffects, PairSubject, pair_effects, pair_subject
+from vlmscope.circuits.pairs import PairEffects, PairSubject, most_changed, pair_effects, pair_subject
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 from vlmscope.core.results import CircuitFeature, Supernode
@@ -45,6 +47,7 @@ class Declared:
     pairs: PairSource | None = None  # where the cases are counterfactual pairs
     metrics: Metrics | None = None  # of the table; None for the rates of each trial (`metrics.rates.trial_metrics`)
     settled: Mapping[str, float] = field(default_factory=dict)  # question -> strength of trials that leave it open
+    baselines: Baselines | None = None
 
     def trials(self, trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig]) -> Iterator[Trial]:
         """Every trial in its settings, in the order of the declaration.
@@ -73,8 +76,14 @@ class Declared:
             raise UserError(f"trials.{operation}.strength=null, but no trial has `settle`")
         more = {key: getattr(setting, key) for key in ("matched", "random_direction", "new_tokens")}
         for axes in setting.combinations(strength):
-            do = self.operation(trial, cases, axes["limit"])
-            yield Trial(operation, do, [subset], [Setting(name, **axes, **more)], means)
+            do, where = self.operation(trial, cases, axes["limit"]), Setting(name, **axes, **more)
+            yield Trial(operation, do, [subset], [where], means)
+            where = replace(where, matched=0, random_direction=0)
+            for baseline in baselines_of(trial, setting):
+                if self.baselines is None:
+                    raise UserError(f"settings.{name}.baselines: the cases of this experiment have none; leave it out")
+                variant = self.baselines.operation(baseline, trial, do, subset, axes["limit"])
+                yield Trial(operation, variant, [subset], [where], means, baseline)
 
 
 def settle(
@@ -94,7 +103,9 @@ def settle(
         used = [setting for setting in settings.values() if name in (setting.of or trials)]
         if not used or "validation" not in declared.cases:
             raise UserError(f"trials.{name}.settle: it needs a setting that runs {name}, and validation cases")
-        first = replace(used[0], cases="validation", mode=used[0].mode[:1], strength=sorted(trial.settle), matched=0)
+        first = replace(
+            used[0], cases="validation", baselines=[], mode=used[0].mode[:1], strength=sorted(trial.settle), matched=0
+        )
         first = replace(first, of=[name], positions=["all"], layers=["all"], random_direction=0)
         table = run_trials(scope, declared.trials(trials, {"settle": first}))
         for question, part in table.groupby("question", sort=False):
@@ -124,6 +135,63 @@ def concept_operation(
         raise UserError(f"trials: do={trial.do} needs pairs; with two concepts choose exchange, carry or ablate")
 
     return made
+
+
+@dataclass(frozen=True)
+class ConceptMaterial:
+    """What baselines need where cases are pictures of concepts (`baselines.Material`).
+
+    Questions that are not the circuit's own, of unrelated cases, stand for all of them.
+    """
+
+    scope: Scope
+    config: CircuitConfig
+    images: Mapping[str, Sequence[Image.Image]]  # concept -> training pictures
+    circuit: Callable[[Sequence[str]], Circuit]  # of a pair of concepts, the circuit by contrast alone
+
+    def _pair(self, cases: Cases) -> tuple[str, ...]:
+        """The recipient and the donor."""
+        if "donor" in cases.tags:
+            return cases.tags["recipient"], cases.tags["donor"]
+        return tuple(self.config.concepts)
+
+    def _questions(self, cases: Cases) -> list[str]:
+        known = self.config.questions
+        return [cases.question] if cases.question in known else list(known)
+
+    def answers(self, cases: Cases) -> list[int]:
+        """The tokens of all concepts' words that answer the question."""
+        words = {word for name in self._questions(cases) for word in self.config.questions[name].answers.values()}
+        return [answer_token(self.scope, word) for word in sorted(words)]
+
+    def prompts(self, cases: Cases) -> list[tuple[InputBatch, Tensor]]:
+        """Training pictures of the recipient and of the donor under the question, with their answers."""
+        asked = []
+        for name in self._questions(cases):
+            for concept, batch in zip(self._pair(cases), self._asked(name, cases), strict=True):
+                token = answer_token(self.scope, self.config.questions[name].answers[concept])
+                asked.append((batch, torch.full((batch.size,), token, device=self.scope.adapter.device)))
+        return asked
+
+    def _asked(self, question: str, cases: Cases) -> list[InputBatch]:
+        prompt = self.config.questions[question].prompt
+        shown = [self.images[concept] for concept in self._pair(cases)]
+        return [self.scope.batch([self.scope.inputs(prompt, [image]) for image in images]) for images in shown]
+
+    def difference(self, cases: Cases) -> RoleVectors:
+        """Mean output on the donor's training pictures minus that on the recipient's."""
+        batches = [self._asked(name, cases) for name in self._questions(cases)]
+        sides = [torch.full((batch.size,), side) for sides in batches for side, batch in enumerate(sides)]
+        recipient, donor = mean_outputs(self.scope, [batch for both in batches for batch in both], sides).values()
+        return {
+            role: {layer: (mean - recipient[role][layer])[None] for layer, mean in by_layer.items()}
+            for role, by_layer in donor.items()
+        }
+
+    def unconfirmed(self, trial: TrialConfig, cases: Cases, limit: int | None) -> Operation:
+        """The operation with the circuit that contrast alone chooses."""
+        pair = self._pair(cases)
+        return concept_operation(self.circuit(pair), self.config, pair)(trial, cases, limit)
 
 
 def text_level(scope: Scope, pairs: Sequence[TextPair], count: int, steps: int) -> tuple[Level, dict[int, Tensor]]:
@@ -262,7 +330,52 @@ class PairSource:
         """The operation of a trial on a case set."""
         if trial.do == "carry" and trial.features == ALL and not trial.pooled and trial.strength == 1:
             return Carry(None)
-        features, nodes = self.chosen(trial.features, cases.question, limit)
+        return self._of(trial, cases, *self.chosen(trial.features, cases.question, limit))
+
+    def answers(self, cases: Cases) -> list[int]:
+        """Every token that answers the question in a training or a test pair."""
+        pairs = [*self._training.get(cases.question, ()), *pairs_by_question(self.pairs, "test")[cases.question]]
+        words = {side.answer for pair in pairs for side in (pair.original, pair.counterfactual)}
+        return [answer_token(self.scope, word) for word in sorted(words)]
+
+    def prompts(self, cases: Cases) -> list[tuple[InputBatch, Tensor]]:
+        """Both sides of the training pairs, with their answers."""
+        train = self.training(cases.question)
+        return [(train.batch, train.tokens), (train.other, train.other_tokens)]
+
+    def difference(self, cases: Cases) -> RoleVectors:
+        """Of each case, mean output on training prompts with its target's answer minus that on those with its own;
+        nothing where no training prompt has one of the two.
+        """
+        train = self.training(cases.question)
+        means = mean_outputs(self.scope, [train.batch, train.other], [train.tokens, train.other_tokens])
+        ends = list(zip(cases.answer.tolist(), cases.target.tolist(), strict=True))
+        return {
+            role: {
+                layer: torch.stack(
+                    [
+                        means[target][role][layer] - means[answer][role][layer]
+                        if answer in means and target in means
+                        else torch.zeros_like(some)
+                        for answer, target in ends
+                    ]
+                )
+                for layer, some in by_layer.items()
+            }
+            for role, by_layer in next(iter(means.values())).items()
+        }
+
+    def unconfirmed(self, trial: TrialConfig, cases: Cases, limit: int | None) -> Operation:
+        """The operation on as many features, those whose activations differ most within training pairs times the norm
+        of what they write, whatever their effect.
+        """
+        features, _ = self.chosen(trial.features, cases.question, limit)
+        size = sum(map(len, features.values()))
+        named = trial.features if trial.features in self.questions else cases.question
+        features = by_layer(self.scope.transcoders, most_changed(self.scope, self.training(named), size))
+        return self._of(trial, cases, features, ())
+
+    def _of(self, trial: TrialConfig, cases: Cases, features: Features, nodes: tuple[Supernode, ...]) -> Operation:
         if trial.do == "carry":
             return Carry(features, trial.pooled, nodes)
         if trial.do == "toward":

@@ -150,6 +150,26 @@ def pair_effects(scope: Scope, subject: PairSubject, steps: int = 5) -> PairEffe
     return PairEffects(roles, effect, change)
 
 
+@torch.no_grad()
+def most_changed(scope: Scope, subject: PairSubject, count: int) -> list[FeatureId]:
+    """The `count` features whose activations differ most within the pairs, times the norm of what they write, most
+    first: |a' - a| summed over positions and pairs, whatever it does to the answer.
+    """
+    sides = [scope.capture(side) for side in (subject.batch, subject.other)]
+    rows: list[tuple[float, FeatureId]] = []
+    for layer in scope.transcoders.layers:
+        transcoder = scope.transcoders[layer]
+        width = transcoder.config.n_features
+        score = transcoder.W_dec.new_zeros(width, dtype=torch.float64)
+        for first, second in zip(*(side.pop(layer).split(CHUNK) for side in sides), strict=True):
+            change = transcoder.encode(first).dense(width) - transcoder.encode(second).dense(width)
+            score += change.abs().double().sum((0, 1))
+        best = (score * transcoder.write_norms()).topk(min(count, width))
+        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        rows += [(-value, FeatureId(layer, index)) for value, index in pairs if value > 0]
+    return [feature for _, feature in sorted(rows)[:count]]
+
+
 def code_slopes(transcoder: Transcoder, code: SparseCode, writes: Mapping[int, Tensor], layer: int) -> Tensor:
     """[B, T, k]: the slope of each of a code's features, its decoders times the gradients where they write."""
     slots = code.indices.shape[-1]

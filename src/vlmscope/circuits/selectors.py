@@ -247,6 +247,7 @@ def contrast_circuit(
     influence: Mapping[str, Influence],
     per_layer: int,
     model: str,
+    confirmed: bool = True,
 ) -> tuple[Circuit, dict[str, float]]:
     """A circuit of two supernodes, with levels by `<question>:<role>`, and metrics: its sizes, and the share of the
     candidates that the graphs confirmed, `circuit/<concept>/confirmed_frac`.
@@ -257,26 +258,29 @@ def contrast_circuit(
         influence: concept -> influence of features in graphs of its pictures.
         per_layer: features per layer, concept and question; questions may share them.
         model: the model's name, by which a circuit of another one is refused.
+        confirmed: false takes as many features of each layer and question, but those of the largest differences.
     """
     first, second = means
     supernodes: dict[str, Supernode] = {}
     metrics: dict[str, float] = {}
     for concept, other in ((first, second), (second, first)):
         members: dict[FeatureId, CircuitFeature] = {}
-        confirmed = candidates = 0
+        taken = candidates = 0
         for layer in transcoders.layers:
             picks: list[list[CircuitFeature]] = []
             for question, active in means[concept].items():
                 score, member_of = _contrast(transcoders, layer, active, means[other][question], influence[concept])
                 chosen, seen = _confirmed(score, member_of, per_layer)
+                if not confirmed:
+                    chosen = [member_of(index) for index in score.topk(len(chosen)).indices.tolist()]
                 picks.append(chosen)
-                confirmed, candidates = confirmed + len(chosen), candidates + seen
+                taken, candidates = taken + len(chosen), candidates + seen
             # Rank by rank over the questions, so that the first n of a layer serve all of them alike.
             for member in (member for rank in zip_longest(*picks) for member in rank if member is not None):
                 members.setdefault(member.feature, member)
         supernodes[concept] = Supernode(concept, tuple(members.values()))
         metrics[f"circuit/{concept}/features"] = float(len(members))
-        metrics[f"circuit/{concept}/confirmed_frac"] = confirmed / max(candidates, 1)
+        metrics[f"circuit/{concept}/confirmed_frac"] = taken / max(candidates, 1)
     levels: dict[str, dict[str, dict[int, Tensor]]] = {}
     for concept, by_question in means.items():
         levels[concept] = {}

@@ -13,7 +13,7 @@ Legend: B prompts, T positions, P chosen ones, L layers, K words, V vocabulary, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -49,8 +49,10 @@ def top_and_bottom_logits(scope: Scope, feature: FeatureId, count: int = 6) -> t
 
 
 @torch.no_grad()
-def layer_logits(scope: Scope, layer: int, count: int, features: Tensor | None = None) -> Logits:
-    """The tokens that features of a layer (all when None) raise most and lower most, with their relative logits."""
+def decoder_logits(scope: Scope, layer: int, features: Tensor | None = None) -> Iterator[Tensor]:
+    """What features of a layer (all when None) write to each token's logit minus the mean logit, some features after
+    others: [n, V], relative.
+    """
     transcoder, hook = scope.transcoders[layer], scope.transcoders.config.output_hook
     ahead = range(transcoder.config.writes)
     norms = [norm_weight_after(scope.adapter, layer + n, hook, transcoder.W_dec) for n in ahead]
@@ -58,10 +60,15 @@ def layer_logits(scope: Scope, layer: int, count: int, features: Tensor | None =
     scale = scope.adapter.norm_scale(scope.adapter.final_norm(), torch.ones_like(weight[0]))
     centred = (weight - weight.mean(0)) * scale
     features = torch.arange(transcoder.config.n_features) if features is None else features
-    columns: list[tuple[Tensor, ...]] = []
     for part in features.to(weight.device).split(max(1, _NUMBERS // len(weight))):
         rows = [transcoder.decoder(n)[part] * (1 if norm is None else norm) for n, norm in enumerate(norms)]
-        logits = (sum(rows[1:], rows[0]).to(centred) @ centred.T).float()
+        yield (sum(rows[1:], rows[0]).to(centred) @ centred.T).float()
+
+
+def layer_logits(scope: Scope, layer: int, count: int, features: Tensor | None = None) -> Logits:
+    """The tokens that features of a layer (all when None) raise most and lower most, with their relative logits."""
+    columns: list[tuple[Tensor, ...]] = []
+    for logits in decoder_logits(scope, layer, features):
         top, bottom = logits.topk(count), (-logits).topk(count)
         columns.append((top.indices, top.values, bottom.indices, -bottom.values))
     return Logits(*(torch.cat(column).numpy(force=True) for column in zip(*columns, strict=True)))

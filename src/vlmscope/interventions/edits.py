@@ -14,7 +14,7 @@ Legend: B prompts, T positions, n features of a layer, F width of its transcoder
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -94,16 +94,28 @@ class WholeEdit:
     width: int  # F
     where: Tensor  # [T] bool, prompt positions
     generated: SparseCode | None = None  # [B, k], at tokens generated after the prompt; None leaves them alone
+    kept: Tensor | None = None  # [F] bool, the features that are set; the others stay as they are. None sets all
 
     @property
     def features(self) -> Tensor:
-        """[F] int64, all of them."""
-        return torch.arange(self.width)
+        """[n] int64, those that are set."""
+        every = torch.arange(self.width)
+        return every if self.kept is None else every[self.kept.cpu()]
+
+
+@dataclass(frozen=True)
+class OutputEdit:
+    """Vectors added to what a layer's MLP writes, whatever its features are."""
+
+    value: Tensor  # [B, T, d], or [1, T, d] for all prompts
+    where: Tensor  # [T] bool, prompt positions
+    generated: Tensor | None = None  # [B, d] or [1, d], at tokens generated after the prompt; None leaves them alone
+    features: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # none
 
 
 Plan = Mapping[int, LayerEdit]  # layer -> edit
-AnyPlan = Mapping[int, LayerEdit | WholeEdit]  # what can be run
-Edit = TypeVar("Edit", bound=LayerEdit | WholeEdit)
+AnyPlan = Mapping[int, LayerEdit | WholeEdit | OutputEdit]  # what can be run
+Edit = TypeVar("Edit", bound=LayerEdit | WholeEdit | OutputEdit)
 
 
 def at_step(values: Tensor, rank: int, step: int) -> Tensor:
@@ -171,6 +183,19 @@ def features_at(edit: LayerEdit, features: Tensor, where: Tensor, generated: boo
     named = torch.isin(edit.features, features.to(edit.features.device))
     where = where.to(at.device)
     return replace(edit, at=at & (where[:, None] | ~named), at_generated=at_generated & (~named | generated))
+
+
+def some_features(edit: LayerEdit, keep: Tensor) -> LayerEdit:
+    """The same edit of those of its features that `keep` [n] bool names."""
+    size = len(edit.features)
+
+    def kept(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        return values.expand(*values.shape[:-1], size)[..., keep.to(values.device)]
+
+    names = ("features", "value", "scale", "generated", "at", "at_generated")
+    return replace(edit, **{name: kept(getattr(edit, name)) for name in names})
 
 
 def position_mask(roles: np.ndarray, positions: str) -> Tensor:

@@ -24,7 +24,7 @@ from vlmscope.activations import target_module
 from vlmscope.core.errors import UserError, check_choice
 from vlmscope.core.records import generator
 from vlmscope.core.results import MODES
-from vlmscope.interventions.edits import AnyPlan, LayerEdit, WholeEdit, at_step
+from vlmscope.interventions.edits import AnyPlan, LayerEdit, OutputEdit, WholeEdit, at_step
 from vlmscope.models.attention import recording_patterns, replacing_patterns
 from vlmscope.models.base import Adapter, ModelInputs, all_norms
 from vlmscope.models.batching import InputBatch, continued, generated
@@ -110,6 +110,22 @@ def run_edited(
             stack.enter_context(_direct(scope, plan, base, norms))
             stack.enter_context(_frozen_norms(scope.adapter, base))
         return scope.forward(batch)
+
+
+def direct_gradients(scope: Scope, batch: InputBatch, base: BaseRun, tokens: Tensor) -> dict[int, Tensor]:
+    """Layer -> [B, T, d], the gradient of the logit of each prompt's token [B] minus the mean logit, with respect to
+    what the layer writes, in mode direct, where logits are affine in it: its product with what a feature writes is the
+    feature's direct effect.
+    """
+    written = {layer: out.detach().requires_grad_() for layer, out in base.written.items()}
+    with ExitStack() as stack, torch.enable_grad():
+        stack.enter_context(replacing_patterns(scope.adapter, base.patterns))
+        stack.enter_context(_direct(scope, {}, replace(base, written=written), None))
+        stack.enter_context(_frozen_norms(scope.adapter, base))
+        logits = scope.adapter.next_logits(batch.tensors)
+        end = (logits[torch.arange(len(tokens)), tokens] - logits.mean(-1)).sum()
+        gradients = torch.autograd.grad(end, list(written.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(written, gradients, strict=True))
 
 
 @contextmanager
@@ -231,13 +247,19 @@ def _add_ahead(pending: dict[int, Tensor], layer: int, changes: Sequence[Tensor]
 
 
 def edit_changes(
-    transcoder: Transcoder, x: Tensor, edit: LayerEdit | WholeEdit, offset: int, code: SparseCode | None = None
+    transcoder: Transcoder,
+    x: Tensor,
+    edit: LayerEdit | WholeEdit | OutputEdit,
+    offset: int,
+    code: SparseCode | None = None,
 ) -> list[Tensor]:
     """What an edit adds to the target [B, t, d] of each layer that its features write to, from their own upwards.
 
     `x` are the transcoder's inputs at positions offset..offset + t, and `code` theirs, where it is known. Empty when
     the edit does nothing there.
     """
+    if isinstance(edit, OutputEdit):
+        return _added(x, edit, offset)
     if isinstance(edit, LayerEdit):
         if not len(edit.features):
             return []
@@ -249,7 +271,7 @@ def edit_changes(
         live, step = transcoder.encode(x), offset - prompt
         if isinstance(edit, WholeEdit):
             carried = SparseCode(edit.generated.indices[:, None], edit.generated.values[:, None])
-            written = _exchanged(transcoder, live, carried)
+            written = _exchanged(transcoder, live, carried, edit.kept)
         else:
             target = at_step(edit.generated, 2, step)
             local = replace(edit, value=target.unsqueeze(-2) if target.ndim > 1 else target, at=edit.at_generated)
@@ -261,7 +283,7 @@ def edit_changes(
         return []
     live = transcoder.encode(x[:, where]) if code is None else _at_positions(code, where)
     if isinstance(edit, WholeEdit):
-        written = _exchanged(transcoder, live, _at_positions(edit.code, where))
+        written = _exchanged(transcoder, live, _at_positions(edit.code, where), edit.kept)
     else:
         value, scale = (v if v.ndim < 2 or v.shape[-2] == 1 else v[..., where, :] for v in (edit.value, edit.scale))
         local = replace(edit, value=value, scale=scale, at=None if edit.at is None else edit.at[where])
@@ -279,12 +301,24 @@ def _at_positions(code: SparseCode, where: Tensor) -> SparseCode:
     return SparseCode(code.indices[:, where], code.values[:, where])
 
 
-def _exchanged(transcoder: Transcoder, live: SparseCode, code: SparseCode) -> list[Tensor]:
-    """What a code [B, t, k] writes minus what the live one does, [B, t, d] by layer written."""
+def _added(x: Tensor, edit: OutputEdit, offset: int) -> list[Tensor]:
+    """The vectors of an `OutputEdit` as `edit_changes` gives what features write, x [B, t, d]."""
+    if offset >= len(edit.where):
+        return [] if edit.generated is None else [edit.generated[:, None].to(x).expand(x.shape)]
+    change = edit.value.to(x) * edit.where.to(x.device)[:, None]
+    return [change.expand(x.shape)] if bool(edit.where.any()) else []
+
+
+def _exchanged(transcoder: Transcoder, live: SparseCode, code: SparseCode, kept: Tensor | None = None) -> list[Tensor]:
+    """What a code [B, t, k] writes minus what the live one does, [B, t, d] by layer written; of all features or of
+    those `kept` [F].
+    """
     lead, device = live.indices.shape[:-1], live.indices.device
     indices, values = (entries.to(device).expand(*lead, entries.shape[-1]) for entries in (code.indices, code.values))
     # One sum over the entries of both: in half precision the difference of two rounded sums would be mostly rounding.
     both = SparseCode(torch.cat([indices, live.indices], -1), torch.cat([values.to(live.values), -live.values], -1))
+    if kept is not None:
+        both = SparseCode(both.indices, both.values * kept.to(device)[both.indices])
     return [transcoder.write(both, ahead) for ahead in range(transcoder.config.writes)]
 
 

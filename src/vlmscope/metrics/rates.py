@@ -203,7 +203,7 @@ def _outwards(value: float, sign: int, decimals: int) -> float:
     return round((math.ceil(scaled) if sign > 0 else math.floor(scaled)) / 10.0**decimals, max(decimals, 0))
 
 
-def without_baselines(table: pd.DataFrame) -> pd.DataFrame:
+def without_baselines(table: Any) -> pd.DataFrame:
     """Rows of the trials themselves and of their controls; a table of an earlier version has no baselines."""
     return table[table.baseline == ""] if "baseline" in table else table
 
@@ -390,9 +390,9 @@ def trial_metrics(table: pd.DataFrame, trials: Mapping[str, Any], settings: Mapp
                 metrics |= {f"{name}_changed": moved.value} | known({f"{name}_control_changed": moved.matched})
             if len(shares) > 1 and not several:
                 metrics |= by_question
-            same = (table.operation == operation) & (table.setting == setting) & (table["mode"] == mode)
+            same: Any = (table.operation == operation) & (table.setting == setting) & (table["mode"] == mode)
             if "baseline" in table and (same & (table.baseline != "")).any():
-                variants: Any = rates(table[same & (table.baseline != "")], ["baseline", "question"], measure)
+                variants: Any = rates(table.loc[same & (table.baseline != "")], ["baseline", "question"], measure)
                 lowest = variants.groupby(level="baseline", sort=False)["value"].min()
                 metrics |= {f"{name}/{baseline}": value for baseline, value in lowest.items()}
     return metrics

@@ -57,6 +57,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Run every declared trial, write trials.parquet, analyse, draw report.html."""
     from hydra.core.hydra_config import HydraConfig
 
+    from vlmscope.circuits.config import check_baselines
     from vlmscope.config.wiring import look_for_labels, study_sources
     from vlmscope.data.images import check_image
 
@@ -81,6 +82,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     for analysis in analyses:
         if hasattr(analysis, "check"):
             analysis.check(cfg)
+    check_baselines(cfg.trials, cfg.settings)
     declared = {name: setting.of or list(cfg.trials) for name, setting in cfg.settings.items()}
     check_marks(cfg.report, declared, more=any(hasattr(analysis, "trials") for analysis in analyses))
     bench = Bench(cfg, context.run_dir, analysis=settings)

@@ -19,6 +19,7 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "bring_your_own.md"
 LIMITS = {
     "check": ["task.sources=2", "task.positions=2", "task.new_tokens=2", "task.targets=10"],
     "train_transcoders": ["trainer.max_steps=3", "task.tokens_per_batch=60", "transcoder.expansion_factor=4"],
+    "evaluate": [],
     "trace": [],
     "steer": ["task.new_tokens=3", "task.controls=2"],
     "patch": ["task.new_tokens=3", "task.controls=2"],
@@ -65,7 +66,7 @@ def metrics(run_dir: Path) -> dict[str, float]:
 
 def test_the_document_shows_every_step(runs: dict[str, list[Path]]) -> None:
     assert {task: len(found) for task, found in runs.items()} == {
-        "check": 1, "train_transcoders": 2, "trace": 1, "steer": 2, "patch": 1,
+        "check": 1, "train_transcoders": 2, "evaluate": 1, "trace": 1, "steer": 2, "patch": 1,
     }  # fmt: skip
     assert metrics(runs["check"][0])["check/failed"] == 0
     downloads = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("hf ")]
@@ -82,6 +83,9 @@ def test_transcoders_come_out_and_the_second_command_resumes(runs: dict[str, lis
     assert {"val/fvu_text", "val/l0", "val/dead_frac", "val/ce_delta", "layers/fvu/layer_02"} <= numbers.keys()
     assert "perf/tokens_per_s" not in numbers  # the last command found nothing left to train
     assert (first / "figures" / "fvu_by_layer.png").stat().st_size > 0
+    evaluated = metrics(runs["evaluate"][0])  # of the saved set, in bfloat16
+    assert {name: numbers[name] for name in evaluated} == pytest.approx(evaluated, rel=0.02, abs=0.01)
+    assert {"val/fvu_token_text", "val/fvu_last", "val/ce_delta"} <= evaluated.keys()
     for name in re.findall(r"^\| `([^|]*)` \|", DOCUMENT.read_text(encoding="utf-8"), re.M):
         for key in name.replace("`", "").split(", "):
             assert key.replace("layer_07", "layer_02") in numbers, key

@@ -1,7 +1,10 @@
 """Quality of a dictionary of features: reconstruction, duplicates, monosemanticity, modality, co-activation, clusters.
 
 *FVU* = sum ||y - y_hat||^2 / sum ||y - mean(y)||^2, the mean taken over the tokens that are counted: a reconstruction
-that only knows the mean of a subset (image tokens, say) has an FVU of 1 there.
+that only knows the mean of a subset (image tokens, say) has an FVU of 1 there. One that only knows which token stands
+at a position is already good about that mean. So there is also the FVU *about each token's own mean*: y deviates from
+the mean over the positions with the same token, and that reconstruction has an FVU of 1. A token that is seen once is
+its own mean and is left out. Soft tokens are all one token.
 
 *Duplicates* (a limit of transcoders of single layers, arXiv 2602.20330): a feature's direction is the sum of its
 decoder rows over all layers that it writes to, through the weights of the norm after each MLP. By chance no pair comes
@@ -87,6 +90,52 @@ class FvuAccumulator:
     def compute(self) -> float:
         """The FVU so far; nan without tokens or when the target does not vary."""
         return self.residual / self.deviations if self.deviations > 0 else math.nan
+
+
+class TokenFvuAccumulator:
+    """FVU about each token's own mean over a stream of batches, in float64, by Chan's update for each token.
+
+    Memory: d numbers for each token that was seen, on the CPU.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[int, int] = {}  # token -> its row in the tables
+        self.count, self.residual, self.deviations = (torch.zeros(0, dtype=torch.float64) for _ in range(3))
+        self.mean: Tensor | None = None
+
+    def update(self, tokens: Tensor, target: Tensor, reconstruction: Tensor) -> None:
+        """Add a batch: the token at each position [N] int64, [N, d], [N, d]. An empty batch changes nothing."""
+        if len(tokens) == 0:
+            return
+        seen, number, count = tokens.unique(return_inverse=True, return_counts=True)
+        y = target.double()
+
+        def by_token(values: Tensor) -> Tensor:
+            return values.new_zeros(len(seen), *values.shape[1:]).index_add_(0, number, values)
+
+        mean = by_token(y) / count[:, None]
+        residual = by_token((y - reconstruction.double()).square().sum(1)).cpu()
+        deviations = by_token((y - mean[number]).square().sum(1)).cpu()
+        n, mean = count.double().cpu(), mean.cpu()
+        rows = torch.tensor([self.rows.setdefault(token, len(self.rows)) for token in seen.tolist()])
+        new = len(self.rows) - len(self.count)
+        more = functional.pad
+        self.count, self.residual, self.deviations = (
+            more(table, (0, new)) for table in (self.count, self.residual, self.deviations)
+        )
+        self.mean = mean.new_zeros(new, mean.shape[1]) if self.mean is None else more(self.mean, (0, 0, 0, new))
+        before, shift = self.count[rows], mean - self.mean[rows]
+        total = before + n
+        self.residual[rows] += residual
+        self.deviations[rows] += deviations + shift.square().sum(1) * before * n / total
+        self.mean[rows] += shift * (n / total)[:, None]
+        self.count[rows] = total
+
+    def compute(self, among: Callable[[int], bool] = lambda token: True) -> float:
+        """The FVU over the tokens that `among` accepts; nan without one that varies."""
+        chosen = torch.tensor([among(token) for token in self.rows], dtype=torch.bool) & (self.count > 1)
+        deviations = float(self.deviations[chosen].sum())
+        return float(self.residual[chosen].sum()) / deviations if deviations > 0 else math.nan
 
 
 def firing_counts(indices: Tensor, values: Tensor, n_features: int) -> Tensor:

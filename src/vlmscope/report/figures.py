@@ -224,11 +224,25 @@ def _legend_below(axes: Axes, gap: float) -> None:
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -gap), ncols=3)
 
 
-def fvu_by_layer(values: Mapping[str, Sequence[float]], dead_frac: Sequence[float], path: str | Path) -> Path:
-    """FVU by layer, one line per modality (`values['image'][layer]`), above the share of dead features."""
-    layers = range(len(dead_frac))
-    if not values or any(len(line) != len(layers) for line in values.values()):
-        raise ValueError(f"need one FVU a layer and modality for {len(layers)} layers")
+def fvu_by_layer(metrics: Mapping[str, float], path: str | Path) -> Path:
+    """FVU by layer and kind of token, above the share of dead features, from an evaluation's `layers/..` metrics."""
+
+    def by_layer(name: str) -> dict[int, float]:
+        prefix = f"layers/{name}/layer_"
+        return {int(key.removeprefix(prefix)): metrics[key] for key in metrics if key.startswith(prefix)}
+
+    names = {
+        "fvu": "all tokens",
+        "fvu_text": "text",
+        "fvu_token_text": "text, about each token's mean",
+        "fvu_image": "image",
+    }
+    dead, found = by_layer("dead_frac"), {words: by_layer(name) for name, words in names.items()}
+    layers, dead_frac = list(dead), list(dead.values())
+    # Without pictures there is no figure for them.
+    values = {words: list(line.values()) for words, line in found.items() if line.keys() == dead.keys()}
+    if not layers or not values:
+        raise ValueError("need one FVU for each layer")
     with drawing(path, 6.6, 5.0) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
         _by_layer(upper, layers, values, "FVU (fraction of\nvariance unexplained)")

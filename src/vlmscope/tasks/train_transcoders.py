@@ -91,15 +91,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     unread.unlink(missing_ok=True)
     save_set(transcoders, context.run_dir / "transcoders", dtype="bfloat16")
     write_text(context.run_dir / "transcoders" / CARD, training_card(cfg, config, transcoders, metrics))
-    layers = range(vlm.adapter.n_layers)
-    series = {
-        name: [metrics[f"layers/{key}/layer_{i:02d}"] for i in layers]
-        for name, key in (("all tokens", "fvu"), ("text", "fvu_text"), ("image", "fvu_image"))
-        # Without pictures there is no figure for them.
-        if all(f"layers/{key}/layer_{i:02d}" in metrics for i in layers)
-    }
-    dead = [metrics[f"layers/dead_frac/layer_{i:02d}"] for i in layers]
-    fvu_by_layer(series, dead, context.run_dir / "figures" / "fvu_by_layer.png")
+    fvu_by_layer(metrics, context.run_dir / "figures" / "fvu_by_layer.png")
     return metrics
 
 

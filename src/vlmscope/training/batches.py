@@ -103,12 +103,17 @@ def collect(adapter: Adapter, batch: Batch) -> LayerActivations:
     for forward in forwards(batch):
         placed = on_device(adapter, forward)
         captured = capture_mlp(adapter, forward_arguments(placed))
-        ids, mask = placed["input_ids"], placed.get("attention_mask")
-        valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        ids, valid = placed["input_ids"], valid_tokens(placed)
         soft = adapter.soft_token_id()
         is_image = torch.zeros_like(valid) if soft is None else ids == soft
         parts.append(LayerActivations({n: (x[valid], y[valid]) for n, (x, y) in captured.items()}, is_image[valid]))
     return parts[0] if len(parts) == 1 else joined_activations(parts)
+
+
+def valid_tokens(forward: Forward) -> Tensor:
+    """Which tokens [B, T] of a forward are no padding, bool."""
+    mask = forward.get("attention_mask")
+    return torch.ones_like(forward["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
 def joined_activations(parts: Sequence[LayerActivations]) -> LayerActivations:

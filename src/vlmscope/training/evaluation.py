@@ -1,9 +1,18 @@
 """Quality of a transcoder set for a model: FVU, L0, dead features, and the loss when it replaces every MLP.
 
 Definitions: `vlmscope.metrics.dictionary`. `val/<name>` is the mean of `layers/<name>/layer_<i>` over the layers.
-FVU on image (text) tokens takes the deviations from the mean of only the image (text) tokens. A figure without tokens,
-such as `fvu_image` without pictures, is left out. Each transcoder is compared, and spliced in, at its own
-`output_hook`: the raw MLP's output, or that of the norm after it.
+FVU is about the mean of the tokens that are counted, `fvu_token` about each token's own mean; both are of all tokens
+and of those of a kind:
+
+| kind | tokens |
+| --- | --- |
+| `_text` | all but soft tokens |
+| `_image` | soft tokens; all are one token, so `fvu_image` is about its own mean already |
+| `_special` | of text, those that the tokenizer marks as special (the template's) |
+| `_last` | of text, those that predict the first word of an answer |
+
+A figure without tokens, such as `fvu_image` without pictures, is left out. Each transcoder is compared, and spliced in,
+at its own `output_hook`: the raw MLP's output, or that of the norm after it.
 
 A set for another model or another hook point still loads, but its FVU is mostly above 1, worse than the target's mean
 (`fvu_on_load`). Orrery's set moved by one layer has 0.91 to 2.08, above 1 in 6 of 8 layers. A wrong nonlinearity shows
@@ -14,7 +23,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +39,7 @@ from vlmscope.core.records import generator
 from vlmscope.data.orrery.scenes import vocabulary
 from vlmscope.metrics.dictionary import (
     FvuAccumulator,
+    TokenFvuAccumulator,
     cross_entropy,
     dead_fraction,
     duplicated_fraction,
@@ -38,10 +48,22 @@ from vlmscope.metrics.dictionary import (
 )
 from vlmscope.models.loading import VLM
 from vlmscope.scope import Scope
-from vlmscope.training.batches import LOSS_MASK, Batch, chat_batch, collect, forward_arguments, forwards, on_device
+from vlmscope.training.batches import (
+    LOSS_MASK,
+    Batch,
+    Forward,
+    chat_batch,
+    collect,
+    forward_arguments,
+    forwards,
+    on_device,
+    valid_tokens,
+)
 from vlmscope.transcoders.transcoder import SparseCode, Transcoder
 
 _LOG = logging.getLogger(__name__)
+_NOT_BY_LAYER = ("fvu_token", "fvu_token_special", "fvu_token_last")  # metrics are few
+_KINDS = ("_text", "_image", "_special", "_last")  # of tokens
 _SCENES = 4  # of each kind, about 440 tokens in total
 _PICTURE = 256  # pixels a side
 _PLAIN = (
@@ -59,21 +81,33 @@ class _LayerFigures:
     """Running sums of one layer's figures."""
 
     n_features: int
-    fvu: dict[str, FvuAccumulator] = field(
-        default_factory=lambda: {name: FvuAccumulator() for name in ("fvu", "fvu_text", "fvu_image")}
-    )
+    fvu: dict[str, FvuAccumulator] = field(default_factory=lambda: {kind: FvuAccumulator() for kind in ("", *_KINDS)})
+    by_token: TokenFvuAccumulator = field(default_factory=TokenFvuAccumulator)
+    by_last_token: TokenFvuAccumulator = field(default_factory=TokenFvuAccumulator)
     tokens: int = 0
     counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
-    def update(self, code: SparseCode, reconstruction: Tensor, y: Tensor, is_image: Tensor) -> None:
-        for name, part in (("fvu", slice(None)), ("fvu_text", ~is_image), ("fvu_image", is_image)):
-            self.fvu[name].update(y[part], reconstruction[part])
+    def update(
+        self, code: SparseCode, reconstruction: Tensor, y: Tensor, ids: Tensor, kinds: dict[str, Tensor]
+    ) -> None:
+        """Add N tokens: their `ids [N]`, and a mask [N] for each of `_KINDS`."""
+        self.fvu[""].update(y, reconstruction)
+        for kind, part in kinds.items():
+            self.fvu[kind].update(y[part], reconstruction[part])
+        self.by_token.update(ids, y, reconstruction)
+        last = kinds["_last"]
+        self.by_last_token.update(ids[last], y[last], reconstruction[last])
         counts = firing_counts(code.indices, code.values, self.n_features)
         self.counts = counts if self.tokens == 0 else self.counts + counts
         self.tokens += y.shape[0]
 
-    def compute(self) -> dict[str, float]:
-        figures = {name: accumulator.compute() for name, accumulator in self.fvu.items()}
+    def compute(self, soft: int | None, special: Collection[int]) -> dict[str, float]:
+        """The figures that have tokens; `soft` is the soft token, `special` are the special ones."""
+        figures = {f"fvu{kind}": accumulator.compute() for kind, accumulator in self.fvu.items()}
+        figures["fvu_token"] = self.by_token.compute()
+        figures["fvu_token_text"] = self.by_token.compute(lambda token: token != soft)
+        figures["fvu_token_special"] = self.by_token.compute(special.__contains__)
+        figures["fvu_token_last"] = self.by_last_token.compute()
         figures["l0"] = float(self.counts.sum()) / self.tokens
         figures["dead_frac"] = dead_fraction(self.counts)
         return {name: value for name, value in figures.items() if math.isfinite(value)}
@@ -83,9 +117,10 @@ class _LayerFigures:
 def evaluate_transcoders(scope: Scope, batches: Iterable[Batch]) -> dict[str, float]:
     """Figures of the set on `batches` (`vlmscope.training.batches`).
 
-    `val/fvu`, `val/fvu_text`, `val/fvu_image`, `val/l0`, `val/dead_frac` (never fired on these batches),
-    `val/duplicated_frac`, with `layers/<name>/layer_07` for each; `val/ce` (the model's own loss on answer tokens, in
-    nats) and `val/ce_delta` (how much it rises with all layers replaced) when the batches have a `loss_mask`.
+    `val/fvu` and `val/fvu_token` with their kinds (above), `val/l0`, `val/dead_frac` (never fired on these batches),
+    `val/duplicated_frac`, with `layers/<name>/layer_07` for each but some of `fvu_token`; `val/ce` (the model's own
+    loss on answer tokens, in nats) and `val/ce_delta` (how much it rises with all layers replaced) when the batches
+    have a `loss_mask`.
     """
     adapter, transcoders = scope.adapter, scope.transcoders
     wrong = [layer for layer in transcoders.layers if layer >= adapter.n_layers]
@@ -97,21 +132,23 @@ def evaluate_transcoders(scope: Scope, batches: Iterable[Batch]) -> dict[str, fl
         )
     check_hooks(scope)
     layers = {layer: _LayerFigures(transcoders[layer].config.n_features) for layer in transcoders.layers}
+    soft, special = adapter.soft_token_id(), _special(scope.vlm)
     losses: dict[str, float] = {"tokens": 0.0, "original": 0.0, "spliced": 0.0}
     for forward in (on_device(adapter, forward) for batch in batches for forward in forwards(batch)):
         activations = collect(adapter, forward)
+        ids, kinds = _kinds(forward, soft, special)
         codes: dict[int, SparseCode] = {}
         for layer, figures in layers.items():
             x, y = activations.by_layer[layer]
             target = target_at(adapter, layer, transcoders[layer].config.output_hook, y)
             with _brought_to(adapter.device, transcoders[layer]):
                 codes[layer] = transcoders[layer].encode(x)
-                figures.update(codes[layer], transcoders.decode(layer, codes, x), target, activations.is_image)
+                figures.update(codes[layer], transcoders.decode(layer, codes, x), target, ids, kinds)
         if LOSS_MASK in forward:
             _add_losses(scope, forward, losses)
     if any(figures.tokens == 0 for figures in layers.values()):
         raise UserError("no tokens to evaluate the transcoders on; give at least one batch")
-    by_layer = {layer: figures.compute() for layer, figures in layers.items()}
+    by_layer = {layer: figures.compute(soft, special) for layer, figures in layers.items()}
     directions = {}
     for layer in layers:
         config = transcoders[layer].config
@@ -122,15 +159,34 @@ def evaluate_transcoders(scope: Scope, batches: Iterable[Batch]) -> dict[str, fl
     for layer, fraction in duplicated_fraction(directions, alive, device=adapter.device).items():
         by_layer[layer]["duplicated_frac"] = fraction
     summary: dict[str, float] = {}
-    for name in ("fvu", "fvu_text", "fvu_image", "l0", "dead_frac", "duplicated_frac"):
+    for name in dict.fromkeys(name for figures in by_layer.values() for name in figures):
         values = {layer: figures[name] for layer, figures in by_layer.items() if name in figures}
-        if values:
-            summary[f"val/{name}"] = sum(values.values()) / len(values)
+        summary[f"val/{name}"] = sum(values.values()) / len(values)
+        if name not in _NOT_BY_LAYER:
             summary |= {f"layers/{name}/layer_{layer:02d}": value for layer, value in values.items()}
     if losses["tokens"]:
         summary["val/ce"] = losses["original"] / losses["tokens"]
         summary["val/ce_delta"] = (losses["spliced"] - losses["original"]) / losses["tokens"]
     return summary
+
+
+def _special(vlm: VLM) -> set[int]:
+    """The tokens that the tokenizer marks as special, without the soft token."""
+    marked = {token for token, added in vlm.tokenizer.added_tokens_decoder.items() if added.special}
+    return marked - {vlm.adapter.soft_token_id()}
+
+
+def _kinds(forward: Forward, soft: int | None, special: Collection[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The N valid tokens of a forward, `[N]`, and the mask `[N]` of each of `_KINDS`."""
+    ids, valid = forward["input_ids"], valid_tokens(forward)
+    is_image = torch.zeros_like(valid) if soft is None else ids == soft
+    last = torch.zeros_like(valid)
+    if LOSS_MASK in forward:
+        answers = forward[LOSS_MASK].bool()
+        # A plain text counts as an answer from its second token on; its first one comes after no prompt.
+        last[:, 1:-1] = answers[:, 2:] & ~answers[:, 1:-1] & valid[:, :-2]
+    masks = (~is_image, is_image, torch.isin(ids, torch.tensor(sorted(special), device=ids.device)), last)
+    return ids[valid], {kind: mask[valid] for kind, mask in zip(_KINDS, masks, strict=True)}
 
 
 @contextmanager

@@ -27,7 +27,16 @@ from vlmscope.transcoders.transcoder import TranscoderSet
 
 CARD = "README.md"
 _TAGS = ["transcoder", "mechanistic-interpretability", "sparse-features"]
-_FIGURES = {"fvu": "FVU", "fvu_text": "FVU, text", "fvu_image": "FVU, image", "l0": "L0", "dead_frac": "dead"}
+_FIGURES = {
+    "fvu": "FVU",
+    "fvu_text": "FVU, text",
+    "fvu_token_text": "FVU, text, each token about its own mean",
+    "fvu_image": "FVU, image",
+    "fvu_special": "FVU, special",
+    "fvu_last": "FVU, last",
+    "l0": "L0",
+    "dead_frac": "dead",
+}
 _MARK = "---\n"
 _QUOTED = "## The card of the source"
 ALLOWED = ("*.safetensors", "*.yaml", "*.json", "*.md")
@@ -97,7 +106,7 @@ def render(facts: CardFacts) -> str:
     known = {name: value for name, value in asdict(facts).items() if name != "note" and value not in (None, {}, "")}
     head |= {"license": facts.license, "tags": _TAGS, "vlmscope": known}
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=120)
-    parts = [_title(facts), *_figures(facts)]
+    parts = [_title(facts), *figures_of(facts)]
     total = sum(facts.data.values())
     if total:
         rows = [[_plain(name), f"{n:,}", f"{100 * n / total:.0f} %"] for name, n in facts.data.items()]
@@ -125,7 +134,8 @@ def _title(facts: CardFacts) -> str:
     )
 
 
-def _figures(facts: CardFacts) -> list[str]:
+def figures_of(facts: CardFacts) -> list[str]:
+    """The part of a card with the figures by layer, in paragraphs."""
     names = [name for name in _FIGURES if any(name in figures for figures in facts.figures.values())]
 
     def cells(values: Mapping[str, float]) -> list[str]:

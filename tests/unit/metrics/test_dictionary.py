@@ -8,6 +8,7 @@ from scipy import sparse
 from vlmscope.core.records import generator
 from vlmscope.metrics.dictionary import (
     FvuAccumulator,
+    TokenFvuAccumulator,
     dead_fraction,
     duplicated_fraction,
     firing_counts,
@@ -40,6 +41,41 @@ def test_streaming_fvu_equals_the_whole(sizes: tuple[int, ...]) -> None:
         stream.update(part, part_hat)
     assert stream.count == 50
     assert stream.compute() == pytest.approx(float(fvu(y, y_hat)), rel=1e-10)
+
+
+def fvu_about_tokens(tokens: torch.Tensor, y: torch.Tensor, y_hat: torch.Tensor) -> float:
+    """The definition, written out."""
+    residual, deviations = 0.0, 0.0
+    for token in tokens.unique():
+        own = y[tokens == token]
+        if len(own) > 1:
+            residual += float((own - y_hat[tokens == token]).square().sum())
+            deviations += float((own - own.mean(0)).square().sum())
+    return residual / deviations
+
+
+@pytest.mark.parametrize("sizes", [(60,), (1, 1, 58), (20, 0, 40), (7,) * 8 + (4,)])
+def test_streaming_fvu_about_each_tokens_mean_equals_the_definition(sizes: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 9, (60,), generator=g)
+    tokens[33] = 70  # seen once, so that it has nothing to vary about
+    means = 1e4 * torch.randn(71, 3, generator=g, dtype=torch.float64)
+    y = means[tokens] + torch.randn(60, 3, generator=g, dtype=torch.float64)
+    y_hat = y + 0.3 * torch.randn(60, 3, generator=g, dtype=torch.float64)
+    y_hat[33] += 50.0
+    stream = TokenFvuAccumulator()
+    for part in zip(*(t.split(list(sizes)) for t in (tokens, y, y_hat)), strict=True):
+        stream.update(*part)
+    assert stream.compute() == pytest.approx(fvu_about_tokens(tokens, y, y_hat), rel=1e-9)
+    odd = tokens % 2 == 1
+    expected = fvu_about_tokens(tokens[odd], y[odd], y_hat[odd])
+    assert stream.compute(lambda token: token % 2 == 1) == pytest.approx(expected, rel=1e-9)
+    # Knowing the token is nearly all about the common mean, and nothing about the tokens' own.
+    known = torch.stack([y[tokens == token].mean(0) for token in tokens])
+    flattered, about_own = FvuAccumulator(), TokenFvuAccumulator()
+    flattered.update(y, known)
+    about_own.update(tokens, y, known)
+    assert flattered.compute() < 1e-6 and about_own.compute() == pytest.approx(1.0)
 
 
 def test_counts_and_dead() -> None:

@@ -33,7 +33,7 @@ def test_nothing_to_draw_and_lengths_that_differ_are_refused(pruned, supernode: 
         (lambda: figures.dose_response([], path, "x", "y"), "no curves"),
         (lambda: figures.rate_bars([], {}, path, "T", "y"), "nothing to draw"),
         (lambda: figures.layer_role_heatmap(np.zeros((5, 3)), range(4), ["a", "b", "c"], path, "v"), "4 layers"),
-        (lambda: figures.fvu_by_layer({"text": [0.1] * 3}, [0.0, 0.02], path), "2 layers"),
+        (lambda: figures.fvu_by_layer({"layers/dead_frac/layer_00": 0.0}, path), "one FVU for each layer"),
         (lambda: figures.sweep_overview([], path), "no job"),
         (lambda: circuit_diagram([supernode], cycle, path, {}, {}), "cycle"),
         (lambda: attribution_graph(pruned, path, max_edges=0), "no edges"),

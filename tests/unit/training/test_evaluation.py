@@ -28,17 +28,34 @@ def test_evaluation_equals_the_formula_on_all_tokens_at_once(gemma: VLM) -> None
     batches = [make_batch(1), make_batch(2)]
     figures = evaluate_transcoders(Scope(gemma, transcoders), batches)
     parts = [collect(gemma.adapter, batch) for batch in batches]
-    x, y = (torch.cat([part.by_layer[3][i] for part in parts]) for i in (0, 1))
     is_image = torch.cat([part.is_image for part in parts])
-    with torch.no_grad():
-        out = transcoders[3](x)
-    for name, rows in (("fvu", slice(None)), ("fvu_text", ~is_image), ("fvu_image", is_image)):
-        expected = float(fvu(y[rows].double(), out.reconstruction[rows].double()))
-        assert figures[f"layers/{name}/layer_03"] == pytest.approx(expected, rel=1e-6)
+    valid = [batch["attention_mask"].bool() for batch in batches]
+    ids = torch.cat([batch["input_ids"][mask] for batch, mask in zip(batches, valid, strict=True)])
+    place = torch.cat([torch.arange(14).expand(6, -1)[mask] for mask in valid])
+    last = place == 11  # the answers are the last two of 14 tokens
+    special = ids < 8  # the tokenizer's special tokens but the soft token, 8
+    rows = {"": torch.ones_like(last), "_text": ~is_image, "_image": is_image, "_special": special, "_last": last}
+    expected: dict[str, list[float]] = {}
+    for layer in range(4):
+        x, y = (torch.cat([part.by_layer[layer][i] for part in parts]) for i in (0, 1))
+        with torch.no_grad():
+            out = transcoders[layer](x)
+        for kind, mask in rows.items():
+            target, guess = y[mask].double(), out.reconstruction[mask].double()
+            own = torch.stack([target[ids[mask] == token].mean(0) for token in ids[mask]])
+            repeated = torch.tensor([int((ids[mask] == token).sum()) > 1 for token in ids[mask]])
+            about_own = (target - guess)[repeated].square().sum() / (target - own).square().sum()
+            name = "fvu_image" if kind == "_image" else f"fvu_token{kind}"  # soft tokens are all one token
+            for key, value in ((f"fvu{kind}", fvu(target, guess)), (name, about_own)):
+                expected.setdefault(key, []).append(float(value))
+                if f"layers/{key}/layer_00" in figures:
+                    assert figures[f"layers/{key}/layer_{layer:02d}"] == pytest.approx(float(value), rel=1e-6)
+    for key, values in expected.items():
+        assert figures[f"val/{key}"] == pytest.approx(np.mean(values), rel=1e-6)
     dense = out.code.dense(96) > 0
     assert figures["layers/l0/layer_03"] == pytest.approx(float(dense.sum(1).double().mean()))
     assert figures["layers/dead_frac/layer_03"] == pytest.approx(float((~dense.any(0)).double().mean()))
-    assert figures["val/fvu"] == pytest.approx(np.mean([figures[f"layers/fvu/layer_0{i}"] for i in range(4)]))
+    assert {"layers/fvu_last/layer_03", "layers/fvu_token_text/layer_03"} <= figures.keys()
 
 
 def test_ce_delta_is_the_rise_of_the_loss_on_answer_tokens(gemma: VLM) -> None:

@@ -88,8 +88,7 @@ def analyse(bench: Bench) -> dict[str, float]:
     """dissociation/<fact>/own_minus_other and active_under, places/ metrics; places.parquet and object_maps.png."""
     declared: Declared = bench.records["declared"]
     assert callable(declared.means), "cases come from pairs"
-    table: Any = pd.read_parquet(bench.run_dir / "trials.parquet")
-    table = table.query("setting == 'cross' and control == '' and baseline == ''")
+    table = bench.rows("cross")
     metrics: dict[str, float] = {}
     places: list[pd.DataFrame] = []
     drawn: dict[str, tuple[str, np.ndarray, dict[str, PictureMap]]] = {}

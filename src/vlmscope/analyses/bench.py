@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from vlmscope.circuits.cases import answer_token, pairs_by_question
@@ -18,10 +19,9 @@ from vlmscope.core.errors import UserError
 from vlmscope.data.images import open_images
 from vlmscope.data.orrery.dataset import concept_scenes, pictures
 from vlmscope.data.orrery.scenes import PLANETS
+from vlmscope.metrics.rates import without_baselines
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from vlmscope.circuits.config import CircuitConfig
     from vlmscope.config import AppConfig
     from vlmscope.core.records import FeatureId
@@ -109,6 +109,11 @@ class Bench:
         """One prompt for each picture, an array being uint8 [H, W, 3]."""
         shown = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images]
         return [self.vlm.prepare(prompt, [image]) for image in shown]
+
+    def rows(self, setting: str) -> Any:
+        """The rows of the run's trials in a setting, controls and baselines left out."""
+        table: Any = pd.read_parquet(self.run_dir / "trials.parquet")
+        return without_baselines(table[(table.setting == setting) & (table.control == "")])
 
     def write_table(self, name: str, table: pd.DataFrame, compression: Any = "snappy") -> None:
         """Write `<name>.parquet` into the run folder."""

@@ -163,24 +163,15 @@ class FeatureKinds:
         chance = 0
         for layer, train in codes[0]["last"].items():
             test = codes[1]["last"][layer]
-            kinds[layer] = decoding.simplest(self.scores(train, seen, test, new), self.least)
-            chance += int((decoding.simplest(self.scores(train, mixed, test, new), self.least) != "").sum())
+            kinds[layer], by_chance = (
+                decoding.simplest(decoding.explained_by(self.kinds, train, facts, test, new), self.least)
+                for facts in (seen, mixed)
+            )
+            chance += int((by_chance != "").sum())
             for fact, rates in read.items():
                 hits = decoding.linear_accuracy(train, seen[fact].to_numpy(), test, new[fact].to_numpy())
                 rates.append(share_rate(hits))
         return kinds, read, chance
-
-    def scores(self, train: np.ndarray, seen: pd.DataFrame, test: np.ndarray, new: pd.DataFrame) -> dict[str, Any]:
-        """Held-out R^2 [F] of every kind."""
-        scores = {}
-        for kind, facts in self.kinds.items():
-            fitted, held_out = ([table[fact].to_numpy() for fact in facts] for table in (seen, new))
-            if len(facts) == 1:
-                predicted = decoding.class_means(train, fitted[0], held_out[0])
-            else:
-                predicted = decoding.additive(train, fitted, held_out)
-            scores[kind] = decoding.held_out_r2(test, predicted)
-        return scores
 
     def analyse(self, bench: Bench) -> dict[str, float]:
         """How many features are of each kind, and what is read."""

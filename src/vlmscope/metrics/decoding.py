@@ -15,8 +15,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from vlmscope.core.records import generator
@@ -49,15 +51,40 @@ def class_means(train: np.ndarray, codes: np.ndarray, test_codes: np.ndarray) ->
     return means[test_codes]
 
 
-def additive(train: np.ndarray, codes: Sequence[np.ndarray], test_codes: Sequence[np.ndarray]) -> np.ndarray:
-    """[m, F], predicted by a sum of one term per fact, by least squares: `train` [n, F], facts [n] and [m] int."""
-    sizes = [int(max(a.max(), b.max())) + 1 for a, b in zip(codes, test_codes, strict=True)]
+def explained_by(
+    kinds: Mapping[str, Sequence[str]], train: np.ndarray, seen: pd.DataFrame, test: np.ndarray, new: pd.DataFrame
+) -> dict[str, np.ndarray]:
+    """Held-out R^2 [F] of each kind of model, which predicts activations from some facts of the scenes.
 
-    def design(facts: Sequence[np.ndarray]) -> np.ndarray:
-        return np.concatenate([np.eye(size)[code] for size, code in zip(sizes, facts, strict=True)], 1)
+    One fact predicts the mean of its value; of several the terms add up, by least squares: a level for each value of a
+    whole number, a slope for any other. `kinds` names facts, columns of `seen` and `new`.
+    """
+    scores = {}
+    for kind, facts in kinds.items():
+        if len(facts) == 1 and not _is_slope(seen[facts[0]]):
+            predicted = class_means(train, seen[facts[0]].to_numpy(), new[facts[0]].to_numpy())
+        else:
+            weights = np.linalg.lstsq(_design(facts, seen, seen, new), train, rcond=None)[0]
+            predicted = _design(facts, new, seen, new) @ weights
+        scores[kind] = held_out_r2(test, predicted)
+    return scores
 
-    weights = np.linalg.lstsq(design(codes), train, rcond=None)[0]
-    return design(test_codes) @ weights
+
+def _design(facts: Sequence[str], table: pd.DataFrame, seen: pd.DataFrame, new: pd.DataFrame) -> np.ndarray:
+    """[n, ..], terms of the facts of a table, which is `seen` or `new`; a constant where there are slopes alone."""
+    slopes = [fact for fact in facts if _is_slope(seen[fact])]
+    columns = [] if len(slopes) < len(facts) else [np.ones((len(table), 1))]
+    for fact in facts:
+        values = table[fact].to_numpy()
+        if fact in slopes:
+            columns.append(((values - seen[fact].mean()) / seen[fact].std(ddof=0))[:, None])
+        else:
+            columns.append(np.eye(int(max(seen[fact].max(), new[fact].max())) + 1)[values])
+    return np.concatenate(columns, 1)
+
+
+def _is_slope(fact: Any) -> bool:
+    return fact.dtype.kind == "f"
 
 
 def linear_accuracy(

@@ -3,6 +3,7 @@
 from itertools import permutations
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -10,11 +11,10 @@ from vlmscope.core.records import generator
 from vlmscope.metrics.decoding import (
     Rule,
     accuracy_across,
-    additive,
-    class_means,
     contrast,
     contrast_p,
     curve_kinds,
+    explained_by,
     held_out_r2,
     held_out_tuning,
     level_p,
@@ -54,15 +54,12 @@ def kinds_of(shuffled: bool) -> list[str]:
     train, test = activations("train", train_codes), activations("test", codes)
     known = generator(2).permutation(train_codes) if shuffled else train_codes
 
-    def cells(found: np.ndarray) -> dict[str, np.ndarray]:
-        return {"first": found[:, 0], "sum": found.sum(1), "pair": found @ (10, 1)}
+    def facts(found: np.ndarray) -> pd.DataFrame:
+        first, second = found.T
+        return pd.DataFrame({"first": first, "second": second, "sum": first + second, "pair": 10 * first + second})
 
-    scores = {
-        name: held_out_r2(test, class_means(train, cells(known)[name], cells(codes)[name])) for name in cells(codes)
-    }
-    scores["both"] = held_out_r2(test, additive(train, list(known.T), list(codes.T)))
-    order = ("first", "sum", "both", "pair")
-    return simplest({name: scores[name] for name in order}, least=0.3).tolist()
+    kinds = {"first": ["first"], "sum": ["sum"], "both": ["first", "second"], "pair": ["pair"]}
+    return simplest(explained_by(kinds, train, facts(known), test, facts(codes)), least=0.3).tolist()
 
 
 def test_each_feature_is_of_the_simplest_kind_that_explains_it() -> None:
@@ -71,6 +68,17 @@ def test_each_feature_is_of_the_simplest_kind_that_explains_it() -> None:
 
 def test_shuffled_facts_explain_nothing_not_even_a_feature_that_fires_once() -> None:
     assert kinds_of(shuffled=True) == [""] * 7
+
+
+def test_a_fact_that_is_no_whole_number_has_a_slope() -> None:
+    rng = generator(3, "slopes")
+    seen, new = (pd.DataFrame({"size": rng.random(200), "planet": rng.integers(0, 3, 200)}) for _ in range(2))
+    both, size = (np.stack([table["size"] * 2 + step * np.array([0.0, 5.0, 1.0])[table.planet] for step in (1, 0)], 1)
+                  for table in (seen, new))  # fmt: skip
+    kinds = {"size": ["size"], "planet": ["planet"], "size and planet": ["size", "planet"]}
+    scores = explained_by(kinds, both, seen, size, new)
+    assert simplest(scores, 0.3, share=0.999).tolist() == ["size and planet", "size"]
+    np.testing.assert_allclose(scores["size and planet"], 1.0)
 
 
 def test_linear_prediction_reads_what_is_there_and_nothing_of_shuffled_targets() -> None:

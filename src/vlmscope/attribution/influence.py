@@ -326,3 +326,37 @@ def end_sources(graph: AttributionGraph) -> tuple[np.ndarray, np.ndarray]:
         np.add.at(tokens[row], nodes.position[token_nodes], flow[token_nodes])
         errors[row] = flow[nodes.kind == NodeKind.ERROR].sum()
     return tokens, errors
+
+
+def graph_indicators(pruned: PrunedGraph) -> dict[str, float]:
+    """Numbers by which wrong answers may be told from right ones, the first three those of arXiv 2605.22902.
+
+    With I the influence on the graph's ends, over feature nodes i:
+
+        c_i = I_i / sum_j I_j                               contribution
+        entropy   = -sum_i c_i log c_i                      nats
+        distance  = sum_i c_i (T - 1 - position_i)          tokens before the last one
+        top1      = max_i c_i
+
+    Shares are of the influence that ends at sources. None depends on the scale of the ends' weights, hence not on the
+    probability of the answer. Without a feature that has influence, the first three are 0.
+    """
+    graph, flow, scores = pruned.graph, pruned.influence, pruned.scores
+    features = graph.nodes.of(NodeKind.FEATURE)
+    share = flow[features]
+    share = share / share.sum() if share.sum() > 0 else share
+    used = share > 0
+    tokens = graph.nodes.of(NodeKind.TOKEN)
+    seen = float(flow[tokens].sum())
+    image = float(flow[tokens[graph.is_image[graph.nodes.position[tokens]]]].sum())
+    return {
+        "entropy": float(-(share[used] * np.log(share[used])).sum()),
+        "distance": float(share @ (len(graph.tokens) - 1 - graph.nodes.position[features])),
+        "top1": float(share.max()) if len(share) else 0.0,
+        "image_share": scores.token_share * image / seen if seen else 0.0,
+        "text_share": scores.token_share * (1 - image / seen) if seen else 0.0,
+        "error_share": scores.error_share,
+        "replacement": scores.replacement,
+        "completeness": scores.completeness,
+        "nodes": float(pruned.n_nodes),
+    }

@@ -18,8 +18,9 @@ Legend: K sizes, B pairs, n cases, k numbers per case.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -118,6 +119,11 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
     ranks = [rankdata(values) - (len(values) + 1) / 2 for values in (first, second)]
     spread = np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
     return float((ranks[0] * ranks[1]).sum() / spread) if spread > 0 else float("nan")
+
+
+def prior(answers: Sequence[str]) -> float:
+    """The share of the most frequent right answer: the accuracy of always giving it, whatever the input."""
+    return max(Counter(answers).values()) / len(answers)
 
 
 def jaccard(first: Collection, second: Collection) -> float:
@@ -344,3 +350,36 @@ def shuffled_aucs(
             mixed[rows] = rng.permutation(wrong[rows])
         areas.append(auc(held_out_scores(values, mixed, folds, centred), mixed, strata))
     return np.array(areas)
+
+
+@dataclass(frozen=True)
+class PredictorTest:
+    """How well scores of n cases tell which are `wrong` [n] bool.
+
+    Attributes:
+        groups: [n], drawn whole for intervals.
+        folds: [n], in which fold a classifier is tested on each case.
+        centred: [n], values count from their mean within these; None: from that of all.
+        compared: [n], a wrong and a right case are a pair only within one of these.
+        shuffles: of which cases are wrong, for the control.
+    """
+
+    wrong: np.ndarray
+    groups: np.ndarray
+    folds: np.ndarray
+    centred: np.ndarray | None = None
+    compared: np.ndarray | None = None
+    shuffles: int = SHUFFLES
+    seed: int = 0
+
+    def area(self, scores: np.ndarray, less: np.ndarray | None = None) -> Rate:
+        """The area of scores [n] as they are, or how far it is above that of other scores `less` (`bootstrap_auc`)."""
+        return bootstrap_auc(scores, self.wrong, self.groups, self.compared, less, self.seed)
+
+    def fitted(self, values: np.ndarray) -> tuple[np.ndarray, Rate, float]:
+        """Held-out scores [n] of a classifier of values [n, k]; their area, whose control is the mean area of shuffled
+        cases; and the 97.5 % quantile of that.
+        """
+        scores = held_out_scores(values, self.wrong, self.folds, self.centred)
+        null = shuffled_aucs(values, self.wrong, self.folds, self.shuffles, self.compared, self.seed, self.centred)
+        return scores, replace(self.area(scores), control=float(null.mean())), float(np.quantile(null, 0.975))

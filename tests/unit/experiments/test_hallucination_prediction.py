@@ -8,13 +8,12 @@ import pandas as pd
 import pytest
 from tests.random_graphs import random_graph
 
-from vlmscope.attribution.influence import prune
+from vlmscope.attribution.influence import graph_indicators, prune
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
 from vlmscope.tasks.experiment import own_analysis
 
 experiment = own_analysis("hallucination_prediction")
-graph_indicators = experiment.graph_indicators
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlmscope.metrics.prediction import auc, bootstrap_auc, group_folds, held_out_scores
+from vlmscope.metrics.prediction import PredictorTest, auc, bootstrap_auc, group_folds, held_out_scores, prior
 
 
 def brute(scores: np.ndarray, wrong: np.ndarray, strata: np.ndarray | None = None) -> float:
@@ -63,3 +63,20 @@ def test_an_interval_is_that_of_areas_on_drawn_groups() -> None:
     low, high = np.quantile(draws, (0.025, 0.975))
     assert found.value == pytest.approx(auc(scores, wrong, strata))
     assert (found.ci_low, found.ci_high) == pytest.approx((low, high), abs=0.02)
+
+
+@pytest.mark.parametrize(("news", "more"), [(0.0, False), (1.5, True)])
+def test_a_fitted_predictor_adds_to_the_prior_only_what_the_prior_lacks(news: float, more: bool) -> None:
+    """Wrong answers follow from an uncertainty and, with `news`, from something that it does not know."""
+    rng = np.random.default_rng(5)
+    groups, hidden, sure = np.repeat(np.arange(150), 3), rng.normal(size=450), rng.normal(size=450)
+    wrong = sure + news * hidden + rng.normal(size=450) > 0.5
+    test = PredictorTest(wrong, groups, group_folds(groups, 10), shuffles=20)
+    scores, area, high = test.fitted(np.column_stack([sure + 0.1 * rng.normal(size=450), hidden]))
+    assert area.control is not None and abs(area.control - 0.5) < 0.05 < high - 0.4 and area.ci_low > high
+    gain = test.area(scores, sure)
+    assert gain.value == pytest.approx(auc(scores, wrong) - auc(sure, wrong)) and (gain.ci_low > 0) == more
+
+
+def test_the_prior_is_the_accuracy_of_one_answer() -> None:
+    assert prior(["red", "blue", "red", "gray"]) == 0.5

@@ -26,6 +26,7 @@ from vlmscope.data.images import encode_png
 from vlmscope.data.orrery.rendering import (
     SPREAD,
     TILT,
+    degrade,
     digit_scene,
     hand_scene,
     make_scene,
@@ -37,6 +38,7 @@ from vlmscope.data.orrery.scenes import (
     DIGITS,
     KINDS,
     NUMBERS,
+    PICTURED,
     PLANETS,
     QUESTIONS,
     SHAPE_COLOURS,
@@ -96,6 +98,33 @@ def unrelated_scenes(
             unrelated = tuple(q for q in scene.questions if not {*q.question.split(), *q.answer.split()} & {*without})
             scenes.append(replace(scene, questions=unrelated))
     return [scene for scene in scenes if scene.questions]
+
+
+def harder_scenes(counts: dict[str, int], levels: tuple[float, float], seed: int = 0) -> list[Scene]:
+    """Test scenes with their questions in the canonical words; `facts["level"]` says how hard each is.
+
+    The facts stay as they are, so the right answers do. Hands have five or six fingers, each half of the time.
+
+    Args:
+        counts: scenes of each kind that has pictures.
+        levels: the least and the highest level, between which it is uniform.
+        seed: of scenes and levels.
+    """
+    scenes = []
+    for kind, count in counts.items():
+        if kind not in PICTURED:
+            raise UserError(f"no harder scenes of {kind!r}: choose from {', '.join(PICTURED)}")
+        for i in range(count):
+            rng = generator(seed, "harder", kind, i)
+            level = float(rng.uniform(*levels))
+            if kind == "hands":
+                scene = replace(hand_scene(rng, int(rng.choice([5, 6]))), key=f"test-hands-{i:06d}")
+            else:
+                scene = make_scene("test", kind, i, seed)
+            assert scene.image is not None, "kinds with pictures have one"
+            facts = {**scene.facts, "level": level}
+            scenes.append(replace(plainly_asked(scene), image=degrade(scene.image, level, rng), facts=facts))
+    return scenes
 
 
 def counted_scenes(split: str, size: int, seed: int) -> tuple[list[np.ndarray], np.ndarray]:

@@ -3,7 +3,8 @@
 Planets are spheres ray-cast from real texture maps. Orthographic rays along -z hit a sphere of radius r at (cx, cy);
 the hit point, rotated by a random rotation, gives longitude and latitude, hence the texel (bilinear). Light is
 Lambertian with an ambient floor. Digits are scikit-learn's handwritten 8 x 8 glyphs under a random affine map; splits
-share no source glyph, so accuracy is measured on unseen handwriting. Shapes are equal, of one colour and never touch.
+share no source glyph, but writers: accuracy is on other glyphs, not on another hand. Each planet has one texture in all
+splits. Shapes are equal, of one colour and never touch.
 Hands have five fingers in nine of ten scenes, one to four in the rest and six never in training: the answer for six is
 the analogue of the paper's hallucination (arXiv 2602.20330).
 
@@ -323,3 +324,24 @@ def hand_scene(rng: np.random.Generator, count: int, tilt: float | None = None) 
 
 def _averaged(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX), np.uint8)
+
+
+# Harder scenes, on which models err often enough that errors can be predicted, are smaller, darker and noisy by one
+# level u: these are the shares of side and brightness that u = 1 takes, and the noise (pixels in 0..1) that it adds.
+SMALLER, DARKER, NOISE = 0.5, 0.7, 0.12
+
+
+def degrade(image: np.ndarray, level: float, rng: np.random.Generator) -> np.ndarray:
+    """A picture uint8 [64, 64, 3] made harder; level 0 gives it back as it is.
+
+    It is shrunk onto the picture's median colour at a random place, darkened, and given Gaussian noise.
+    """
+    side = round(SIDE * (1 - SMALLER * level))
+    row, column = (int(value) for value in rng.integers(0, SIDE - side + 1, 2))
+    small = Image.fromarray(image).resize((side, side), Image.Resampling.BOX)
+    canvas = np.empty(image.shape, np.float64)
+    canvas[:] = np.median(image.reshape(-1, 3), axis=0)
+    canvas[row : row + side, column : column + side] = np.asarray(small)
+    dark = canvas / 255.0 * (1 - DARKER * level)
+    noisy = dark + rng.normal(0.0, 1.0, image.shape) * NOISE * level
+    return (np.clip(noisy, 0, 1) * 255 + 0.5).astype(np.uint8)

@@ -30,7 +30,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = root / "run"
     sizes = ["study.top=6", "study.samples=12", "data=folder", f"data.path={root}"]
     assert main(["task=study", *TINY, *sizes, f"hydra.run.dir={run}"]) == 0
-    assert main(["task=label", *TINY, f"study.path={run}", f"hydra.run.dir={root / 'label'}"]) == 0
+    assert main(["task=label", "task.kind=colour", *TINY, f"study.path={run}", f"hydra.run.dir={root / 'label'}"]) == 0
     return run
 
 
@@ -45,11 +45,14 @@ def test_labels_come_with_scores_and_facts(study: Path) -> None:
     assert metrics["label/labelled"] > 0
     assert 0 <= metrics["label_shuffled/beats_chance"] <= metrics["label_shuffled/features"]
     assert metrics["label_shuffled/beats_chance_frac"] <= 0.1
+    # The colour alone is a rule that every label is held against.
+    assert 0.5 < metrics["label/auroc_kind_alone"] <= 1 and metrics["label/kind_only"] <= metrics["label/items"]
     labels = Labels(StudyFolder(study)).all()
     assert any("colour = red" in label.text or '"red"' in label.text for label in labels.values())
     assert all(label.score is not None and label.low is not None for label in labels.values())
     before = (study / "study/labels/auto.parquet").read_bytes()
-    assert main(["task=label", *TINY, f"study.path={study}", f"hydra.run.dir={study.parent / 'again'}"]) == 0
+    again = ["task.kind=colour", f"study.path={study}", f"hydra.run.dir={study.parent / 'again'}"]
+    assert main(["task=label", *TINY, *again]) == 0
     assert (study / "study/labels/auto.parquet").read_bytes() == before
 
 

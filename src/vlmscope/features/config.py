@@ -84,7 +84,7 @@ class CrossModalConfig:
     """Settings of the search for features shared by pictures and words (docs/structure.md).
 
     `concepts` are named as in the text questions. The pictures of `source` show planets, two digits of which the
-    concept is the first, or shapes of a colour: `pictures` per concept to look on, `test_pictures` unseen ones for the
+    concept is the first, or shapes of a colour: `pictures` per concept to look on, `test_pictures` (test split) for the
     causal tests. Each is patched from, and ablated with the features of, `others` drawn concepts (all when None). A
     feature prefers a concept when it fires on the share `fires` of its pictures and its mean there is `ratio` times
     that on the others; the pictures' concepts are shuffled in `permutations` orders, and single features are held to

@@ -228,7 +228,7 @@ def explain(
     rows, strong = known.rows(feature.index), bool(known.strong[feature.index])
     drawn = known.item[rows][known.drawn[rows]]
     firing = known.item[rows][known.drawn[rows] & known.positive[rows]]
-    scoring = np.flatnonzero(facts.half[: int(known.reach[feature.index])])
+    scoring = np.flatnonzero(facts.scoring[: int(known.reach[feature.index])])
     rng = generator(seed, "judged", str(feature))
     positive = rng.permutation(np.intersect1d(firing, scoring))[:judged]
     negative = rng.permutation(np.setdiff1d(scoring, firing if strong else drawn))[:judged]

@@ -17,10 +17,11 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,7 @@ from scipy import sparse
 
 from vlmscope.core.artifacts import load_tensors, save_tensors
 from vlmscope.core.errors import UserError
+from vlmscope.core.records import normalised
 from vlmscope.core.study import MANIFEST, TOP
 from vlmscope.data.samples import WHOLE
 from vlmscope.features.labels import WORDS, Part, Predicate, Rule
@@ -44,6 +46,27 @@ _LOOK = 20  # rows after which a source without facts is left
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
+def content_of(row: Mapping[str, Any]) -> str:
+    """What an item of a study is, whatever its number: its words (`normalised`), or its sample's digest if it has
+    pictures.
+    """
+    if row["n_pictures"]:
+        return row["digest"]
+    return json.dumps(
+        [[normalised(text) for text in texts] for texts in (row["users"], row["assistants"], [row["text"]])]
+    )
+
+
+def content_halves(contents: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """`[N]` bool twice: the half that each content belongs to, by its hash, so that no content is in both; and items
+    whose content came before.
+    """
+    half = np.array([hashlib.sha256(content.encode()).digest()[0] & 1 for content in contents], dtype=bool)
+    repeats = np.ones(len(contents), dtype=bool)
+    repeats[np.unique(np.array(contents, dtype=object), return_index=True)[1]] = False
+    return half, repeats
+
+
 def words_of(text: str) -> list[str]:
     """The words of a text in lower case."""
     return _WORD.findall(text.lower())
@@ -57,15 +80,20 @@ class ItemFacts:
     half: np.ndarray  # `[N]` bool: items on which labels are scored; on the others they are proposed
     names: tuple[Predicate, ...]  # P, facts first
     matrix: np.ndarray  # `[N, P]` float32, 0 or 1
+    repeats: np.ndarray | None = None  # `[N]` bool: items of the same content as an earlier one, which score nothing
 
     @classmethod
     def without_predicates(cls, items: StudyItems) -> ItemFacts:
         """The items in the order of their hashes, and their halves."""
-        hashes = item_hash(items.ids)
-        order = np.argsort(hashes, kind="stable")
-        # Another bit of the hash than those that order the items.
-        half = (hashes[order] & 1).astype(bool)
-        return cls(items.ids[order], half, (), np.zeros((len(order), 0), dtype=np.float32))
+        order = np.argsort(item_hash(items.ids), kind="stable")
+        columns = items.table.select(["users", "assistants", "text", "n_pictures", "digest"]).take(order)
+        half, repeats = content_halves([content_of(row) for row in columns.to_pylist()])
+        return cls(items.ids[order], half, (), np.zeros((len(order), 0), dtype=np.float32), repeats)
+
+    @cached_property
+    def scoring(self) -> np.ndarray:
+        """`[N]` bool: items on which labels are scored, each content once."""
+        return self.half if self.repeats is None else self.half & ~self.repeats
 
     @cached_property
     def columns(self) -> dict[Predicate, int]:

@@ -171,12 +171,15 @@ class Label:
     rule: str = ""  # the item's part as `Rule.to_json`
     place: str = ""  # where in the item, and its AUROC
     place_score: float | None = None
+    kind_score: float | None = None  # AUROC of the kind of item alone, on the same items
+    kind_only: bool = False  # the rule names nothing but the kind of item
 
     def __str__(self) -> str:
         """The label with its score, as `mars on the picture (0.97)`."""
         if self.score is None:
             return self.text
         doubt = "" if self.beats_chance else ", no better than chance"
+        doubt += ", the kind of item alone" if self.kind_only else ""
         return f"{self.text} ({self.score:.2f}{doubt})"
 
 

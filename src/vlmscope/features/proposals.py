@@ -40,8 +40,11 @@ _ROWS, _COLUMNS = ("upper part", "middle rows", "lower part"), ("left part", "mi
 _TOGETHER = 1 << 22  # positions in memory at a time
 
 
-def propose(facts: ItemFacts, known: KnownItems, feature: int) -> Rule | None:
-    """The best rule for one feature, from the proposing half of the items; None when nothing beats chance."""
+def propose(facts: ItemFacts, known: KnownItems, feature: int, only: str | None = None) -> Rule | None:
+    """The best rule for one feature, from the proposing half of the items; None when nothing beats chance.
+
+    With `only`, the best values of that fact, better than chance or not: a baseline. None where it has no two values.
+    """
     rows = known.rows(feature)
     item, fires = known.item[rows], known.positive[rows]
     proposing = ~facts.half[item]
@@ -56,23 +59,27 @@ def propose(facts: ItemFacts, known: KnownItems, feature: int) -> Rule | None:
         return None
     contrast = _rate(facts.matrix[positive].sum(0), len(positive)) - _rate(others, n_others)
     negative = np.setdiff1d(np.flatnonzero(~facts.half[:reach]), inside)[:_BACKGROUND]
-    parts = _parts(facts, contrast)
+    parts = _parts(facts, contrast, only)
+    if not parts:
+        return None
     up = np.stack([facts.holds(part, positive) for part in parts], axis=1)
     down = np.stack([facts.holds(part, negative) for part in parts], axis=1)
     rule, tried = _best(parts, up, down)
-    return rule if _beats_chance(facts, rule, positive, negative, tried + len(facts.names)) else None
+    return rule if only or _beats_chance(facts, rule, positive, negative, tried + len(facts.names)) else None
 
 
 def _rate(matched: np.ndarray, total: int) -> np.ndarray:
     return (matched + 0.5) / (total + 1)
 
 
-def _parts(facts: ItemFacts, contrast: np.ndarray) -> list[Part]:
-    """The best single predicates, and the best set of values of each fact."""
-    best = np.argsort(-contrast, kind="stable")[:_PAIRED].tolist()
+def _parts(facts: ItemFacts, contrast: np.ndarray, only: str | None = None) -> list[Part]:
+    """The best single predicates, and the best set of values of each fact; or of the fact `only`."""
+    best = np.argsort(-contrast, kind="stable")
+    keys = facts.keys if only is None else {key: columns for key, columns in facts.keys.items() if key == only}
+    best = (best if only is None else best[np.isin(best, [*keys.values()])])[:_PAIRED].tolist()
     # The best one stays even without any contrast.
     parts = [Part(facts.names[c].key, (facts.names[c].value,)) for c in best if contrast[c] > 0 or c == best[0]]
-    for columns in facts.keys.values():
+    for columns in keys.values():
         order = columns[np.argsort(-contrast[columns], kind="stable")][:MOST_VALUES]
         order = order[contrast[order] > GAIN].tolist()
         if len(order) > 1:
@@ -120,9 +127,9 @@ def score_rule(facts: ItemFacts, known: KnownItems, feature: int, rule: Rule) ->
     """Score a rule on the other half: the detection of the drawn items, and the AUROC of the strongest ones alone."""
     rows = known.rows(feature)
     item, drawn = known.item[rows], known.drawn[rows]
-    scoring = facts.half[item]
+    scoring = facts.scoring[item]
     positive = item[scoring & drawn & known.positive[rows]]
-    background = np.flatnonzero(facts.half[: int(known.reach[feature])])
+    background = np.flatnonzero(facts.scoring[: int(known.reach[feature])])
     others = facts.grades(rule, np.setdiff1d(background, positive))
     silent = facts.grades(rule, np.setdiff1d(background, item[drawn]))
     top = detection(facts.grades(rule, item[scoring & known.top[rows]]), silent)
@@ -217,9 +224,9 @@ def _place_labels(
     if rng is not None:
         fired = fired[np.lexsort((rng.random(len(row)), row))]
     feature = np.repeat(np.arange(len(features)), np.diff(known.starts[features.start : features.stop + 1]))
-    scoring, drawn = facts.half[item], known.drawn[rows]
-    # Scored on the random draw alone; the strongest help to propose.
-    use = (~scoring | drawn)[row]
+    scoring, drawn = facts.scoring[item], known.drawn[rows]
+    # Scored on the random draw alone, each content once; the strongest help to propose.
+    use = (~facts.half[item] | (scoring & drawn))[row]
     row, position, fired = row[use], position[use], fired[use]
     items = np.bincount(feature[scoring & drawn], minlength=len(features))
     group = feature[row] * 4 + scoring[row] * 2 + fired  # [features, half, fired]
@@ -262,14 +269,17 @@ def _best_places(places: Places, position: np.ndarray, group: np.ndarray, items:
 
 
 def label_layer(
-    study: StudyFolder, layer: int, facts: ItemFacts, places: Places, seed: int = 0, shuffled: int = 256
-) -> tuple[list[Label], list[Label]]:
-    """Labels of all features of a layer, and those that the same steps give on the shuffled activations of some."""
+    study: StudyFolder, layer: int, facts: ItemFacts, places: Places, seed: int = 0, shuffled: int = 256,
+    kind: str | None = None,
+) -> tuple[list[Label], list[Label]]:  # fmt: skip
+    """Labels of all features of a layer, and those that the same steps give on the shuffled activations of some; next
+    to each, the score of the fact `kind` alone.
+    """
     examples = study.examples(layer)
     known = known_items(study, layer, examples, facts)
     window = int(study.info.settings["window"])
     best_places = place_labels(places, facts, known, examples, window)
-    labels = [_label(facts, known, feature, place) for feature, place in enumerate(best_places)]
+    labels = [_label(facts, known, feature, place, kind) for feature, place in enumerate(best_places)]
     if not shuffled:
         return labels, []
     rng = generator(seed, "shuffled labels", layer)
@@ -277,10 +287,12 @@ def label_layer(
     # Places are shuffled within the items on which the feature fires, so those stay as they are.
     shuffled_places = place_labels(places, facts, known, examples, window, rng)
     picked = np.sort(rng.permutation(len(labels))[:shuffled]).tolist()
-    return labels, [_label(facts, mixed, feature, shuffled_places[feature]) for feature in picked]
+    return labels, [_label(facts, mixed, feature, shuffled_places[feature], kind) for feature in picked]
 
 
-def _label(facts: ItemFacts, known: KnownItems, feature: int, place: PlaceLabel | None) -> Label:
+def _label(
+    facts: ItemFacts, known: KnownItems, feature: int, place: PlaceLabel | None, kind: str | None = None
+) -> Label:
     where: dict[str, Any] = {"strong": bool(known.strong[feature])}
     if place is not None:
         where |= {"place": place[0].place, "place_score": place[1].score}
@@ -290,6 +302,11 @@ def _label(facts: ItemFacts, known: KnownItems, feature: int, place: PlaceLabel 
         if score is not None:
             words = ", ".join(part for part in (rule.text, where.get("place")) if part)
             words = f"strong: {words}" if where["strong"] else words
+            alone = None if kind is None else propose(facts, known, feature, kind)
+            if alone is not None:
+                of_kind, _ = score_rule(facts, known, feature, alone)
+                where["kind_score"] = None if of_kind is None else of_kind.score
+                where["kind_only"] = all(part.key == kind for part in rule.parts)
             return Label(words, "auto", "items", **vars(score), top_score=top, rule=rule.to_json(), **where)
     return NONE if place is None else Label(place[0].place, "auto", "positions", **vars(place[1]), **where)
 

@@ -90,7 +90,8 @@ def read_table(path: Path, schema: pa.Schema, filters: list | None = None) -> pa
         raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}; run task=study again") from error
     if table.schema.names != schema.names:
         raise UserError(
-            f"{path} has the columns {', '.join(table.schema.names)}; it is not of a study of version {VERSION}"
+            f"{path} has the columns {', '.join(table.schema.names)}; it is not of a study of version {VERSION}; run "
+            "the task that wrote it again"
         )
     return table
 

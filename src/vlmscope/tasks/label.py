@@ -29,7 +29,8 @@ class Config:
     """`study.path=` names the study, the run folder of a task=study; each set of labels is a file in its `labels/`.
 
     Without `explainer` all features are labelled by contrast, offline, as the set "auto"; so are `shuffled` features
-    per layer with shuffled activations, which show the scores of chance. `explainer` "endpoint" asks the model
+    per layer with shuffled activations, which show the scores of chance; `kind` is the fact whose values alone are
+    scored next to each label (a study without it has no such score). `explainer` "endpoint" asks the model
     `name_at_url` of an OpenAI-compatible service at `url` (its key is read from the environment variable
     `key_variable`, if set); "local" asks the model that `model=` names. Both label the given `features` from `shown`
     examples and judge `judged` items of either kind; `set_name` names the set.
@@ -39,6 +40,7 @@ class Config:
     features: list[str] = field(default_factory=list)
     set_name: str | None = None
     shuffled: int = 256
+    kind: str = "scene"
     url: str | None = None
     name_at_url: str | None = None
     key_variable: str = "OPENAI_API_KEY"
@@ -88,7 +90,7 @@ def label_by_contrast(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     proposed: list[tuple[FeatureId, Label]] = []
     shuffled: list[Label] = []
     for layer in tqdm(study.layers, desc="labels", unit="layer"):
-        labels, chance = label_layer(study, layer, facts, places, cfg.seed, task.shuffled)
+        labels, chance = label_layer(study, layer, facts, places, cfg.seed, task.shuffled, task.kind)
         proposed += [(FeatureId(layer, index), label) for index, label in enumerate(labels)]
         shuffled += chance
     labelled = judged(proposed)
@@ -97,6 +99,12 @@ def label_by_contrast(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     labels = [label for _, label in labelled]
     print(basis(labels, samples))
     metrics = metrics_of(labels, "label") | metrics_of(shuffled, "label_shuffled")
+    if "label/auroc_kind_alone" in metrics:
+        print(
+            f"AUROC of {metrics['label/auroc_items']:.2f} on average; of `{task.kind}` alone, on the same items, "
+            f"{metrics['label/auroc_kind_alone']:.2f}, which is all that {metrics['label/kind_only']:,.0f} of "
+            f"{metrics['label/items']:,.0f} labels about items name"
+        )
     if shuffled:
         # Shuffled labels that pass the test, and the false discovery rate of the real ones that follows.
         p, chance_p = (
@@ -205,4 +213,11 @@ def metrics_of(labels: Sequence[Label], name: str) -> dict[str, float]:
             metrics[f"{name}/auroc_{level}"] = float(np.mean(scores))
             metrics[f"{name}/auroc_{level}_p05"] = float(np.quantile(scores, 0.05))
             metrics[f"{name}/auroc_{level}_p95"] = float(np.quantile(scores, 0.95))
+    compared = [(label.score, label.kind_score, label.low) for label in labels if label.kind_score is not None]
+    if compared:
+        scores, of_kind, low = np.array(compared, float).T
+        metrics[f"{name}/auroc_kind_alone"] = float(of_kind.mean())
+        metrics[f"{name}/auroc_over_kind"] = float((scores - of_kind).mean())
+        metrics[f"{name}/beats_kind"] = float((low > of_kind).sum())
+        metrics[f"{name}/kind_only"] = float(sum(label.kind_only for label in labels))
     return metrics

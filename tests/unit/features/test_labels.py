@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 from vlmscope.core.study import StudyInfo
-from vlmscope.features.item_facts import ItemFacts, KnownItems, known_items
+from vlmscope.features.item_facts import ItemFacts, KnownItems, content_halves, content_of, known_items
 from vlmscope.features.labels import (
     Detection,
     Label,
@@ -30,7 +30,7 @@ from vlmscope.features.labels import (
 from vlmscope.features.proposals import propose, score_rule
 from vlmscope.features.study_files import EXAMPLE_TABLE, StudyFolder
 from vlmscope.features.study_tables import item_hash
-from vlmscope.tasks.label import basis
+from vlmscope.tasks.label import basis, metrics_of
 
 PLANETS = ("mars", "earth", "venus", "saturn", "moon")
 WORDS = ("mars", "colour", "what", "covers")
@@ -165,6 +165,53 @@ def test_planted_rules_are_proposed_and_score_high(
     assert {(p.key, frozenset(p.values)) for p in found.parts} == {(p.key, frozenset(p.values)) for p in rule.parts}
     score, top = score_rule(world.facts, known, feature, found)
     assert scored(score).score > 0.99 and top is not None and top > 0.99
+
+
+def test_no_content_is_in_both_halves_and_none_scores_twice() -> None:
+    """By content: neither the number of an item, nor its place, case or spaces, decide."""
+    rows = [{"users": [], "assistants": [], "text": f"what is {n % 40} ?", "n_pictures": 0} for n in range(200)]
+    rows += [{**row, "text": row["text"].upper().replace(" ", "  ")} for row in rows[:40]]
+    rows += [
+        {"users": ["what ?"], "assistants": [], "text": "", "n_pictures": 1, "digest": f"{n % 30:x}"} for n in range(60)
+    ]
+    contents = [content_of(row) for row in rows]
+    assert len(set(contents)) == 70
+    half, repeats = content_halves(contents)
+    for content in set(contents):
+        places = np.array([each == content for each in contents])
+        assert len(set(half[places])) == 1 and (~repeats[places]).sum() == 1 and not repeats[places.argmax()]
+    assert 20 < half[~repeats].sum() < 50
+    order = np.random.default_rng(0).permutation(len(rows))
+    assert np.array_equal(content_halves([contents[i] for i in order])[0], half[order])
+
+
+def test_a_repeated_item_moves_no_score(planted: tuple[Planted, KnownItems]) -> None:
+    world, known = planted
+    facts, rule = world.facts, Rule((Part("planet", ("earth", "venus")),))
+    repeats = np.random.default_rng(1).random(N) < 0.3
+    turned = replace(facts, repeats=repeats, matrix=np.where(repeats[:, None], 1 - facts.matrix, facts.matrix))
+    once = scored(score_rule(replace(facts, repeats=repeats), known, 1, rule)[0])
+    assert scored(score_rule(turned, known, 1, rule)[0]) == once
+    whole = scored(score_rule(facts, known, 1, rule)[0])
+    assert once.positives < whole.positives and once.negatives < whole.negatives
+
+
+def test_the_kind_alone_is_the_baseline_of_a_label(planted: tuple[Planted, KnownItems]) -> None:
+    world, known = planted
+    of_kind = propose(world.facts, known, 2, "planet")
+    assert of_kind == Rule((Part("planet", ("mars",)),))
+    alone, label = (scored(score_rule(world.facts, known, 2, rule)[0]).score for rule in
+                    (of_kind, Rule((Part("question", ("colour",)), Part("planet", ("mars",))))))  # fmt: skip
+    assert 0.5 < alone < label - 0.02
+    assert propose(world.facts, known, 5, "planet") is not None  # a baseline does not need to beat chance
+    assert propose(world.facts, known, 2, "no such fact") is None
+    labels = [
+        Label("a", "auto", "items", 0.9, 0.8, 0.95, kind_score=0.7),
+        Label("b", "auto", "items", 0.7, 0.6, 0.8, kind_score=0.7, kind_only=True),
+    ]
+    metrics = metrics_of(labels, "label")
+    assert (metrics["label/auroc_kind_alone"], metrics["label/beats_kind"], metrics["label/kind_only"]) == (0.7, 1, 1)
+    assert metrics["label/auroc_over_kind"] == pytest.approx(0.1) and str(labels[1]).endswith("the kind of item alone)")
 
 
 def test_a_feature_that_fires_nearly_everywhere_is_labelled_by_where_it_is_strong(

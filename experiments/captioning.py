@@ -96,7 +96,8 @@ def pairs_of(bench: Bench, swap: str, split: str) -> list[TextPair]:
     (change, *words), count = bench.analysis.swaps[swap], bench.analysis.pairs[split]
     scenes = scene_pairs(change, split, count, bench.cfg.seed, *words)
     shown = [[Image.fromarray(array) for array in pictures([getattr(pair, side) for pair in scenes])] for side in SIDES]
-    sides = [bench.inputs(images, bench.analysis.prompt) for images in shown]
+    sides = [bench.inputs(bench.recorded(split, f"{swap} {split} {side}", images), bench.analysis.prompt)
+             for side, images in zip(SIDES, shown, strict=True)]  # fmt: skip
     right = list(zip(*(pair.captions for pair in scenes), strict=True))
     pngs = [png_bytes(image) for image in shown[0]]
     pairs = text_pairs(bench.scope, sides, right, bench.analysis.new_tokens, pngs)

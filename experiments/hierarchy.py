@@ -115,6 +115,7 @@ def codes_of(bench: Bench, split: str, each: int) -> tuple[dict[str, Codes], pd.
     """Place -> layer -> [n, F] activations (summed over soft tokens; at the last position), and facts of the scenes."""
     scenes = [scene for planet in PLANETS for scene in concept_scenes(planet, split, each, bench.cfg.seed)]
     images, places = pictures(scenes), {}
+    bench.recorded(split, f"planets {split}", images, "reading")
     for name, wordings in PLANET_QUESTIONS.items():
         # Soft tokens come before any question.
         codes = scene_codes(bench, images, wordings[0], ("last",) if places else PLACES)

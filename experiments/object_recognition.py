@@ -60,7 +60,7 @@ def trials(bench: Bench, declared: Declared) -> Iterator[Trial]:
     bench.records["declared"] = declared
     for change in declared.sets if pairs.change is not None else ():  # the user's own pairs are of one kind
         alone = replace(pairs, change=change, original=None, counterfactual=None)
-        for question, members in pairs_by_question(alone, "test").items():
+        for question, members in bench.pairs("test", alone).items():
             subject = subject_of_pairs(bench.scope, question, members, config.least, config.answerable)
             cases = pair_cases(bench.scope, subject, members, change)
             for fact in declared.sets:

@@ -76,6 +76,7 @@ def scenes_of(bench: Bench, kind: str, question: str) -> list[tuple[pd.DataFrame
     """Choose features on training scenes, and measure their maps on each test scene where one is active."""
     settings, seed = bench.analysis, bench.cfg.seed
     train = pictures([make_scene("train", kind, i, seed) for i in range(settings.train_scenes)])
+    bench.recorded("train", f"{kind} train", train)
     limits = settings.features_per_kind, settings.least_share, settings.most_tokens, 1
     chosen = image_features(bench.scope, bench.scope.batch(bench.inputs(train, question)), *limits)
     for choice in chosen:
@@ -86,7 +87,7 @@ def scenes_of(bench: Bench, kind: str, question: str) -> list[tuple[pd.DataFrame
     measured = []
     for index in tqdm(range(settings.test_scenes), desc=f"maps of {kind}", unit="scene"):
         scene = make_scene("test", kind, index, seed)
-        (inputs,) = bench.inputs(pictures([scene]), question)
+        (inputs,) = bench.inputs(bench.recorded("test", scene.key, pictures([scene]), "maps"), question)
         batch = bench.scope.batch([inputs])
         strength = {choice.feature: choice.strength for choice in image_features(bench.scope, batch, 10**6)}
         active = tuple(feature for feature, needed in least.items() if strength.get(feature, 0.0) >= needed)

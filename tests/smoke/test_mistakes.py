@@ -102,6 +102,14 @@ MISTAKES = [
         "use the same wording, and pictures of the same shape",
     ),
     ("run experiment=mars_earth_patch +images.mars=[/no/mars.png]", "/no/mars.png: no such file"),
+    (
+        "run experiment=mars_earth_patch +images.mars=[PLACE/wide.png,PLACE/a.png] +images.mars_train=[PLACE/a.png]",
+        "a.png (images.mars) has the same content as",
+    ),
+    (
+        "run experiment=mars_earth_patch +images.mars_train=[PLACE/a.png] +images.earth=[PLACE/same.bmp]",
+        "same.bmp (images.earth) has the same content as",
+    ),
     ("run experiment=find_circuits pairs.train=0", "pairs.train=0 leaves no pair to choose a circuit by"),
     (
         "run experiment=captioning analysis.swaps.mars_to_earth=[planet,mars]",
@@ -142,6 +150,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two pictures of different shapes and a dataset of texts."""
     folder = tmp_path_factory.mktemp("place")
     tiny_image(0).resize((24, 24)).save(folder / "a.png")
+    tiny_image(0).resize((24, 24)).save(folder / "same.bmp")
     tiny_image(1).resize((72, 24)).save(folder / "wide.png")
     Dataset.from_dict({"text": ["a red planet"] * 4}).save_to_disk(folder / "texts")
     return folder

@@ -57,7 +57,7 @@ def runs(my: Path) -> list[Path]:
 
 
 def test_every_command_does_what_it_says(my: Path, runs: list[Path]) -> None:
-    assert [path.name for path in runs] == ["run0", "tried", "run", "run3", "run4", "red_blue"]
+    assert [path.name for path in runs] == ["run0", "tried", "run", "run3", "settled", "run5", "red_blue"]
     for path in (my / "run", my / "run3", my / "red_blue"):
         assert (path / "report.html").stat().st_size > 100_000
     first, other, own = (pd.read_parquet(my / name / "trials.parquet") for name in ("run", "run3", "red_blue"))
@@ -73,6 +73,21 @@ def test_every_command_does_what_it_says(my: Path, runs: list[Path]) -> None:
         metrics
     )
     assert 0 < json.loads((my / "red_blue" / "metrics.json").read_text())["base/colour/accuracy"] <= 1
+
+
+def test_the_run_says_on_which_pictures_it_chose_and_tested(my: Path, runs: list[Path]) -> None:
+    planets, own, settled = (json.loads((path / "pictures.json").read_text()) for path in (runs[2], runs[-1], runs[4]))
+    assert set(planets["chosen"]) == {"contrast", "confirming graphs", "evidence"}
+    assert set(planets["tested"]) == {"trials", "unrelated"}
+    assert set(planets["chosen"]["confirming graphs"]) <= set(planets["chosen"]["contrast"])
+    assert "jupiter train 0 0" in planets["chosen"]["contrast"] and "saturn test 0 0" in planets["tested"]["trials"]
+    assert {"red_train 0", "blue_train 0"} <= set(own["chosen"]["contrast"])
+    assert set(own["tested"]["trials"]) == {"red 0", "red 1", "red 2", "blue 0", "blue 1"}
+    assert "jupiter val 0 0" in settled["chosen"]["strengths"]
+    assert json.loads((runs[4] / "metrics.json").read_text())["settled/name"] in (1, 2, 3)
+    for used in (planets, own, settled):
+        keys = [{key for names in used[use].values() for key in names.values()} for use in ("chosen", "tested")]
+        assert keys[0] and keys[1] and not keys[0] & keys[1]
 
 
 def test_the_grammar_has_every_key() -> None:

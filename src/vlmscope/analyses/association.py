@@ -1,8 +1,8 @@
 """Trials on features that a concept's pictures and its word share, in every set of `association:` (docs/circuits.md).
 
-Case sets: "picture" and "text" (unseen prompts that are answered rightly), "picture_other" and "text_other" (once for
-each other concept whose features are ablated), "picture_to_text" and "text_to_picture" (another concept's prompts of
-the other kind as donors). Written: counts.parquet, shared.parquet and figures.
+Case sets: "picture" and "text" (test pictures, and the texts that chose; answered rightly), "picture_other" and
+"text_other" (once for each other concept whose features are ablated), "picture_to_text" and "text_to_picture" (another
+concept's prompts of the other kind as donors). Written: counts.parquet, shared.parquet and figures.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from vlmscope.features.config import CrossModalConfig
 from vlmscope.interventions.edits import by_layer, mean_activations
 from vlmscope.interventions.trials import Cases, Operation
 from vlmscope.metrics.decoding import Rule
+from vlmscope.metrics.prediction import prior
 from vlmscope.metrics.rates import known, measured, rate_metrics, rates
 from vlmscope.report.figures import dose_response, share_matrices
 
@@ -90,7 +91,8 @@ class Association:
             scenes = digit_scenes(concept, split, count, config.seed, config.questions[question].second)
         else:
             scenes = colour_scenes(concept, split, count, config.seed)
-        return [Image.fromarray(picture) for picture in pictures(scenes)]
+        shown = [Image.fromarray(picture) for picture in pictures(scenes)]
+        return self.bench.recorded(split, f"{question} {concept} {split}", shown)
 
     def add_cases(self, name: str, config: CrossModalConfig, question: str) -> None:
         """Add the case sets of one question, the means that match their controls, and accuracies."""
@@ -112,6 +114,7 @@ class Association:
         for kind in KINDS:
             size = sum(cases.batch.size for (_, known), cases in right.items() if known == kind)
             bench.metrics[f"{name}/{question}/{kind}_accuracy"] = size / asked_for[kind]
+        bench.metrics[f"{name}/{question}/prior"] = prior([wording.answers[concept] for concept in config.concepts])
         others = search.drawn_others(config, question, bench.cfg.seed)
         for (concept, kind), cases in right.items():
             self.cases[kind].append(cases)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,14 +17,20 @@ from vlmscope.config.wiring import feature_labels, load_model, load_scope
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import open_images
+from vlmscope.data.inputs import UsedPictures, content_key
 from vlmscope.data.orrery.dataset import concept_scenes, pictures
 from vlmscope.data.orrery.scenes import PLANETS
 from vlmscope.metrics.rates import without_baselines
+
+Shown = TypeVar("Shown", Image.Image, np.ndarray)
+# What a picture of each split is for, where nothing more exact is known.
+PURPOSES = {"train": "features", "val": "strengths", "test": "trials"}
 
 if TYPE_CHECKING:
     from vlmscope.circuits.config import CircuitConfig
     from vlmscope.config import AppConfig
     from vlmscope.core.records import FeatureId
+    from vlmscope.data.config import PairsConfig
     from vlmscope.data.inputs import Pair
     from vlmscope.features.study_files import StudyFolder
     from vlmscope.models.base import ModelInputs
@@ -47,6 +53,7 @@ class Bench:
     metrics: dict[str, float] = field(default_factory=dict)
     overrides: Sequence[str] = ("transcoder",)
     analysis: Any = None
+    used: UsedPictures = field(default_factory=UsedPictures)
 
     @cached_property
     def vlm(self) -> VLM:
@@ -90,20 +97,32 @@ class Bench:
         concepts = self.circuit_config.concepts
         return list(PLANETS) if set(concepts) <= set(PLANETS) else concepts
 
-    def concept_pictures(self, concept: str, split: str, count: int, seed: int | None = None) -> list[Image.Image]:
-        """Pictures of a concept: the user's own, `images.<concept>` to test on and `images.<concept>_train` to find
-        features on (at most `count`), else Orrery's. Without a `seed` the circuit's is taken.
+    def concept_pictures(
+        self, concept: str, split: str, count: int, seed: int | None = None, purpose: str = ""
+    ) -> list[Image.Image]:
+        """Pictures of a concept: the user's own, `images.<concept>` to test on, `images.<concept>_train` to find
+        features on and `_val` to settle strengths on (at most `count`), else Orrery's. Without a `seed` the circuit's
+        is taken; `purpose` is for `pictures.json`.
         """
         key = concept if split == "test" else f"{concept}_{split}"
         files = self.cfg.images.get(key)
         if files:
-            return open_images(files if split == "test" else files[:count])
-        if concept not in PLANETS:
+            shown = open_images(files if split == "test" else files[:count])
+        elif concept not in PLANETS:
             raise UserError(
                 f"no pictures of {concept}: give images.{key}=[...], or choose a planet: {', '.join(PLANETS)}"
             )
-        seed = self.circuit_config.seed if seed is None else seed
-        return [Image.fromarray(p) for p in pictures(concept_scenes(concept, split, count, seed))]
+        else:
+            seed = self.circuit_config.seed if seed is None else seed
+            shown = [Image.fromarray(p) for p in pictures(concept_scenes(concept, split, count, seed))]
+            key = f"{concept} {split} {seed}"
+        return self.recorded(split, key, shown, purpose)
+
+    def recorded(self, split: str, name: str, shown: list[Shown], purpose: str = "") -> list[Shown]:
+        """The pictures, after recording that they test (split "test") or choose something (`UsedPictures`)."""
+        keys = {f"{name} {number}": content_key([image]) for number, image in enumerate(shown)}
+        self.used.add(split == "test", purpose or PURPOSES[split], keys)
+        return shown
 
     def inputs(self, images: Sequence[Image.Image | np.ndarray], prompt: str) -> list[ModelInputs]:
         """One prompt for each picture, an array being uint8 [H, W, 3]."""
@@ -124,8 +143,11 @@ class Bench:
         """The id of an answer word, which must be one token."""
         return answer_token(self.scope, word)
 
-    def pairs(self, split: str) -> dict[str, list[Pair]]:
-        """The counterfactual pairs of a split by question, which the run must have."""
+    def pairs(self, split: str, config: PairsConfig | None = None) -> dict[str, list[Pair]]:
+        """The counterfactual pairs of a split by question, which the run must have; or those of `config`."""
         if self.cfg.pairs is None:
             raise UserError("this experiment needs pairs: choose some, such as pairs=first_digit")
-        return pairs_by_question(self.cfg.pairs, split)
+        groups = pairs_by_question(config or self.cfg.pairs, split)
+        keys = {name: key for pairs in groups.values() for pair in pairs for name, key in pair.contents.items()}
+        self.used.add(split == "test", PURPOSES[split], keys)
+        return groups

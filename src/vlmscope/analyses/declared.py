@@ -7,6 +7,7 @@ trials: graph, evidence, examples and captions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import chain, combinations
 from pathlib import Path
@@ -24,7 +25,7 @@ from vlmscope.attribution.trace import spread
 from vlmscope.circuits.baselines import Baselines
 from vlmscope.circuits.cases import answer_token, bystanders, concept_cases, matrix_cases
 from vlmscope.circuits.circuit import Circuit, direct_edges, labelled, load_circuit, save_circuit, with_labels
-from vlmscope.circuits.config import TrialConfig
+from vlmscope.circuits.config import CircuitConfig, TrialConfig
 from vlmscope.circuits.experiment import ALL, EACH, ConceptMaterial, Declared, PairSource, concept_operation, settle
 from vlmscope.circuits.page import described, draw_diagram
 from vlmscope.circuits.selectors import Influence, concept_influence, concept_means, contrast_circuit, control_means
@@ -36,6 +37,7 @@ from vlmscope.features.study import CaptionedPrompt, top_examples
 from vlmscope.interventions.run import generate_edited, run_edited
 from vlmscope.interventions.trials import Cases, Operation, run_trials
 from vlmscope.metrics.claims import claim_metrics, claims, claims_text
+from vlmscope.metrics.prediction import prior
 from vlmscope.metrics.rates import cell_metrics, counted, log_softmax, trial_metrics, without_baselines
 from vlmscope.models.base import token_strings
 from vlmscope.report.graph_figure import attribution_graph
@@ -87,7 +89,9 @@ def modes_of(bench: Bench) -> set[str]:
 def training(bench: Bench) -> tuple[dict[str, list[Image.Image]], dict[str, str]]:
     """Training pictures by concept, and prompts by question."""
     config = bench.circuit_config
-    images = {concept: bench.concept_pictures(concept, "train", config.pictures) for concept in config.concepts}
+    images = {c: bench.concept_pictures(c, "train", config.pictures, purpose="contrast") for c in config.concepts}
+    for concept, shown in images.items():
+        bench.recorded("train", f"{concept} train {config.seed}", shown[: config.graphs], "confirming graphs")
     return images, {name: question.prompt for name, question in config.questions.items()}
 
 
@@ -101,10 +105,22 @@ def from_circuit(bench: Bench) -> Declared:
         "third": third_cases(bench),
         "unrelated": unrelated_cases(bench),
     }
+    if any(trial.settle for trial in bench.cfg.trials.values()):
+        validation = concept_cases(
+            bench.scope, config, lambda concept, _, n: bench.concept_pictures(concept, "val", n), count, {"free"}
+        )
+        cases["validation"] = [replace(each, name="validation") for each in validation]
     shown = len(pictures(config.concepts[0], "test", count))
     bench.metrics |= {f"base/{each.question}/accuracy": each.batch.size / shown for each in cases["test"]}
+    bench.metrics |= priors(config)
     operation = concept_operation(circuit, config)
     return Declared(cases, operation, control_means(means), baselines=baselines)
+
+
+def priors(config: CircuitConfig) -> dict[str, float]:
+    """`base/<question>/prior`, the share of the most frequent right answer where concepts are equally frequent."""
+    questions = config.questions.items()
+    return {f"base/{name}/prior": prior([asked.answers[c] for c in config.concepts]) for name, asked in questions}
 
 
 def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, RoleMeans]], Baselines]:
@@ -156,7 +172,7 @@ def evidence_items(bench: Bench, count: int = 10) -> list[CaptionedPrompt]:
     """
     items = []
     for concept in bench.all_concepts:
-        images = bench.concept_pictures(concept, "train", count)
+        images = bench.concept_pictures(concept, "train", count, purpose="evidence")
         for question in bench.circuit_config.questions.values():
             pairs = zip(bench.inputs(images, question.prompt), images, strict=True)
             items += [CaptionedPrompt(inputs, concept, png_bytes(image)) for inputs, image in pairs]
@@ -183,6 +199,7 @@ def unrelated_cases(bench: Bench) -> Sequence[Cases]:
     scenes = unrelated_scenes("test", bench.cfg.intervention.unrelated, config.seed, without=tuple(config.concepts))
     for number, scene in enumerate(scenes):
         pictures = [] if scene.image is None else [Image.fromarray(scene.image)]
+        bench.recorded("test", scene.key, pictures, "unrelated")
         inputs = bench.scope.inputs(scene.questions[0].question, pictures)
         groups.setdefault((len(inputs), inputs.is_image.tobytes()), []).append((f"scene {number}", inputs))
     return [
@@ -197,6 +214,7 @@ def from_matrix(bench: Bench) -> Declared:
     cases = matrix_cases(bench.scope, config, bench.concept_pictures, count, modes_of(bench))
     for subset in cases["test"]:
         bench.metrics[f"base/{subset.question}/{subset.tags['recipient']}/accuracy"] = subset.batch.size / count
+    bench.metrics |= priors(config)
     train, prompts = training(bench)
     means = concept_means(bench.scope, train, prompts)
     influence, _, _ = concept_influence(bench.scope, train, prompts, config.graphs, bench.cfg.attribution)
@@ -234,7 +252,7 @@ def from_pairs(bench: Bench) -> Declared:
     for setting in cfg.settings.values():
         modes.setdefault(setting.cases, set()).update(set(setting.mode) - {"generate"})
     deepest = max((limit for setting in cfg.settings.values() for limit in setting.limit), default=0)
-    source = PairSource(bench.scope, cfg.pairs, config, circuit, deepest)
+    source = PairSource(bench.scope, cfg.pairs, bench.pairs, config, circuit, deepest)
     cases = source.cases(modes)
     bench.metrics |= source.accuracy
     if circuit is None and any(trial.features != ALL for trial in cfg.trials.values()):

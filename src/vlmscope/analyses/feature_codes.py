@@ -92,6 +92,7 @@ def both_splits(
     codes, tables = [], []
     for split, size in zip(("train", "test"), bench.cfg.interchange.scenes, strict=True):
         images, facts = SCENE_TABLES[scenes](split, size, pair_seed(bench))
+        bench.recorded(split, f"{scenes} {split}", images, "feature codes")
         codes.append(scene_codes(bench, images, prompt, places))
         tables.append(facts)
     return codes, tables

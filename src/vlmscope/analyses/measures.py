@@ -98,7 +98,7 @@ class MeanAblation:
         """Table, figure and metrics."""
         adapter, config = bench.scope.adapter, bench.circuit_config
         images = [image for concept in bench.all_concepts for image in
-                  bench.concept_pictures(concept, "train", self.pictures)]  # fmt: skip
+                  bench.concept_pictures(concept, "train", self.pictures, purpose="means")]  # fmt: skip
         batches = [bench.scope.batch(bench.inputs(images, q.prompt)) for q in config.questions.values()]
         sites = all_sites(adapter, ["mlp"])
         means = Averages(adapter, batches, sites, by_role=True)
@@ -225,7 +225,8 @@ class Lens:
             answers = [bench.token(word) for scene in scenes if (word := scene.answer_to(question))]
             if not answers:
                 continue
-            batch = bench.scope.batch(bench.inputs(pictures(scenes), question))
+            shown = bench.recorded("test", f"{kind} test", pictures(scenes), "lens")
+            batch = bench.scope.batch(bench.inputs(shown, question))
             positions = np.append(np.flatnonzero(batch.is_image), batch.length - 1)
             # The word of the next scene that has another one, so that a word given to every picture does not count.
             others = [next((b for b in answers[i:] + answers[:i] if b != a), a) for i, a in enumerate(answers)]

@@ -169,7 +169,7 @@ def edit_name(factor: float) -> str:
 
 
 def questions(bench: Bench, count: int) -> Iterator[Asked]:
-    """Unseen inputs that the model answers rightly: each picture of the circuit's concepts under each of its questions,
+    """Test inputs that the model answers rightly: each picture of the circuit's concepts under each of its questions,
     against the other concept's word; or the originals of pairs, against the counterfactual's word.
     """
     circuit = bench.cfg.circuit

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlmscope.circuits.baselines import Baselines, RoleVectors, mean_outputs
-from vlmscope.circuits.cases import TextPair, answer_token, pair_cases, pairs_by_question, subject_of_pairs
+from vlmscope.circuits.cases import TextPair, answer_token, pair_cases, subject_of_pairs
 from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.config import CircuitConfig, InterchangeConfig, SettingConfig, TrialConfig, baselines_of
 from vlmscope.circuits.operations import Ablate, Carry, Exchange, Level, Shift, Toward, all_features
@@ -29,6 +29,7 @@ from vlmscope.data.inputs import Pair
 from vlmscope.interventions.edits import by_layer, donor_activations, mean_activations
 from vlmscope.interventions.run import base_run
 from vlmscope.interventions.trials import Cases, Features, Operation, Setting, Trial, run_trials
+from vlmscope.metrics.prediction import prior
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
 
@@ -71,7 +72,9 @@ class Declared:
     ) -> Iterator[Trial]:
         subset = cases if setting.first is None else cases.select(range(min(setting.first, cases.batch.size)))
         means = self.means(trial, cases) if callable(self.means) else self.means
-        strength = self.settled.get(cases.question) if trial.strength is None else trial.strength
+        strength = trial.strength
+        if strength is None:  # questions without validation cases, such as those of unrelated scenes, take the largest
+            strength = self.settled.get(cases.question, max(self.settled.values(), default=None))
         if strength is None and not setting.strength:
             raise UserError(f"trials.{operation}.strength=null, but no trial has `settle`")
         more = {key: getattr(setting, key) for key in ("matched", "random_direction", "new_tokens")}
@@ -226,11 +229,13 @@ class PairSource:
 
     Attributes:
         deepest: the most features that any setting asks for.
-        accuracy: once there are cases, `base/<question>/<side>/accuracy` and how many pairs are used.
+        accuracy: once there are cases, `base/<question>/<side>/accuracy`, how many pairs are used, and `prior`, the
+            share of the most frequent right answer over both sides.
     """
 
     scope: Scope
     pairs: PairsConfig
+    load: Callable[[str, PairsConfig], Mapping[str, list[Pair]]]  # pairs of a split by question
     config: InterchangeConfig
     circuit: Circuit | None = None
     deepest: int = 0
@@ -247,13 +252,15 @@ class PairSource:
         `modes` has, for each case set, those that it will be edited in.
         """
         case_sets: dict[str, list[Cases]] = {"test": [], "stays": [], "counterfactual": []}
-        for question, pairs in pairs_by_question(self.pairs, "test").items():
+        for question, pairs in self.load("test", self.pairs).items():
             name = "test" if pairs[0].moves else "stays"
             subject = self.subject(question, pairs, modes.get(name, ("free",)))
             cases = pair_cases(self.scope, subject, pairs, name)
             case_sets[name].append(cases)
             self._sides += [subject.batch, subject.other]
             self.accuracy[f"base/{question}/pairs"] = float(subject.size)
+            answers = [side.answer for pair in pairs for side in (pair.original, pair.counterfactual)]
+            self.accuracy[f"base/{question}/prior"] = prior(answers)
             for side, rate in zip(("original", "counterfactual", "both"), subject.accuracy, strict=True):
                 self.accuracy[f"base/{question}/{side}/accuracy"] = rate.value
             if name == "test" and "counterfactual" in modes:
@@ -269,8 +276,8 @@ class PairSource:
         return subject_of_pairs(self.scope, question, pairs, self.config.least, self.config.answerable, modes)
 
     @cached_property
-    def _training(self) -> dict[str, list[Pair]]:
-        return pairs_by_question(self.pairs, "train")
+    def _training(self) -> Mapping[str, list[Pair]]:
+        return self.load("train", self.pairs)
 
     @cached_property
     def questions(self) -> list[str]:
@@ -400,7 +407,7 @@ class PairSource:
         """
         groups: dict[str, dict[str, list[Pair]]] = {}
         for split in ("train", "test"):
-            pairs = pairs_by_question(replace(self.pairs, train=count, test=count), split)
+            pairs = self.load(split, replace(self.pairs, train=count, test=count))
             value_of = {pair.id: pair.original.answer for pair in pairs[fact]}
             for pair in pairs[question]:
                 if pair.id in value_of:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -191,6 +192,11 @@ def check_characters(text: str, what: str) -> None:
             f"{what} has {text[start]!r} at character {start + 1}, after {text[max(0, start - 20) : start]!r}, "
             "which is no character; write it in UTF-8"
         ) from error
+
+
+def normalised(text: str) -> str:
+    """A text by which duplicates are found: Unicode's compatibility form, without case, single spaces between words."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 Sample = Conversation | Document

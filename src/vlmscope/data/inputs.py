@@ -19,21 +19,26 @@ cost the work on the others.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import logging
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from vlmscope.core.artifacts import parse_json, read_text, text_lines
+from vlmscope.core.artifacts import parse_json, read_text, text_lines, write_json
 from vlmscope.core.errors import UserError
+from vlmscope.core.records import as_rgb, normalised
 from vlmscope.data.config import PairsConfig
-from vlmscope.data.images import PictureFiles, check_image
+from vlmscope.data.images import PictureFiles, check_image, open_image
 from vlmscope.data.orrery.dataset import scene_pairs
 
+_LOG = logging.getLogger(__name__)
 _ROW_KEYS = ("id", "prompt", "image")
 _SIDE_KEYS = ("prompt", "image", "answer")
 _PAIR_KEYS = (*_SIDE_KEYS, "counterfactual", "question", "id")
@@ -155,11 +160,74 @@ class Pair:
         """Whether the two answers differ; if they agree, any effect is a side effect."""
         return self.original.answer != self.counterfactual.answer
 
+    @property
+    def contents(self) -> dict[str, str]:
+        """Side -> `content_key` of its pictures; with its words where these are what differs."""
+        sides = {"original": self.original, "counterfactual": self.counterfactual}
+        by_words = self.change == "prompt"
+        return {f"{self.id} {name}": content_key(side.images, side.prompt if by_words else "")
+                for name, side in sides.items()}  # fmt: skip
+
+
+def content_key(images: Sequence[Image.Image | np.ndarray], prompt: str = "") -> str:
+    """Key of an input by what it is: its words as `normalised`, and the pixels of each picture as RGB."""
+    total = hashlib.sha256(normalised(prompt).encode())
+    for image in images:
+        picture = as_rgb(image if isinstance(image, Image.Image) else Image.fromarray(image))
+        total.update(repr(picture.size).encode() + hashlib.sha256(picture.tobytes()).digest())
+    return total.hexdigest()[:16]
+
+
+@dataclass
+class UsedPictures:
+    """On which pictures a run chose something (features, levels, a setting), and on which it tested them.
+
+    Each is purpose -> name of a picture -> `content_key`, as in the run's `pictures.json`.
+    """
+
+    chosen: dict[str, dict[str, str]] = field(default_factory=dict)
+    tested: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def add(self, tests: bool, purpose: str, pictures: Mapping[str, str]) -> None:
+        """Record pictures (name -> content key).
+
+        Raises:
+            UserError: one of them chose and tests.
+        """
+        own, other = (self.tested, self.chosen) if tests else (self.chosen, self.tested)
+        known = {key: (use, name) for use, names in other.items() for name, key in names.items()}
+        both = [(name, *known[key]) for name, key in pictures.items() if key in known]
+        if both:
+            name, use, twin = both[0]
+            (test, tests_for), (choice, chose) = ((name, purpose), (twin, use))[:: 1 if tests else -1]
+            more = f" (and {len(both) - 1} more)" if len(both) > 1 else ""
+            raise UserError(
+                f"{test} ({tests_for}) has the same content as {choice} ({chose}){more}: what is chosen on a picture "
+                "cannot be tested on it; give other test pictures"
+            )
+        own.setdefault(purpose, {}).update(pictures)
+
+    def save(self, path: Path) -> None:
+        """Write both as JSON; nothing where no picture was used."""
+        if self.chosen or self.tested:
+            write_json(path, {"chosen": self.chosen, "tested": self.tested})
+
+
+def check_own_pictures(images: Mapping[str, Sequence[str]]) -> None:
+    """Refuse the user's `images:` if a file cannot be opened, or if one has the pixels of a picture to choose on
+    (`images.<concept>_train`, `_val`) and of one to test on.
+    """
+    used = UsedPictures()
+    for name, paths in images.items():
+        keys = {path: content_key([open_image(path)]) for path in paths}
+        used.add(not name.endswith(("_train", "_val")), f"images.{name}", keys)
+
 
 def load_pairs(config: PairsConfig, split: str) -> list[Pair]:
     """Load the pairs of a split, 'train' or 'test'.
 
-    Of a file, the first `config.train` scenes are for training and the next `config.test` for testing.
+    Of a file, the first `config.train` scenes are for training and the next `config.test` for testing, of those that
+    share no input with them: what decides is the content of an input, not its line or id.
     """
     if config.path is None:
         assert config.change is not None, "PairsConfig requires one of change and path"
@@ -167,11 +235,22 @@ def load_pairs(config: PairsConfig, split: str) -> list[Pair]:
         return orrery_pairs(config.change, split, count, config.seed, config.original, config.counterfactual)
     pairs = read_pairs(config.path)
     names = list(dict.fromkeys(pair.id for pair in pairs))
-    chosen = names[: config.train] if split == "train" else names[config.train : config.train + config.test]
-    if split == "test" and not chosen:
+    chosen, rest = names[: config.train], names[config.train :]
+    if split == "test" and not rest:
         raise UserError(
             f"{config.path} has {len(names)} pairs and pairs.train={config.train} takes them all; set pairs.train lower"
         )
+    if split == "test":
+        known = {key for pair in pairs if pair.id in set(chosen) for key in pair.contents.values()}
+        repeats = {pair.id for pair in pairs if known & {*pair.contents.values()}}
+        chosen = [name for name in rest if name not in repeats][: config.test]
+        if left_out := len(repeats & {*rest}):
+            _LOG.warning("%s: %d pairs share an input with a training pair, so they do not test", config.path, left_out)
+        if not chosen:
+            raise UserError(
+                f"{config.path}: every pair after the first {config.train} shares an input (words and pixels) with "
+                "a training pair; give test pairs of other pictures or prompts"
+            )
     return [pair for pair in pairs if pair.id in set(chosen)]
 
 

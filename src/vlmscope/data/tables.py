@@ -20,9 +20,12 @@ to find mistakes before any long work and to record where each line begins; line
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -35,7 +38,16 @@ from tqdm import tqdm
 from vlmscope.core.artifacts import parse_json, read_json
 from vlmscope.core.errors import UserError, first_line, is_out_of_memory
 from vlmscope.core.hub import is_commit
-from vlmscope.core.records import Conversation, Document, Exchange, Sample, check_characters, derive, generator
+from vlmscope.core.records import (
+    Conversation,
+    Document,
+    Exchange,
+    Sample,
+    check_characters,
+    derive,
+    generator,
+    normalised,
+)
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.images import check_image, open_image
 from vlmscope.data.samples import (
@@ -445,6 +457,25 @@ class JsonLines(Sequence[Sample]):
         part.path, part.lines = self.path, [self.lines[row] for row in rows]
         return part
 
+    def contents(self) -> list[str]:
+        """A key of each example by its words (`normalised`) and its pictures' bytes: equal for equal examples.
+
+        Only pictures of one size in bytes, beside the same words, are read.
+        """
+        keys, names_of = [], []
+        for row in range(len(self)):
+            names, exchanges, text = record_parts(self.record(row), self.origin(row))
+            paths = [self.path.parent / name for name in names]
+            names_of.append(paths)
+            words = [normalised(words) for words in (text, *chain(*exchanges))]
+            keys.append(json.dumps([words, [path.stat().st_size for path in paths]]))
+        often = Counter(keys)
+        for row, (key, paths) in enumerate(zip(keys, names_of, strict=True)):
+            if paths and often[key] > 1:
+                digests = [hashlib.sha256(file_bytes(path, self.origin(row))).hexdigest() for path in paths]
+                keys[row] = " ".join([key, *digests])
+        return keys
+
     def _checked(self, check: bool) -> Iterator[Line]:
         try:
             file = self.path.open("rb")
@@ -504,7 +535,8 @@ def folder_source(name: str, config: SourceConfig, split: str) -> Source:
 def load_folder(folder: str | Path, val_share: float, seed: int) -> tuple[JsonLines, JsonLines]:
     """Load the training and validation examples of a folder.
 
-    Without `val.jsonl`, `val_share` of the training examples, at least one, is held out, chosen by `seed`.
+    Without `val.jsonl`, `val_share` of the training examples, at least one, is held out, chosen by `seed`; examples of
+    equal content go together.
     """
     folder = Path(folder)
     if not (folder / "train.jsonl").is_file():
@@ -518,5 +550,14 @@ def load_folder(folder: str | Path, val_share: float, seed: int) -> tuple[JsonLi
             f"{train.path} holds {len(train)} examples, too few to hold {held_out} out for validation; "
             "give more, or a val.jsonl"
         )
-    order = generator(seed, "validation").permutation(len(train)).tolist()
-    return train.subset(sorted(order[held_out:])), train.subset(sorted(order[:held_out]))
+    alike: dict[str, list[int]] = {}
+    contents = train.contents()
+    for row, content in enumerate(contents):
+        alike.setdefault(content, []).append(row)
+    val: set[int] = set()
+    for row in generator(seed, "validation").permutation(len(train)).tolist():
+        if len(val) < held_out:
+            val.update(alike[contents[row]])
+    if len(val) == len(train):
+        raise UserError(f"{train.path}: its examples are all the same, so none can be held out; give a val.jsonl")
+    return train.subset([row for row in range(len(train)) if row not in val]), train.subset(sorted(val))

@@ -7,7 +7,6 @@ import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from itertools import chain
 from pydoc import locate
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +58,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     from vlmscope.circuits.config import check_baselines
     from vlmscope.config.wiring import look_for_labels, study_sources
-    from vlmscope.data.images import check_image
+    from vlmscope.data.inputs import check_own_pictures
 
     if cfg.task.reads_shards(cfg):
         study_sources(cfg)  # raises when shards are missing
@@ -70,8 +69,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.analyses.run_report import draw_report
     from vlmscope.report.marks import check_marks
 
-    for path in chain.from_iterable(cfg.images.values()):
-        check_image(path)
+    check_own_pictures(cfg.images)
     chosen = HydraConfig.get().runtime.choices.get("experiment")  # `name=` may call the run something else
     module = own_analysis(cfg.name if chosen in (None, "null") else chosen)
     settings = checked_settings(getattr(module, "Settings", None), cfg.analysis, "analysis")
@@ -91,6 +89,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     for analysis in analyses:
         if hasattr(analysis, "analyse"):
             bench.metrics |= analysis.analyse(bench)
+    bench.used.save(context.run_dir / "pictures.json")
     try:
         draw_report(context.run_dir, asdict(cfg), bench.metrics)
     except Exception as error:  # a fault in a page must not cost hours of measuring

@@ -208,6 +208,26 @@ def test_validation_is_its_own_file_or_a_seeded_share(folder: Path) -> None:
     assert (len(train), [sample.text for sample in val]) == (40, ["v"])
 
 
+def test_no_example_is_in_training_and_in_validation(folder: Path) -> None:
+    """Split by words and pictures' bytes, whatever the line or the name of the file."""
+    picture = (folder / "pictures" / "2.png").read_bytes()
+    (folder / "pictures" / "copy.png").write_bytes(picture)
+    (folder / "pictures" / "other.png").write_bytes(picture + b"\0" * 4)
+    names = ["pictures/2.png", "pictures/copy.png", "pictures/other.png"]
+    shown = [{"images": [name], "texts": [{"user": "what ?", "assistant": "red"}]} for name in names]
+    texts = [{"text": text} for n in range(8) for text in (f"Text {n}", f"text  {n}")]
+    path = write(folder, [*texts[:8], *shown, *texts[8:]])
+    contents = JsonLines(path).contents()
+    assert len(set(contents)) == 10 and contents[8] == contents[9] != contents[10]
+    for seed in range(6):
+        train, val = load_folder(folder, 0.3, seed)
+        assert len(train) + len(val) == 19 and 6 <= len(val) <= 7
+        assert not {*train.contents()} & {*val.contents()}
+    write(folder, [{"text": "a"}, {"text": "A "}])
+    with pytest.raises(UserError, match="all the same"):
+        load_folder(folder, 0.1, 0)
+
+
 def test_a_picture_damaged_after_its_header_is_found_on_reading(folder: Path) -> None:
     picture = folder / "pictures" / "noise.png"
     Image.effect_noise((64, 64), 90).save(picture)

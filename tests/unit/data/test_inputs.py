@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlmscope.core.errors import UserError
 from vlmscope.data.config import PairsConfig
-from vlmscope.data.inputs import load_pairs, orrery_pairs, read_pairs, read_rows
+from vlmscope.data.inputs import UsedPictures, content_key, load_pairs, orrery_pairs, read_pairs, read_rows
 from vlmscope.data.orrery.dataset import CHANGES, ScenePair, scene_pairs
 from vlmscope.data.orrery.scenes import NUMBERS, SIDE
 
@@ -158,7 +158,8 @@ def test_pairs_that_cannot_be_are_refused(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name, colour in (("a", (200, 0, 0)), ("b", (0, 0, 200)), ("b, c", (0, 0, 0))):
+    colours = {"a": (200, 0, 0), "a_copy": (200, 0, 0), "b": (0, 0, 200), "b, c": (0, 0, 0), "c": (9, 9, 9)}
+    for name, colour in (colours | {"d": (0, 90, 0)}).items():
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
     return tmp_path
 
@@ -174,7 +175,8 @@ GOOD = {"prompt": "p ?", "image": "a.png", "answer": "red", "counterfactual": {"
 
 def test_own_pairs_fill_in_what_the_counterfactual_leaves_out(folder: Path) -> None:
     text = {"prompt": "p ?", "answer": "x", "counterfactual": {"prompt": "q ?", "answer": "y"}, "question": "text"}
-    pairs = read_pairs(write(folder, GOOD, text, {**GOOD, "id": "third"}))
+    other = {**GOOD, "image": "c.png", "counterfactual": {"image": "d.png", "answer": "blue"}}
+    pairs = read_pairs(write(folder, GOOD, text, {**other, "id": "third"}))
     assert [p.question for p in pairs] == ["answer", "text", "answer"]
     assert pairs[0].counterfactual.prompt == "p ?"
     assert pairs[0].original.images[0].getpixel((0, 0)) == (200, 0, 0)
@@ -184,6 +186,33 @@ def test_own_pairs_fill_in_what_the_counterfactual_leaves_out(folder: Path) -> N
     assert [len(load_pairs(config, split)) for split in ("train", "test")] == [1, 2]
     with pytest.raises(UserError, match="takes them all"):
         load_pairs(PairsConfig(path=str(folder / "pairs.jsonl"), train=3), "test")
+
+
+def test_pairs_are_split_by_content_and_not_by_line(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    copy = {**GOOD, "image": "a_copy.png", "counterfactual": {"image": "d.png", "answer": "blue"}}
+    words = {"prompt": "Is  it red ?", "answer": "x", "counterfactual": {"prompt": "q ?", "answer": "y"}}
+    again = {"prompt": "r ?", "answer": "x", "counterfactual": {"prompt": "is it RED ?", "answer": "y"}}
+    new = {"prompt": "p ?", "image": "c.png", "answer": "red", "counterfactual": {"image": "d.png", "answer": "blue"}}
+    config = PairsConfig(path=str(write(folder, GOOD, words, copy, again, new)), train=2, test=3)
+    (pair,) = load_pairs(config, "test")
+    assert pair.id.endswith("line 5") and "2 pairs share an input with a training pair" in caplog.text
+    write(folder, GOOD, words, copy, again)
+    with pytest.raises(UserError, match="every pair after the first 2 shares an input"):
+        load_pairs(config, "test")
+
+
+def test_a_picture_that_chose_does_not_test() -> None:
+    red, blue, large = (Image.new(mode, size, colour) for mode, size, colour in
+                        (("RGB", (4, 4), "red"), ("RGB", (4, 4), "blue"), ("RGBA", (8, 2), "red")))  # fmt: skip
+    assert content_key([red]) == content_key([red.convert("RGBA")]) != content_key([large])
+    assert content_key([red], "Is  it?") == content_key([red], "is it?") != content_key([red], "is it")
+    used = UsedPictures()
+    used.add(False, "contrast", {"mars train 0": content_key([red])})
+    used.add(True, "trials", {"mars test 0": content_key([blue])})
+    for tests, name, picture in ((True, "a", red), (False, "b", blue)):
+        with pytest.raises(UserError, match="has the same content as"):
+            used.add(tests, "more", {name: content_key([picture])})
+    assert used.tested == {"trials": {"mars test 0": content_key([blue])}}
 
 
 @pytest.mark.parametrize(

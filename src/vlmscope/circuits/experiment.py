@@ -341,7 +341,7 @@ class PairSource:
 
     def answers(self, cases: Cases) -> list[int]:
         """Every token that answers the question in a training or a test pair."""
-        pairs = [*self._training.get(cases.question, ()), *pairs_by_question(self.pairs, "test")[cases.question]]
+        pairs = [*self._training.get(cases.question, ()), *self.load("test", self.pairs)[cases.question]]
         words = {side.answer for pair in pairs for side in (pair.original, pair.counterfactual)}
         return [answer_token(self.scope, word) for word in sorted(words)]
 

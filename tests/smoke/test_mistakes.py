@@ -62,6 +62,7 @@ MISTAKES = [
     ("trace attribution.tokens=[mars,caf\udce9]", "attribution.tokens="),
     ("trace attribution.logit_mass=2", "logit_mass"),
     ("trace attribution.choice=best", "attribution.choice=best"),
+    ("trace attribution.bias=none", "attribution.bias=none"),
     ("trace attribution.memory_gb=0.002", "is too little for 29 tokens"),
     ("trace attribution.tokens=[marz]", "the nearest is 'mars'"),
     ("trace attribution.feature=L5/9999", "features 0 to 2047"),

@@ -127,6 +127,9 @@ def test_the_console_says_the_answer_its_features_and_how_to_go_on(
     assert lines[told + 2].split()[0] == str(best)
     on = np.flatnonzero(pruned.node_mask & (pruned.graph.nodes.kind == NodeKind.FEATURE))
     seen = int(pruned.graph.is_image[pruned.graph.nodes.position[on]].sum())
+    scores = pruned.scores
+    both = f"  replacement score {scores.replacement:.3f} ({scores.replacement_no_bias:.3f} without biases)"
+    assert lines[lines.index("how much the graph explains") + 1].startswith(both)
     (line,) = (number for number, text in enumerate(lines) if text.startswith("on the picture: "))
     assert lines[line] == f"on the picture: {seen} of the {len(on)} features that pruning kept"
     strongest = next(text for text in lines[line:] if "strongest there: " in text)

@@ -95,8 +95,8 @@ class Trace:
             ("", "whole graph", "kept by pruning"),
             ("nodes", f"{graph.n_nodes:,}", f"{self.pruned.n_nodes:,}"),
             ("edges", f"{graph.n_edges:,}", f"{self.pruned.n_edges:,}"),
-            ("replacement score", f"{scores.replacement:.3f}", f"{scores.replacement_no_bias:.3f} without biases"),
-            ("completeness score", f"{scores.completeness:.3f}", f"{scores.completeness_no_bias:.3f} without biases"),
+            ("replacement score", f"{scores.replacement:.3f} ({scores.replacement_no_bias:.3f} without biases)", ""),
+            ("completeness score", f"{scores.completeness:.3f} ({scores.completeness_no_bias:.3f} without biases)", ""),
             ("largest residual", f"{graph.residual.max():.1e}", ""),
             *(("explains", end, "") for end in self.explained()[:5]),
         ]
@@ -242,24 +242,20 @@ def spread(graphs: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def spread_in_words(found: Mapping[str, float]) -> str:
-    """`spread` in two lines."""
+    """`spread` in two lines, without quartiles for one graph."""
+    count = round(found["graph/graphs"])
 
-    def score(name: str) -> str:
-        return (
-            " (".join(
-                f"{found[f'graph/{key}_median']:.3f} [{found[f'graph/{key}_q25']:.3f}, {found[f'graph/{key}_q75']:.3f}]"
-                for key in (f"{name}_score", f"{name}_score_no_bias")
-            )
-            + " without biases)"
-        )
+    def score(key: str) -> str:
+        median, low, high = (found[f"graph/{key}_{name}"] for name in ("median", "q25", "q75"))
+        return f"{median:.3f}" + (f" [{low:.3f}, {high:.3f}]" if count > 1 else "")
 
     words = ("pictures", "words", "errors", "biases", "features left out")
     shares = zip(words, (found[f"graph/{name}_median"] for name in _SHARES), strict=True)
-    return (
-        f"replacement score {score('replacement')}, completeness score {score('completeness')}\n"
-        f"  influence that ends at {', '.join(f'{word} {share:.1%}' for word, share in shares)}: medians [quartiles] "
-        f"of {found['graph/graphs']:.0f} graphs"
-    )
+    scores = (f"{name} score {score(f'{name}_score')} ({score(f'{name}_score_no_bias')} without biases)"
+              for name in ("replacement", "completeness"))  # fmt: skip
+    ends = ", ".join(f"{word} {share:.1%}" for word, share in shares)
+    end = f": medians [quartiles] of {count} graphs" if count > 1 else ""
+    return f"{', '.join(scores)}\n  influence that ends at {ends}{end}"
 
 
 INDEX = "graphs.jsonl"  # in the folder of a run of many traces, one line per graph

@@ -122,9 +122,10 @@ def _trace_into(
 
 
 def _answer(traced: Trace, tokenizer: Any, labels: Mapping[FeatureId, str]) -> list[str]:
-    """What the graph explains, the features with most influence on it, and whether any lies on the picture."""
+    """What the graph explains and how much of it, the features with most influence, and what is on the picture."""
     from vlmscope.attribution.influence import ranked_features
     from vlmscope.attribution.targets import choose_logits
+    from vlmscope.attribution.trace import spread, spread_in_words
     from vlmscope.core.graph import NodeKind
     from vlmscope.core.results import printable, text_table
 
@@ -143,6 +144,7 @@ def _answer(traced: Trace, tokenizer: Any, labels: Mapping[FeatureId, str]) -> l
     if len(rows) > 1:
         table = text_table(rows if labels else [row[:-1] for row in rows])
         lines += ["features with most influence on it", *(f"  {line}" for line in table.splitlines())]
+    lines += ["how much the graph explains", f"  {spread_in_words(spread([traced.metrics()]))}"]
     if graph.is_image.any():
         kept = graph.nodes.position[pruned.node_mask & (graph.nodes.kind == NodeKind.FEATURE)]
         seen = int(graph.is_image[kept].sum())

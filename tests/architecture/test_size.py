@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src"
 BUDGET = yaml.safe_load((Path(__file__).parent / "budget.yaml").read_text(encoding="utf-8"))
 LONGEST = 600
+LONGEST_EXPERIMENT = {".py": 150, ".yaml": 30}
 
 
 def modules() -> dict[str, Path]:
@@ -44,6 +45,13 @@ def test_the_tests_keep_to_their_budget() -> None:
 
 def test_no_file_is_long() -> None:
     assert {path.name: lines(path) for path in modules().values() if lines(path) > LONGEST} == {}
+
+
+@pytest.mark.parametrize("suffix", LONGEST_EXPERIMENT)
+def test_an_experiment_is_short(suffix: str) -> None:
+    """Python that is longer has a part that any experiment could use: it belongs into src."""
+    files, most = (ROOT / "experiments").glob(f"*{suffix}"), LONGEST_EXPERIMENT[suffix]
+    assert {path.name: lines(path) for path in files if lines(path) > most} == {}
 
 
 def imports(tree: ast.AST, known: dict[str, Path]) -> Iterator[str]:

@@ -22,12 +22,9 @@ from vlmscope.circuits.discovery.report import write_discoveries
 from vlmscope.core.records import ROLES
 from vlmscope.core.results import Curve, Rate
 from vlmscope.data.inputs import check_choosing
-from vlmscope.data.orrery.dataset import pictures
-from vlmscope.data.orrery.rendering import make_scene
-from vlmscope.features.readouts import token_lens
 from vlmscope.features.structure import modality_metrics, modality_parts, modality_table
 from vlmscope.interventions.ablation import Averages, ablated, all_sites
-from vlmscope.metrics.rates import bootstrap_mean, rates, share_rate, without_baselines
+from vlmscope.metrics.rates import bootstrap_mean, rates, without_baselines
 from vlmscope.report.figures import dose_response, layer_role_heatmap, modality_by_layer
 from vlmscope.report.marks import write_rows
 
@@ -201,43 +198,4 @@ class NumberShift:
         curves = [Curve.of(name, sorted(dose.strength.unique()), points) for name, points in lines.items()]
         words = ("dose (1 = the counterfactual's activations)", "number said minus number before")
         dose_response(curves, bench.run_dir / "figures" / "dose.png", *words, percent=False)
-        return metrics
-
-
-@dataclass
-class Lens:
-    """How early the right word can be read off the residual stream (logit lens), on Orrery's test scenes.
-
-    `questions`: kind of scene -> what is asked; `scenes` of each kind. Writes lens.parquet, a row for each scene and
-    state; metrics `lens/<kind>/state_<n>/any_soft`, the share of scenes in which the right word is the most probable
-    one at some soft token of state n (0: before the first layer; control: another scene's word), and `/last`, at the
-    last position.
-    """
-
-    questions: dict[str, str]
-    scenes: int
-
-    def analyse(self, bench: Bench) -> dict[str, float]:
-        """The table and its metrics; a question without a right answer is left out."""
-        metrics, tables, seed = {}, [], bench.cfg.seed
-        for kind, question in self.questions.items():
-            scenes = [make_scene("test", kind, index, seed) for index in range(self.scenes)]
-            answers = [bench.token(word) for scene in scenes if (word := scene.answer_to(question))]
-            if not answers:
-                continue
-            shown = bench.recorded("test", f"{kind} test", pictures(scenes), "lens")
-            batch = bench.scope.batch(bench.inputs(shown, question))
-            positions = np.append(np.flatnonzero(batch.is_image), batch.length - 1)
-            # The word of the next scene that has another one, so that a word given to every picture does not count.
-            others = [next((b for b in answers[i:] + answers[:i] if b != a), a) for i, a in enumerate(answers)]
-            ranks = [token_lens(bench.vlm.adapter, batch, positions, words).rank for words in (answers, others)]
-            soft, control = ((rank[..., :-1] == 0).any(2) for rank in ranks)
-            for state, last in enumerate((ranks[0][..., -1] == 0).T):
-                columns = {"any_soft": soft[:, state], "any_soft_control": control[:, state], "last": last}
-                tables.append(pd.DataFrame({"kind": kind, "state": state, **columns}))
-                rate = share_rate(soft[:, state], seed, float(control[:, state].mean()))
-                metrics |= rate.metrics(f"lens/{kind}/state_{state:02d}/any_soft")
-                metrics[f"lens/{kind}/state_{state:02d}/last"] = float(last.mean())
-        if tables:
-            bench.write_table("lens", pd.concat(tables))
         return metrics

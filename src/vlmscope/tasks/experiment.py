@@ -23,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 ANALYSES = {
     "discovery": "vlmscope.analyses.measures.Discover",
     "feature_kinds": "vlmscope.analyses.feature_codes.FeatureKinds",
-    "lens": "vlmscope.analyses.measures.Lens",
+    "lens": "vlmscope.analyses.scenes.Lens",
     "mean_ablation": "vlmscope.analyses.measures.MeanAblation",
     "modality": "vlmscope.analyses.measures.Modality",
     "number_line": "vlmscope.analyses.feature_codes.NumberLine",
@@ -31,6 +31,7 @@ ANALYSES = {
     "predicted_effects": "vlmscope.analyses.predicted_effects.PredictedEffects",
     "smallest": "vlmscope.analyses.measures.Smallest",
     "transfer": "vlmscope.analyses.measures.Transfer",
+    "word_sources": "vlmscope.analyses.scenes.WordSources",
 }
 USES = (
     "data", "attribution", "intervention", "interchange", "discovery", "study", "where", "trials", "settings",

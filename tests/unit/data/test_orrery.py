@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from experiments.captioning import facts_named
 from experiments.hallucination_prediction import degrade, harder_scenes
 from experiments.hierarchy import APPEARANCE, appearance
 
@@ -106,7 +105,7 @@ def test_words_of_captions_name_facts(kind: str, expected: list[str]) -> None:
         caption = scene.answer("caption").split()
         # "two digits , two and three": a number may stand for either, so that only the facts' own places count.
         if kind != "digits" or "two" not in caption[3:]:
-            assert list(facts_named(scene, caption)) == expected
+            assert list(scene.facts_named(caption)) == expected
 
 
 def test_appearance_is_measured_on_the_disc() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -143,7 +143,7 @@ def counted_scenes(split: str, size: int, seed: int) -> tuple[list[np.ndarray], 
     return pictures(scenes), facts
 
 
-def pictures(scenes: list[Scene]) -> list[np.ndarray]:
+def pictures(scenes: Iterable[Scene]) -> list[np.ndarray]:
     """The pictures of scenes that have one."""
     return [scene.image for scene in scenes if scene.image is not None]
 

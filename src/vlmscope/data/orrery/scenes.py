@@ -6,7 +6,7 @@ templates below, so an unknown word is refused by name instead of becoming `<unk
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 
@@ -159,3 +159,14 @@ class Scene:
     def answer_to(self, question: str) -> str:
         """The correct answer to a question in any of its wordings; "" to another."""
         return next((q.answer for q in self.questions if question in QUESTIONS.get(q.group, ())), "")
+
+    def facts_named(self, words: Sequence[str]) -> tuple[str, ...]:
+        """The fact that each word of a caption names, "" for none; each fact once, in the order of reading."""
+        left = {q.group: q.answer for q in self.questions if q.group not in ("caption", "sum")}
+        named = []
+        for word in words:
+            # The plural of a shape's name begins with it.
+            facts = (n for n, answer in left.items() if word == answer or (n == "shape" and word.startswith(answer)))
+            named.append(next(facts, ""))
+            left.pop(named[-1], None)
+        return tuple(named)

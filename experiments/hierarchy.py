@@ -114,8 +114,7 @@ def cosine(first: np.ndarray, second: np.ndarray) -> float:
 def codes_of(bench: Bench, split: str, each: int) -> tuple[dict[str, Codes], pd.DataFrame]:
     """Place -> layer -> [n, F] activations (summed over soft tokens; at the last position), and facts of the scenes."""
     scenes = [scene for planet in PLANETS for scene in concept_scenes(planet, split, each, bench.cfg.seed)]
-    images, places = pictures(scenes), {}
-    bench.recorded(split, f"planets {split}", images, "reading")
+    images, places = bench.recorded(split, f"planets {split}", pictures(scenes), "reading"), {}
     for name, wordings in PLANET_QUESTIONS.items():
         # Soft tokens come before any question.
         codes = scene_codes(bench, images, wordings[0], ("last",) if places else PLACES)

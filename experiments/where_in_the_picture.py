@@ -74,18 +74,17 @@ def analyse(bench: Bench) -> dict[str, float]:
 
 def scenes_of(bench: Bench, kind: str, question: str) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
     """Choose features on training scenes, and measure their maps on each test scene where one is active."""
-    settings, seed = bench.analysis, bench.cfg.seed
-    train = pictures([make_scene("train", kind, i, seed) for i in range(settings.train_scenes)])
-    bench.recorded("train", f"{kind} train", train)
-    limits = settings.features_per_kind, settings.least_share, settings.most_tokens, 1
-    chosen = image_features(bench.scope, bench.scope.batch(bench.inputs(train, question)), *limits)
+    own, seed = bench.analysis, bench.cfg.seed
+    train = pictures([make_scene("train", kind, i, seed) for i in range(own.train_scenes)])
+    batch = bench.scope.batch(bench.inputs(bench.recorded("train", f"{kind} train", train), question))
+    chosen = image_features(bench.scope, batch, own.features_per_kind, own.least_share, own.most_tokens, 1)
     for choice in chosen:
         top, bottom = (", ".join(dict(words)) for words in top_and_bottom_logits(bench.scope, choice.feature, 4))
         row = {"kind": kind, **vars(choice), "feature": str(choice.feature), "top words": top, "bottom words": bottom}
         bench.records.setdefault("features", []).append(row)
-    least = {choice.feature: max(settings.least_active * choice.strength, 1e-6) for choice in chosen}
+    least = {choice.feature: max(own.least_active * choice.strength, 1e-6) for choice in chosen}
     measured = []
-    for index in tqdm(range(settings.test_scenes), desc=f"maps of {kind}", unit="scene"):
+    for index in tqdm(range(own.test_scenes), desc=f"maps of {kind}", unit="scene"):
         scene = make_scene("test", kind, index, seed)
         (inputs,) = bench.inputs(bench.recorded("test", scene.key, pictures([scene]), "maps"), question)
         batch = bench.scope.batch([inputs])

@@ -27,6 +27,7 @@ from vlmscope.attribution.export import (
     write_merged_json,
 )
 from vlmscope.attribution.influence import influence, logit_weights, prune
+from vlmscope.attribution.trace import strongest_edges
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AggregateGraph, GraphComparison, NodeKind, PrunedGraph
 from vlmscope.core.records import PatchBox
@@ -168,6 +169,27 @@ def test_graphs_of_two_models_and_unknown_rules_are_refused() -> None:
         aggregate([])
     with pytest.raises(UserError, match="min_present"):
         aggregate([first], min_present=2.0)
+
+
+def test_shares_and_strongest_edges_follow_the_convention_for_biases() -> None:
+    graph = traced(0).graph
+    folded = prune(graph, bias="fold")
+    found = compare(folded, folded)
+    kept = np.flatnonzero(folded.node_mask)
+    share = folded.influence[kept] / folded.influence.sum()
+    assert (found.nodes.kind != NodeKind.BIAS).all()
+    assert np.sort(found.share[0]) == pytest.approx(np.sort(share))
+    # A row is divided by what does not come from biases; the ends' weights are influence that they pass on.
+    counts = graph.nodes.kind[graph.indices] != NodeKind.BIAS
+    targets, sizes = graph.edge_targets(), np.abs(graph.weights.astype(np.float64)) * counts
+    sums = np.bincount(targets, sizes, graph.n_nodes)
+    worth = folded.influence.copy()
+    worth[graph.nodes.ends()] += graph.end_weights
+    strength = sizes / np.where(sums > 0, sums, 1.0)[targets] * worth[targets]
+    strongest = np.flatnonzero(folded.edge_mask)
+    strongest = strongest[np.argsort(-strength[strongest], kind="stable")][:20]
+    np.testing.assert_array_equal(strongest_edges(folded, 20), strongest)
+    assert not np.array_equal(strongest_edges(prune(graph), 20), strongest)
 
 
 def test_an_aggregate_is_the_mean_of_what_the_graphs_have() -> None:

@@ -48,7 +48,9 @@ def command(own: Path, run_dir: Path) -> list[str]:
     return [*SMALL, "pairs=file", f"pairs.path={own}", "pairs.train=3", f"hydra.run.dir={run_dir}"]
 
 
-def test_own_pairs_are_chosen_on_tested_and_a_saved_circuit_is_taken_again(own: Path, tmp_path: Path) -> None:
+def test_own_pairs_are_chosen_on_tested_and_a_saved_circuit_is_taken_again(
+    own: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
     assert main(command(own, tmp_path / "first")) == 0
     metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
     assert metrics["all/main"] == 1.0
@@ -62,6 +64,11 @@ def test_own_pairs_are_chosen_on_tested_and_a_saved_circuit_is_taken_again(own: 
     one, other = (pd.read_parquet(tmp_path / name / "trials.parquet") for name in ("first", "again"))
     assert again == metrics
     pd.testing.assert_frame_equal(one, other)
+    first, taken = (json.loads((tmp_path / name / "pictures.json").read_text()) for name in ("first", "again"))
+    assert taken["tested"] == first["tested"] and [*taken["chosen"].values()] == [*first["chosen"].values()]
+    # The second and third pair chose the circuit in its own run, whatever this one is told.
+    message = refusal(*command(own, tmp_path / "more"), f"interchange.circuit={folder}", "pairs.train=1")
+    assert "has the same content as" in message and f"(features of {tmp_path / 'first'})" in message
 
 
 def test_mistakes_are_one_line(own: Path, tmp_path: Path, refusal: Callable[..., str]) -> None:

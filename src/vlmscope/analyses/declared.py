@@ -248,6 +248,7 @@ def from_pairs(bench: Bench) -> Declared:
     circuit = None if config.circuit is None else load_circuit(Path(config.circuit))
     if circuit is not None:
         circuit.check_fits(bench.vlm.name, bench.transcoders.widths, str(config.circuit))
+        bench.used.inherit(Path(str(config.circuit)).absolute().parent.parent)  # its run, if it is where one leaves it
     modes: dict[str, set[str]] = {}
     for setting in cfg.settings.values():
         modes.setdefault(setting.cases, set()).update(set(setting.mode) - {"generate"})

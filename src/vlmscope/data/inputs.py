@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmscope.core.artifacts import parse_json, read_text, text_lines, write_json
+from vlmscope.core.artifacts import parse_json, read_json, read_text, text_lines, write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import as_rgb, normalised
 from vlmscope.data.config import PairsConfig
@@ -43,6 +43,7 @@ _ROW_KEYS = ("id", "prompt", "image")
 _SIDE_KEYS = ("prompt", "image", "answer")
 _PAIR_KEYS = (*_SIDE_KEYS, "counterfactual", "question", "id")
 _ID = re.compile(r"[\w-][\w.-]{0,99}", re.ASCII)
+PICTURES = "pictures.json"
 OWN_QUESTION = "answer"  # group of lines without `question`
 
 
@@ -182,7 +183,7 @@ def content_key(images: Sequence[Image.Image | np.ndarray], prompt: str = "") ->
 class UsedPictures:
     """On which pictures a run chose something (features, levels, a setting), and on which it tested them.
 
-    Each is purpose -> name of a picture -> `content_key`, as in the run's `pictures.json`.
+    Each is purpose -> name of a picture -> `content_key`, as in the run's file `PICTURES`.
     """
 
     chosen: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -207,10 +208,16 @@ class UsedPictures:
             )
         own.setdefault(purpose, {}).update(pictures)
 
-    def save(self, path: Path) -> None:
-        """Write both as JSON; nothing where no picture was used."""
+    def inherit(self, run: Path) -> None:
+        """Add what another run chose on, whose circuit this one tests; nothing where that is not recorded."""
+        if (run / PICTURES).is_file():
+            for purpose, pictures in read_json(run / PICTURES)["chosen"].items():
+                self.add(False, f"{purpose} of {run}", pictures)
+
+    def save(self, run: Path) -> None:
+        """Write both into a run's folder; nothing where no picture was used."""
         if self.chosen or self.tested:
-            write_json(path, {"chosen": self.chosen, "tested": self.tested})
+            write_json(run / PICTURES, {"chosen": self.chosen, "tested": self.tested})
 
 
 def check_own_pictures(images: Mapping[str, Sequence[str]]) -> None:

@@ -104,7 +104,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         circuit = replace(circuit, edges=direct_edges(graphs, list(circuit.supernodes.values()), cfg.task.answers))
     circuit = labelled(circuit, bench.labels)
     save_circuit(circuit, bench.run_dir / "circuits" / name)
-    bench.used.save(bench.run_dir / "pictures.json")
+    bench.used.save(bench.run_dir)
     bench.metrics |= circuit_metrics(circuit, graphs)
     if cfg.task.figure:
         pool = page.example_pool(inputs, others, is_orrery(bench.vlm), cfg.seed + 1)

@@ -90,7 +90,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     for analysis in analyses:
         if hasattr(analysis, "analyse"):
             bench.metrics |= analysis.analyse(bench)
-    bench.used.save(context.run_dir / "pictures.json")
+    bench.used.save(context.run_dir)
     try:
         draw_report(context.run_dir, asdict(cfg), bench.metrics)
     except Exception as error:  # a fault in a page must not cost hours of measuring

@@ -66,9 +66,9 @@ def analyse(bench: Bench) -> dict[str, float]:
     scenes, curves = (pd.concat(tables, keys=range(len(parts)), names=["scene"]).reset_index("scene")
                       for tables in zip(*parts, strict=True))  # fmt: skip
     means: Any = scenes.drop(columns=["scene", "kind", "features"]).groupby("map", sort=False).mean().reset_index()
-    features = pd.DataFrame(bench.records["features"])
-    for name, table in (("scenes", scenes), ("curves", curves), ("maps", means), ("features", features)):
-        bench.write_table(name, table.replace({"map": MAP_NAMES}) if "map" in table else table)
+    for name, table in (("scenes", scenes), ("curves", curves), ("maps", means)):
+        bench.write_table(name, table.replace({"map": MAP_NAMES}))
+    bench.write_table("features", pd.DataFrame(bench.records["features"]))
     return summary(scenes, bench.cfg.seed) | {"where/maps_kb": float(scenes.bytes.mean()) / 1000}
 
 
@@ -122,7 +122,7 @@ def compared(bench: Bench, scene: Scene, question: str, inputs: Any, active: tup
         same = {"kind": scene.kind, "map": kind}
         rows.append(same | {"features": len(active), "pointing": np.mean(hits), "bytes": size} | areas)
         heights = {measure: np.mean([curve.curve(f, measure) for f in active], 0) for measure in MEASURES}
-        curves.append(pd.DataFrame(same | {"cells": curve.counts} | heights))
+        curves += [pd.DataFrame(same | {"cells": curve.counts} | heights)] if kind != NO_FEATURE else []
     return pd.DataFrame(rows), pd.concat(curves)
 
 

@@ -10,6 +10,10 @@ carries only some directions. On the clean side (and, with other directions, on 
 Everything else is a distractor, active and correlated with the word: D (large decoder norm, read by nothing), G (reads
 A, is read by nothing), H (reads B, likewise), E (moves both answers alike), and B, C, I at all other positions after
 the word. A large constant in the stream keeps norm scales nearly fixed.
+
+Other kinds of circuit: `copying`, in which attention brings u to the last position and C reads it there (no A, B);
+`redundant`, with a second, stronger path A2, B2, C2 beside the first (no I). With `says`, the answers are also what the
+model says, and where neither is written it says a third word.
 """
 
 from dataclasses import dataclass
@@ -29,12 +33,15 @@ from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 
 D, WIDTH, CONSTANT = 48, 40, 10.0
+LOUD = 10  # how much louder answers are that have to be said: the constant leaves little else in the last norm
 PROMPTS = (
     ("what is this {} ?", "red", "blue"),
     ("what is the {} ?", "red", "blue"),
     ("is this the {} ?", "red", "blue"),
 )
 ANSWERS = ("one", "two")
+NEITHER = "planet"
+KINDS = ("two steps", "copying", "redundant")
 COPIES = 4  # of each kind of distractor
 
 
@@ -76,11 +83,16 @@ class _TranscoderMLP(nn.Module):
         return self.transcoder(x).reconstruction
 
 
-def planted(seed: int, inhibition: float = 0.4) -> Planted:
-    """A planted circuit; the seed draws directions, feature numbers and which of the two words is the clean one."""
+def planted(seed: int, inhibition: float = 0.4, kind: str = "two steps", says: bool = False) -> Planted:
+    """A planted circuit; the seed draws directions, feature numbers and which of the two words is the clean one.
+
+    Edges are listed of the kind "two steps" alone.
+    """
+    assert kind in KINDS, kind
     rng = generator(seed, "planted")
     directions = torch.from_numpy(np.linalg.qr(rng.standard_normal((D, D)))[0].T)
     names = ["const", "u", "u'", "a", "a'", "b", "b'", "y", "y'", "both"]
+    names += ["a2", "a2'", "b2", "b2'"] if kind == "redundant" else []
     at = {name: directions[i] for i, name in enumerate(names)}
     junk = iter(directions[len(names) :])
     vlm = tiny_gemma3(
@@ -89,8 +101,8 @@ def planted(seed: int, inhibition: float = 0.4) -> Planted:
     )  # fmt: skip
     model = vlm.model
     words = ("red", "blue")[:: rng.choice([1, -1])]
-    _set_embeddings(vlm, at, words, rng)
-    _set_attention(vlm, at)
+    _set_embeddings(vlm, at, words, rng, says)
+    _set_attention(vlm, at, ("u", "u'") if kind == "copying" else ("a", "a'", "a2", "a2'"))
     free = {layer: rng.permutation(WIDTH).tolist() for layer in range(3)}
     transcoders, features = {}, {}
     for layer in range(3):
@@ -99,7 +111,7 @@ def planted(seed: int, inhibition: float = 0.4) -> Planted:
         transcoders[layer] = transcoder
         model.model.layers[layer].mlp = _TranscoderMLP(transcoder)
     both = [[_prepare(vlm, form, word) for form, _, _ in PROMPTS] for word in words]
-    for layer, planned in enumerate(_plan(at, junk, inhibition)):
+    for layer, planned in enumerate(_plan(at, junk, inhibition, kind)):
         # What a feature reads is known once all layers below are set: gains follow from a run.
         seen = {mark: _mlp_input(vlm, both[side][0], layer) for side, mark in ((0, ""), (1, "'"))}
         for name, read, write, role in planned:
@@ -121,21 +133,32 @@ def planted(seed: int, inhibition: float = 0.4) -> Planted:
     return Planted(scope, CircuitSubject(subject, *both), features, edges)
 
 
-def _plan(at: dict[str, Tensor], junk, inhibition: float) -> list[list[tuple[str, str, Tensor, str]]]:
+def _plan(at: dict[str, Tensor], junk, inhibition: float, kind: str) -> list[list[tuple[str, str, Tensor, str]]]:
     """By layer: name ("" for a distractor), direction read, what is written, the role where it is calibrated."""
 
     def wasted(read: str, role: str) -> list[tuple[str, str, Tensor, str]]:
         return [("", read, 6.0 * next(junk), role) for _ in range(COPIES)]
 
-    first = [("A", "u", 4 * at["a"], "question"), ("A'", "u'", 4 * at["a'"], "question")]
-    first += wasted("u", "question") + wasted("u'", "question") + [("", "u", 4 * at["both"], "question")]
+    rest = wasted("u", "question") + wasted("u'", "question") + [("", "u", 4 * at["both"], "question")]
+    if kind == "copying":
+        third = [("C", "u", 4 * at["y"], "last"), ("C'", "u'", 4 * at["y'"], "last"), *wasted("u", "last")]
+        return [rest, wasted("u", "last") + wasted("u'", "last"), third]
+    first = [("A", "u", 4 * at["a"], "question"), ("A'", "u'", 4 * at["a'"], "question"), *rest]
     second = [("B", "a", 4 * at["b"], "last"), ("B'", "a'", 4 * at["b'"], "last")]
     second += [("I", "a", -4 * inhibition * at["y"], "last"), *wasted("a", "last"), *wasted("a'", "last")]
     third = [("C", "b", 4 * at["y"], "last"), ("C'", "b'", 4 * at["y'"], "last"), *wasted("b", "last")]
+    if kind == "redundant":
+        second = [feature for feature in second if feature[0] != "I"]
+        for side in ("", "'"):
+            first.append((f"A2{side}", f"u{side}", 4 * at[f"a2{side}"], "question"))
+            second.append((f"B2{side}", f"a2{side}", 4 * at[f"b2{side}"], "last"))
+            third.append((f"C2{side}", f"b2{side}", 6 * at[f"y{side}"], "last"))
     return [first, second, third]
 
 
-def _set_embeddings(vlm: VLM, at: dict[str, Tensor], words: tuple[str, ...], rng: np.random.Generator) -> None:
+def _set_embeddings(
+    vlm: VLM, at: dict[str, Tensor], words: tuple[str, ...], rng: np.random.Generator, says: bool
+) -> None:
     rows = vlm.model.get_input_embeddings().weight
     noise = torch.from_numpy(rng.standard_normal(tuple(rows.shape))) * 0.02
     # Noise stays off what the circuit uses.
@@ -146,15 +169,21 @@ def _set_embeddings(vlm: VLM, at: dict[str, Tensor], words: tuple[str, ...], rng
         for token in (word, f"Ġ{word}"):
             rows[vlm.tokenizer.convert_tokens_to_ids(token)] += 3 * at[name]
     for answer, name in zip(ANSWERS, ("y", "y'"), strict=True):
-        rows[vlm.tokenizer.convert_tokens_to_ids(answer)] = at[name] + at["both"]
+        rows[vlm.tokenizer.convert_tokens_to_ids(answer)] = (LOUD if says else 1) * at[name] + at["both"]
+    if says:  # the constant raises all words alike, the third a little more, and E all three
+        spoken = [vlm.tokenizer.convert_tokens_to_ids(word) for word in (*ANSWERS, NEITHER)]
+        rows[spoken[-1]] = at["both"] + 0.04 * at["const"]
+        rows[spoken] += CONSTANT * at["const"]
     rows /= D**0.5  # Gemma multiplies by it
 
 
-def _set_attention(vlm: VLM, at: dict[str, Tensor]) -> None:
-    """Uniform attention that carries the constant, a, a' and what moves both answers."""
+def _set_attention(vlm: VLM, at: dict[str, Tensor], names: tuple[str, ...]) -> None:
+    """Uniform attention that carries the constant, some directions and what moves both answers."""
     carried = at["const"][:, None] * at["const"]
-    for name in ("a", "a'", "both"):
-        carried = carried + 12 * at[name][:, None] * at[name]
+    for name in (*names, "both"):
+        if name in at:
+            # u stays in the stream to the end, where its own word would be said if there were much of it.
+            carried = carried + (1 if name[0] == "u" else 12) * at[name][:, None] * at[name]
     for block in vlm.model.model.layers:
         attention = block.self_attn
         for projection in (attention.q_proj, attention.k_proj):

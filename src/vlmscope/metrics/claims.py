@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 
 from vlmscope.core.results import Rate, text_table
-from vlmscope.metrics.rates import LEAST_DRAWS, Draws, displaced, draws_of, holm, paired_p, share_rate
+from vlmscope.metrics.rates import LEAST_DRAWS, Draws, displacement_ratio, draws_of, holm, paired_p, share_rate
 
 HALF = 0.5  # of the cases: a circuit that does it in fewer does not do it
 ALPHA = 0.05
@@ -163,8 +163,9 @@ def _decided(subject: Subject, claim: str, found: Sequence[Verdict] | str) -> Cl
 
 def _subjects(table: pd.DataFrame, measures: Mapping[str, str]) -> Iterator[Subject]:
     """Trials that may claim something, each in one setting; not those of another question's features (`way/name`)."""
-    if "answer" in table:  # nothing can follow where the answer is to stay
-        table = table[table.answer.isna() | (table.answer != table.target)]
+    if "answer" in table:  # nothing can follow on questions whose answer is to stay
+        moves = table.answer.isna() | (table.answer != table.target)
+        table = table[moves.groupby([table.cases, table.question]).transform("any")]
     table = table.assign(baseline=table.baseline if "baseline" in table else "")
     for operation, rows in table.groupby("operation", sort=False):
         if "/" in str(operation):
@@ -268,7 +269,7 @@ class Subject:
         reason = (
             "" if value.ci_high < HALF else f"all other features do it too: up to {percent(value.ci_high)} of the cases"
         )
-        return Verdict(question, value, name, HALF, np.nan, _weak(name, other, rows) or reason, below=True)
+        return Verdict(question, value, name, HALF, np.nan, reason or _weak(name, other, rows), below=True)
 
     def _ranked(self, question: str, rows: pd.DataFrame) -> Verdict:
         value, draws = self._rate(_own(rows)), self._draws(rows)
@@ -350,5 +351,5 @@ def _at_least(value: Rate, least: float) -> str:
 
 def _weak(name: str, other: pd.DataFrame, rows: pd.DataFrame) -> str:
     """Why a baseline moves too little to decide anything, or ""; one that was not measured is taken to be fair."""
-    ratio = displaced(other) / displaced(_own(rows))
+    ratio = displacement_ratio(other, _own(rows))
     return f"{name} too weak: it moves {ratio:.2g} of what the edit does" if ratio < LEAST_DISPLACEMENT else ""

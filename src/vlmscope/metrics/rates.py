@@ -246,13 +246,17 @@ def draws_of(group: pd.DataFrame, measure: str, control: str | None = None) -> D
     if not refused.all():
         counted = means[~refused]
         return Draws(counted.to_numpy(float), tuple(counted.index), kind, "")
-    ratio = displaced(rows) / displaced(group[group.control == ""])
+    ratio = displacement_ratio(rows, group[group.control == ""])
     return Draws(np.empty(0), (), kind, f"control too weak: it moves {ratio:.2g} of what the edit does")
 
 
-def displaced(rows: pd.DataFrame) -> float:
-    """The median displacement of the residual stream by an edit; NaN where it was not measured."""
-    return float(np.median(rows.displacement)) if "displacement" in rows and len(rows) else np.nan
+def displacement_ratio(rows: pd.DataFrame, edit: pd.DataFrame) -> float:
+    """The median displacement of the residual stream in some rows over that in rows of the edit itself; NaN where it
+    was not measured, or the edit moves nothing.
+    """
+    if "displacement" not in edit or not len(edit) or not (moved := float(np.median(edit.displacement))):
+        return np.nan
+    return float(np.median(rows.displacement)) / moved
 
 
 def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit") -> pd.DataFrame:
@@ -341,7 +345,8 @@ def worst(rows: pd.DataFrame, over: str) -> pd.DataFrame:
     """
     others = [name for name in rows.index.names if name != over]
     groups = rows.groupby(level=others, sort=False)
-    lowest: Any = rows.loc[groups["value"].idxmin()]
+    # A value that could not be measured is not the least one.
+    lowest: Any = rows.loc[rows["value"].fillna(np.inf).groupby(level=others, sort=False).idxmin()]
     for control in CONTROLS:
         lowest[control] = np.asarray(groups[control].max())
     weakest = rows.loc[rows.p.fillna(2.0).groupby(level=others, sort=False).idxmax()]  # unknown is weaker than 1
@@ -387,7 +392,7 @@ def trial_metrics(table: pd.DataFrame, trials: Mapping[str, Any], settings: Mapp
             metrics |= rate_metrics(name, row)
             if "changed" in runs and "changed" not in (measure, *others):
                 moved = worst(rates(runs, ["setting", "question"], "changed"), "question").iloc[0]
-                metrics |= {f"{name}_changed": moved.value} | known({f"{name}_control_changed": moved.matched})
+                metrics |= known({f"{name}_changed": moved.value, f"{name}_control_changed": moved.matched})
             if len(shares) > 1 and not several:
                 metrics |= by_question
             same: Any = (table.operation == operation) & (table.setting == setting) & (table["mode"] == mode)

@@ -77,8 +77,9 @@ class Caption(NamedTuple):
 
 
 def captions_of(bench: Bench, prompt: str, scenes: Sequence[Scene], new_tokens: int) -> list[Caption]:
-    """The scenes as the model captions them."""
-    inputs = bench.inputs(pictures(scenes), prompt)
+    """Test scenes as the model captions them."""
+    shown = [image for scene in scenes for image in bench.recorded("test", scene.key, pictures([scene]), "captions")]
+    inputs = bench.inputs(shown, prompt)
     rows = zip(scenes, inputs, whole_answers(bench.scope, inputs, new_tokens), strict=True)
     return [Caption(scene, one, ids, text, scene.facts_named(text.split())) for scene, one, (ids, text) in rows]
 

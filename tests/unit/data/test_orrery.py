@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from experiments.hallucination_prediction import degrade, harder_scenes
 from experiments.hierarchy import APPEARANCE, appearance
 
 from vlmscope.core.artifacts import read_json
@@ -24,11 +23,12 @@ from vlmscope.data.orrery.dataset import (
     counted_scenes,
     covered,
     digit_scenes,
+    harder_scenes,
     object_mask,
     painted_mask,
     scene_shards,
 )
-from vlmscope.data.orrery.rendering import glyphs, make_scene, planet_scene
+from vlmscope.data.orrery.rendering import degrade, glyphs, make_scene, planet_scene
 from vlmscope.data.orrery.scenes import (
     KINDS,
     PICTURED,

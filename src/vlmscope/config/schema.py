@@ -23,7 +23,7 @@ from vlmscope.circuits.config import (
     TrialConfig,
 )
 from vlmscope.core.errors import UserError, check_choice
-from vlmscope.core.results import Number, Rate
+from vlmscope.core.results import WIDEST, Number, Rate, toothless
 from vlmscope.data.config import DataConfig, PairsConfig, PromptSetConfig
 from vlmscope.features.config import CrossModalConfig, StudyConfig
 from vlmscope.tracking import TrackingConfig
@@ -92,14 +92,6 @@ class RandomTranscodersConfig:
 
     def __post_init__(self) -> None:
         check_choice("transcoder.activation", self.activation, ACTIVATIONS)
-
-
-WIDEST = 0.5  # of the range of a share or correlation
-
-
-def toothless(low: float, high: float) -> bool:
-    """Whether a range of a share or correlation is so wide that hardly any fault misses it."""
-    return low >= -1 and high <= 1 and high - low > WIDEST + 1e-9
 
 
 @dataclass

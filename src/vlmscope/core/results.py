@@ -131,6 +131,14 @@ class CircuitEdge:
     graphs: int = 1  # number of graphs in which the target is active
 
 
+WIDEST = 0.5  # of the range of a share or correlation
+
+
+def toothless(low: float, high: float) -> bool:
+    """Whether a range of a share or correlation is so wide that hardly any fault misses it."""
+    return low >= -1 and high <= 1 and high - low > WIDEST + 1e-9
+
+
 @dataclass(frozen=True)
 class Number:
     """A headline number and the range in which it must lie."""

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmscope.config.schema import toothless
 from vlmscope.core.artifacts import write_json, write_text
 from vlmscope.core.launch import program
-from vlmscope.core.results import Reproduced
+from vlmscope.core.results import Reproduced, toothless
 from vlmscope.data.images import png_bytes
 from vlmscope.metrics.rates import RULE, half_width, suggested_range
 from vlmscope.report.page import Card, Cards, Experiments, ReportPage, Text, duration, mapping_table

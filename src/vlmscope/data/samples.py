@@ -15,8 +15,9 @@ an object of lists (a column of structs):
     [{"from": "human", "value": "..."}, ...]                           ShareGPT and LLaVA
 
 In messages, a part of type "image" or the word `<image>` stands for a picture. The model's template puts pictures
-before the first question, so such marks may stand before or after it and are removed. Other keys of a record or turn
-are ignored.
+before the first question, so such marks may stand before or after it and are removed. A record may also have an `id`
+and `facts`, and `image` with one path instead of `images`, as LLaVA writes it; other keys are refused, since a misspelt
+one would lose the pictures. Other keys of a turn are ignored.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,6 +128,7 @@ def nonempty(text: Any, what: str) -> str:
 
 
 CONVERSATIONS = ("texts", "messages", "conversations")  # usual names of keys and columns that hold one
+_KEYS = ("images", "image", "text", *CONVERSATIONS, "id", "facts")  # of a record
 _MARK = "<image>"
 _PAIR, _MESSAGE, _SHARE = ("user", "assistant"), ("role", "content"), ("from", "value")
 _SPEAKERS = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
@@ -149,6 +152,15 @@ def record_parts(record: Any, origin: str) -> Record:
         neither = f"neither texts nor text, messages or conversations; its keys are {', '.join(sorted(record))}"
         problem = f"both {' and '.join(keys[:2])}" if keys else neither
         raise UserError(f"{origin}: it has {problem}; give one of them (layouts: docs/bring_your_own.md)")
+    for key in record:
+        if key not in _KEYS:
+            near = get_close_matches(str(key).lower(), _KEYS, n=1)
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"keys are {', '.join(_KEYS)}; notes of your own go into facts"
+            )
+            raise UserError(f"{origin}: no key {key!r}; {hint}")
     images, image = record.get("images") or [], record.get("image")
     if image and not images and isinstance(image, str):
         images = [image]

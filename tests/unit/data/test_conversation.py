@@ -41,6 +41,9 @@ def test_the_three_layouts() -> None:
         ({"texts": [{"user": " ", "assistant": "b"}]}, "user of exchange 1 is missing or empty"),
         ({"text": ""}, "text is missing or empty"),
         ({"text": "x", "images": "a.png"}, "images must be a list of paths"),
+        ({"text": "x", "imges": ["a.png"]}, "no key 'imges'; did you mean 'images'"),
+        ({"text": "x", "picture": "a.png"}, "no key 'picture'; .* go into facts"),
+        ({"texts": [{"user": "a", "assistant": "b"}], "Image": "a.png"}, "no key 'Image'; did you mean 'image'"),
     ],
 )
 def test_other_records_are_refused_with_their_line(record: Any, words: str) -> None:

@@ -1,18 +1,26 @@
 """vlmscope opens up vision-language models: transcoders, attribution graphs, proof that a circuit causes an answer."""
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlmscope.api import aggregate, compare, load, open_study, patch, steer, study, study_data, trace, where
 
 __version__ = "0.1.0"
+__all__ = [
+    "__version__", "aggregate", "compare", "load", "open_study", "patch", "steer", "study", "study_data", "trace",
+    "where",
+]  # fmt: skip
 
-_API = ("load", "trace", "compare", "aggregate", "steer", "patch", "where", "study", "study_data", "open_study")
 
-# pyright cannot see names that __getattr__ provides.
-__all__ = [*_API, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """The public functions of `vlmscope.api`, imported when first used: `import vlmscope` itself must stay quick."""
-    if name in _API:
-        return getattr(importlib.import_module("vlmscope.api"), name)
+    if name in __all__:
+        from vlmscope import api
+
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What completion offers."""
+    return list(__all__)

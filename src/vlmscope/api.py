@@ -2,9 +2,13 @@
 
 import vlmscope
 
-scope = vlmscope.load()                                   # Orrery and its transcoders
+scope = vlmscope.load("orrery")                           # the shipped model and its transcoders, also without a name
 scope = vlmscope.load("org/vlm", "me/set", revision=commit, transcoder_revision=commit)   # folders or hub ids
 traced = vlmscope.trace(scope, "what planet is this ?", ["mars.png"])
+traced.top_features(5)                                    # rows: feature, label, influence, place, ...
+traced.to_frame()                                         # the kept nodes as a pandas frame
+traced.plot()                                             # a picture of the graph
+traced.save("outputs/my_trace")                           # the files of task=trace
 both = vlmscope.compare(traced, "outputs/trace/earth", names=("mars", "earth"))
 maps = vlmscope.where(scope, "what planet is this ?", ["mars.png"], ["L5/709"])   # maps over the picture
 answer = vlmscope.steer(scope, "what planet is this ?", ["mars.png"], {"L6/512": 8.0})
@@ -12,23 +16,66 @@ answer = vlmscope.steer(scope, "what planet is this ?", ["mars.png"], {"L6/512":
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from PIL import Image
 
+from vlmscope.attribution.config import AttributionConfig, WhereConfig
+from vlmscope.attribution.trace import Trace
+from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
+from vlmscope.features.config import StudyConfig
 from vlmscope.scope import Picture, Scope, opened
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from vlmscope.attention import WhereMaps
-    from vlmscope.attribution.trace import Trace
+    from vlmscope.attribution.influence import RankedFeature
     from vlmscope.core.graph import AggregateGraph, GraphComparison, PrunedGraph
+    from vlmscope.core.maps import PictureMap
     from vlmscope.core.results import FeatureExample
     from vlmscope.features.study_files import StudyFolder
 
 Graph: TypeAlias = "Trace | PrunedGraph | str | Path"  # a path is a run folder or a graph.safetensors
+T = TypeVar("T")
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def _takes(config: type, *more: inspect.Parameter) -> Callable[[Call], Call]:
+    """Show the fields of `config`, for which `**settings` stands, in help() and in completion."""
+
+    def shown(function: Call) -> Call:
+        signature = inspect.signature(function)
+        plain = [item for item in signature.parameters.values() if item.kind != inspect.Parameter.VAR_KEYWORD]
+        settings = [
+            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=_default(item), annotation=item.type)
+            for item in fields(config)
+        ]
+        function.__signature__ = signature.replace(parameters=[*plain, *more, *settings])  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return shown
+
+
+def _default(item: Any) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def _settings(config: type[T], given: Mapping[str, Any]) -> T:
+    """An instance of `config`; a name that it does not have is refused as on the command line."""
+    from vlmscope.config.resolve import suggestion
+
+    known = [item.name for item in fields(config)]  # pyright: ignore[reportArgumentType]
+    for name in given:
+        if name not in known:
+            raise UserError(f"no setting {name!r}; {suggestion(name, known)} (help() shows all)")
+    return config(**given)
 
 
 def load(
@@ -41,7 +88,7 @@ def load(
     transcoder_revision: str | None = None,
     check: bool = True,
 ) -> Scope:
-    """Load a model and a transcoder set, each a folder or a hub id; Orrery and its set by default.
+    """Load a model and a transcoder set, each a folder, a hub id or a name of `task=list`; by default those of Orrery.
 
     A hub id needs its commit, 40 hexadecimal digits, in `revision` or `transcoder_revision`. `device` is cpu, cuda,
     cuda:N or mps; `offload` is the place of the model's weights: "none" (on the device), "cpu" or "disk". `check` runs
@@ -51,15 +98,17 @@ def load(
         UserError: a folder is no model or set, a hub id has no pinned commit or cannot be fetched, or the transcoders
             do not fit the model.
     """
-    from vlmscope.config.catalog import asset
+    from vlmscope.config.catalog import option
     from vlmscope.models.loading import load_named
     from vlmscope.training.evaluation import check_hooks, warn_on_load
     from vlmscope.transcoders.hub import from_pretrained
 
-    vlm = load_named(str(model or asset("orrery")), None, revision, dtype, device, offload)
-    adapter = vlm.adapter
-    source = transcoders or asset("orrery_transcoders")
-    loaded = from_pretrained(source, transcoder_revision, n_layers=adapter.n_layers, d_model=adapter.d_model)
+    named = option("model", str(model or "orrery")) or {"path": str(model)}
+    revision = revision or named.get("revision")
+    vlm = load_named(named["path"], named.get("hub"), revision, dtype, device, offload)
+    adapter, chosen = vlm.adapter, option("transcoder", str(transcoders or "orrery")) or {"path": str(transcoders)}
+    transcoder_revision = transcoder_revision or chosen.get("revision")
+    loaded = from_pretrained(chosen["path"], transcoder_revision, n_layers=adapter.n_layers, d_model=adapter.d_model)
     scope = Scope(vlm, loaded.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False))
     check_hooks(scope)
     if check:
@@ -67,12 +116,102 @@ def load(
     return scope
 
 
-def trace(scope: Scope, prompt: str, images: Sequence[Picture] = (), **settings: Any) -> Trace:
-    """The attribution graph of a prompt, whole and pruned; `settings` are those of `AttributionConfig`."""
-    from vlmscope.attribution.config import AttributionConfig
-    from vlmscope.attribution.trace import trace as run
+@dataclass(frozen=True, repr=False)
+class TraceResult(Trace):
+    """A traced prompt with its pictures, and what shows and saves it."""
 
-    return run(scope, scope.inputs(prompt, images), AttributionConfig(**settings))
+    labels: Mapping[FeatureId, str] = field(default_factory=dict)  # of the study in the setting `labels`
+    pictures: tuple[Image.Image, ...] = ()
+    maps: tuple[PictureMap, ...] = ()  # with the setting `patches`: each target over each picture
+    settings: AttributionConfig = field(default_factory=AttributionConfig)
+
+    def top_features(self, count: int = 10) -> list[RankedFeature]:
+        """The features with most influence on the most probable answer: id, label, influence, position, place."""
+        from vlmscope.attribution.influence import ranked_features
+
+        return ranked_features(self.graph, count, self.labels)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The nodes that pruning kept, a row each, those with most influence first."""
+        import pandas as pd
+
+        from vlmscope.attribution.export import node_id
+        from vlmscope.core.graph import NodeKind
+
+        graph, nodes, rows = self.graph, self.graph.nodes, []
+        for node in self.pruned.node_mask.nonzero()[0].tolist():
+            kind, position = NodeKind(int(nodes.kind[node])), int(nodes.position[node])
+            feature = nodes.feature_id(node) if kind == NodeKind.FEATURE else None
+            rows.append(
+                {
+                    "id": node_id(graph, node),
+                    "kind": kind.name.lower(),
+                    "layer": int(nodes.layer[node]),
+                    "position": position,
+                    "place": graph.place(position) if position >= 0 else "",
+                    "feature": "" if feature is None else str(feature),
+                    "label": "" if feature is None else self.labels.get(feature, ""),
+                    "activation": float(nodes.activation[node]),
+                    "influence": float(self.pruned.influence[node]),
+                }
+            )
+        return pd.DataFrame(rows).sort_values("influence", ascending=False, kind="stable", ignore_index=True)
+
+    def plot(self, path: str | Path | None = None) -> Image.Image:
+        """A picture of the pruned graph, which a notebook shows; written to `path` (.png) too if given."""
+        from vlmscope.data.images import for_figures
+        from vlmscope.report.graph_figure import attribution_graph
+
+        with TemporaryDirectory() as folder:
+            file = Path(path or Path(folder) / "graph.png")
+            attribution_graph(self.pruned, file, for_figures(self.pictures), labels=self.labels)
+            with Image.open(file) as picture:
+                return picture.copy()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write graph.json, graph.safetensors, figures/graph.png and, if there are maps, patches.safetensors."""
+        from vlmscope.attribution.export import save_graph, write_graph_json
+        from vlmscope.attribution.trace import write_target_maps
+
+        folder = Path(folder)
+        save_graph(folder / "graph.safetensors", self.pruned)
+        extra = None
+        if self.maps:
+            extra = {"patches": write_target_maps(folder / "patches.safetensors", self.maps, self.settings)}
+        model = str(self.graph.meta["model"])
+        write_graph_json(folder / "graph.json", self.pruned, folder.resolve().name, model, self.labels, extra)
+        self.plot(folder / "figures" / "graph.png")
+        return folder
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        names = [(f"{row.feature} {row.label}".strip(), f"{row.share:.1%}", row.place) for row in self.top_features(5)]
+        return super()._rows() + [("feature", "share of influence", "strongest at"), *names]
+
+
+@_takes(AttributionConfig)
+def trace(scope: Scope, prompt: str, images: Sequence[Picture] = (), **settings: Any) -> TraceResult:
+    """The attribution graph of a prompt, whole and pruned.
+
+    `settings` are those of `attribution=` (docs/attribution.md). `labels` names features, from the folder of a labelled
+    study; `patches=True` follows the answer to the parts of each picture.
+
+    Raises:
+        UserError: a setting that does not exist, or that does not fit the model or the prompt.
+    """
+    from vlmscope.attribution.trace import target_maps
+    from vlmscope.attribution.trace import trace as run
+    from vlmscope.features.labels import labels_for
+
+    config = _settings(AttributionConfig, settings)
+    pictures = tuple(opened(image) for image in images)
+    if config.patches and not pictures:
+        raise UserError("patches=True needs a picture; give images=[path or PIL image]")
+    labels = {}
+    if config.labels is not None:
+        labels = labels_for(config.labels, scope.vlm.name, scope.transcoders.widths).texts()
+    traced = run(scope, scope.inputs(prompt, pictures), config)
+    maps = tuple(target_maps(scope.vlm, traced, config)) if config.patches else ()
+    return TraceResult(**vars(traced), labels=labels, pictures=pictures, maps=maps, settings=config)
 
 
 def compare(
@@ -105,7 +244,6 @@ def aggregate(
 def _graph(graph: Graph) -> PrunedGraph:
     from vlmscope.attribution.compare import graph_file
     from vlmscope.attribution.export import load_graph
-    from vlmscope.attribution.trace import Trace
 
     if isinstance(graph, str | Path):
         return load_graph(graph_file(graph))
@@ -161,6 +299,7 @@ def patch(
     return generate_edited(scope, inputs, plan, max_new_tokens)
 
 
+@_takes(WhereConfig, inspect.Parameter("top", inspect.Parameter.KEYWORD_ONLY, default=3, annotation="int"))
 def where(
     scope: Scope, prompt: str, images: Sequence[Picture], features: Sequence[str] = (), **settings: Any
 ) -> WhereMaps:
@@ -176,8 +315,6 @@ def where(
         UserError: the model or the prompt has no picture, or a feature is not active on it.
     """
     from vlmscope.attention import where_maps
-    from vlmscope.attribution.config import AttributionConfig, WhereConfig
-    from vlmscope.core.errors import UserError
     from vlmscope.features.readouts import image_features
 
     if not images:
@@ -188,7 +325,7 @@ def where(
         chosen = [readout.feature for readout in image_features(scope, scope.batch([inputs]), top)]
     if not chosen:
         raise UserError("no feature is active on the soft tokens of this prompt; choose other transcoders")
-    return where_maps(scope, inputs, chosen, WhereConfig(**settings), AttributionConfig())
+    return where_maps(scope, inputs, chosen, _settings(WhereConfig, settings), AttributionConfig())
 
 
 def study(
@@ -209,6 +346,7 @@ def study(
     return {str(feature): examples for feature, examples in top_examples(scope, ids, items, count).items()}
 
 
+@_takes(StudyConfig)
 def study_data(scope: Scope, data: str | Path | Mapping[str, Any], folder: str | Path, **settings: Any) -> StudyFolder:
     """Study every feature of every layer in one pass over data, written to a folder (docs/study.md).
 
@@ -220,10 +358,9 @@ def study_data(scope: Scope, data: str | Path | Mapping[str, Any], folder: str |
         UserError: the data are missing or mostly unusable, or the folder belongs to another study.
     """
     from vlmscope.data.config import SourceConfig
-    from vlmscope.features.config import StudyConfig
     from vlmscope.features.study import study_alone
 
-    config = StudyConfig(**settings)
+    config = _settings(StudyConfig, settings)
     folder_source: dict[str, Any] = {"folder": {"kind": "folder", "path": str(data)}}
     split: dict[str, Any] = {} if config.split is None else {"split": config.split}
     named = data if isinstance(data, Mapping) else folder_source

@@ -1,17 +1,23 @@
 """`vlmscope.load`: folders and hub ids, and the check that the transcoders fit; what a Scope runs."""
 
+import inspect
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
 
 import vlmscope
+from vlmscope.attribution.export import load_graph
+from vlmscope.attribution.influence import top_features
+from vlmscope.config.catalog import asset
 from vlmscope.core.errors import UserError
+from vlmscope.core.graph import NodeKind
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.transcoders.formats import save_set
 from vlmscope.transcoders.transcoder import random_set, set_weight
@@ -85,6 +91,52 @@ def test_a_study_of_a_folder_and_of_named_sources(tmp_path) -> None:
     assert again.fired == record.fired
     named = {"one": {"kind": "folder", "path": str(tmp_path), "limit": 1}}
     assert vlmscope.study_data(scope, named, tmp_path / "other", top=2).info.items == 1
+
+
+def test_completion_offers_the_public_functions_alone() -> None:
+    assert dir(vlmscope) == sorted(vlmscope.__all__)
+    assert all(callable(getattr(vlmscope, name)) for name in vlmscope.__all__ if name != "__version__")
+    with pytest.raises(AttributeError, match="no attribute 'importlib'"):
+        vlmscope.importlib  # pyright: ignore  # noqa: B018
+    shown = inspect.signature(vlmscope.trace)
+    assert list(shown.parameters)[:3] == ["scope", "prompt", "images"]
+    assert (shown.parameters["max_nodes"].annotation, shown.parameters["max_nodes"].default) == ("int", 7500)
+    assert "top" in inspect.signature(vlmscope.where).parameters
+
+
+@pytest.fixture(scope="module")
+def orrery() -> Any:
+    return vlmscope.load("orrery", "orrery", check=False)
+
+
+@pytest.mark.parametrize("call", ["trace", "where"])
+def test_a_wrong_setting_is_one_line_with_the_nearest_name(orrery: Any, call: str) -> None:
+    wrong = {"trace": "max_node", "where": "head_shar"}[call]
+    with pytest.raises(UserError, match=rf"no setting '{wrong}'; did you mean '{wrong}.'"):
+        getattr(vlmscope, call)(orrery, "what is this ?", [tiny_image(0).resize((64, 64))], **{wrong: 3})
+
+
+def test_a_trace_shows_its_features_and_saves_the_files_of_the_task(orrery: Any, tmp_path: Path) -> None:
+    picture = Path(asset("pictures/mars.png"))
+    traced = vlmscope.trace(orrery, "what planet is this ?", [picture], max_nodes=300, patches=True)
+    best = traced.top_features(3)
+    assert [row.feature for row in best] == list(top_features(traced.graph, 3))
+    assert 0 < best[2].share <= best[0].share < 1 and best[0].place
+    at = (traced.graph.nodes.layer == best[0].feature.layer) & (traced.graph.nodes.index == best[0].feature.index)
+    assert best[0].positions == int((at & (traced.graph.nodes.kind == NodeKind.FEATURE)).sum())
+    frame = traced.to_frame()
+    assert len(frame) == traced.pruned.n_nodes and frame.influence.is_monotonic_decreasing
+    assert set(frame[frame.kind == "token"].place) >= {"picture, top left", "'planet' at 22"}
+    assert str(best[0].feature) in repr(traced) and str(best[0].feature) in traced._repr_html_()
+    folder = traced.save(tmp_path / "saved")
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {"graph.json", "graph.safetensors", "patches.safetensors", "figures/graph.png"}
+    assert len(traced.maps) == len(traced.graph.logit_tokens)
+    assert np.array_equal(load_graph(folder / "graph.safetensors").graph.weights, traced.graph.weights)
+    with pytest.raises(UserError, match="patches=True needs a picture"):
+        vlmscope.trace(orrery, "what planet is this ?", patches=True)
+    with pytest.raises(UserError, match=r"study.json"):
+        vlmscope.trace(orrery, "what planet is this ?", labels=str(tmp_path))
 
 
 def test_where_features_look() -> None:

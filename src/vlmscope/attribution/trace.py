@@ -376,22 +376,19 @@ def _by_head(shares: np.ndarray) -> dict[str, float]:
     return {f"L{layer}H{head}": float(shares[layer, head]) for layer, head in heads if shares[layer, head]}
 
 
-def write_patches(
-    path: Path, vlm: VLM, traced: Trace, settings: AttributionConfig
-) -> tuple[list[PictureMap], dict[str, Any]]:
-    """Follow the targets of a trace to the patches of each picture, and write the maps.
-
-    Returns:
-        The maps, target by target, and their record for `graph.json`.
-    """
+def target_maps(vlm: VLM, traced: Trace, settings: AttributionConfig) -> list[PictureMap]:
+    """The targets of a trace followed to the patches of each picture, target by target."""
     readers = target_readers(traced.replacement, traced.targets, total=settings.patch_effect == "total")
     vision = vision_path(vlm, traced.replacement.inputs, settings.patch_rule)
-    maps = vision.maps(readers, traced.graph.logit_tokens, settings.patch_baseline)
-    record = {
+    return vision.maps(readers, traced.graph.logit_tokens, settings.patch_baseline)
+
+
+def write_target_maps(path: Path, maps: Sequence[PictureMap], settings: AttributionConfig) -> dict[str, Any]:
+    """Write `target_maps`; returns their record for `graph.json`."""
+    return {
         "file": path.name,
         "effect": settings.patch_effect,
         "baseline": settings.patch_baseline,
         "rule": settings.patch_rule,
         "maps": save_maps(path, maps),
     }
-    return maps, record

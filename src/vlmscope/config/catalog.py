@@ -51,6 +51,18 @@ def options(group: str, folder: Path | None = None) -> dict[str, str]:
     return {path.stem: first_comment(path) for path in files}
 
 
+def option(group: str, name: str) -> dict[str, Any]:
+    """Keys of an option of a group, such as `path` of a model; empty for a name without one, such as a folder's."""
+    file = conf_dir() / group / f"{name}.yaml"
+    if Path(name).name != name or not file.is_file() or Path(name).exists():
+        return {}
+    OmegaConf.register_new_resolver("asset", asset, replace=True)
+    keys = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    assert isinstance(keys, dict), file
+    found = {str(key): value for key, value in keys.items()}
+    return found if found.get("path") not in (None, "", "???") else {}
+
+
 def reproducible(folders: Sequence[Path]) -> dict[str, Path]:
     """Name -> file of every experiment below `folders`, such as `conf/`, with `reproduce: true`, by path."""
     files = sorted(path for folder in folders for path in folder.joinpath("experiment").glob("*.yaml"))

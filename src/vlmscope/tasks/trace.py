@@ -87,7 +87,7 @@ def _trace_into(
     """Trace a prompt, write its files into a folder and return metrics; `name` is the graph's, else the folder's."""
     from vlmscope.attribution.export import save_graph, write_graph_json
     from vlmscope.attribution.influence import reaches_image
-    from vlmscope.attribution.trace import trace, write_heads, write_patches, write_scores
+    from vlmscope.attribution.trace import target_maps, trace, write_heads, write_scores, write_target_maps
     from vlmscope.config.wiring import feature_labels
     from vlmscope.data.images import for_figures
     from vlmscope.report.graph_figure import attribution_graph
@@ -98,8 +98,8 @@ def _trace_into(
     graph, pruned, metrics, extra = traced.graph, traced.pruned, traced.metrics(), None
     save_graph(folder / "graph.safetensors", pruned)
     if cfg.attribution.patches and pictures:
-        maps, record = write_patches(folder / "patches.safetensors", scope.vlm, traced, cfg.attribution)
-        extra, effect = {"patches": record}, cfg.attribution.patch_effect
+        maps, effect = target_maps(scope.vlm, traced, cfg.attribution), cfg.attribution.patch_effect
+        extra = {"patches": write_target_maps(folder / "patches.safetensors", maps, cfg.attribution)}
         if cfg.task.figure:
             shown = maps[: _MAPPED * len(pictures)]
             patch_maps(shown, for_figures(pictures), folder / "figures" / "patches.png", effect)
@@ -155,8 +155,10 @@ def _answer(traced: Trace, tokenizer: Any, labels: Mapping[FeatureId, str]) -> l
             )
         nodes = graph.nodes.of(NodeKind.FEATURE)
         nodes = nodes[graph.is_image[graph.nodes.position[nodes]]]
-        strongest = nodes[(-pruned.influence[nodes]).argsort(kind="stable")][:_ON_PICTURE]
-        there = [f"{graph.nodes.feature_id(node)} ({graph.place(graph.nodes.position[node])})" for node in strongest]
+        strongest = nodes[(-pruned.influence[nodes]).argsort(kind="stable")][:_ON_PICTURE].tolist()
+        there = [
+            f"{graph.nodes.feature_id(node)} ({graph.place(int(graph.nodes.position[node]))})" for node in strongest
+        ]
         lines += [f"  strongest there: {', '.join(there)}"] if there else []
     return lines
 

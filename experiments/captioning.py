@@ -65,10 +65,10 @@ def declare(bench: Bench) -> Declared:
     """Swaps as questions: validation and test pairs, and pictures whose caption does not have the original's word."""
     settings, scope = bench.analysis, bench.scope
     cases: dict[str, list] = {"validation": [], "test": [], "others": []}
-    chosen = {}
+    levels = {}
     for swap, (_, word, _) in settings.swaps.items():
-        chosen[swap] = text_level(scope, pairs_of(bench, swap, "train"), settings.word_features, settings.steps)
-        bench.metrics[f"base/{swap}/features"] = float(sum(map(len, chosen[swap][0].features.values())))
+        level = levels[swap] = text_level(scope, pairs_of(bench, swap, "train"), settings.word_features, settings.steps)
+        bench.metrics[f"base/{swap}/features"] = float(sum(map(len, level.features.values())))
         cases["validation"].append(text_cases(scope, "val", swap, pairs_of(bench, swap, "val")))
         pairs = pairs_of(bench, swap, "test")
         cases["test"].append(text_cases(scope, "test", swap, pairs, settings.prompt))
@@ -81,8 +81,7 @@ def declare(bench: Bench) -> Declared:
             if others := captions_of(bench, settings.prompt, fit[: settings.others], settings.new_tokens):
                 unrelated = bystanders(scope, kind, swap, [c.inputs for c in others], [c.scene.key for c in others])
                 cases["others"].append(replace(unrelated, texts=tuple(caption.text for caption in others)))
-    levels, means = ({swap: choice[part] for swap, choice in chosen.items()} for part in (0, 1))
-    return Declared(cases, lambda t, c, _: replace(levels[c.question], gate=t.gate), lambda _, c: means[c.question])
+    return Declared(cases, lambda t, c, _: replace(levels[c.question], gate=t.gate))
 
 
 def analyse(bench: Bench) -> dict[str, float]:

@@ -9,7 +9,6 @@ effects on two questions, since an effect's sign depends on the answer that a pa
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import combinations, product
 from typing import Any
 
@@ -25,7 +24,6 @@ from vlmscope.circuits.pairs import PairEffects
 from vlmscope.core.records import generator
 from vlmscope.data.orrery.dataset import concept_scenes, pictures
 from vlmscope.data.orrery.scenes import PLANET_QUESTIONS, PLANETS, SIDE, Scene
-from vlmscope.interventions.edits import mean_activations
 from vlmscope.metrics import decoding
 
 APPEARANCE = ["brightness", "red", "green", "texture", "size"]
@@ -54,11 +52,10 @@ def appearance(scene: Scene) -> np.ndarray:
 
 
 def declare(bench: Bench) -> Declared:
-    """Pairs, with controls that are matched on their originals alone."""
+    """Pairs, whose source the analysis reads too."""
     declared = from_pairs(bench)
     bench.records["pairs"] = declared.pairs
-    originals = [cases.batch for cases in declared.cases["test"]]
-    return replace(declared, means=mean_activations(bench.scope, originals, bench.transcoders.layers))
+    return declared
 
 
 def analyse(bench: Bench) -> dict[str, float]:

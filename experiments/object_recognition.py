@@ -7,7 +7,7 @@ norm of a decoder row, or of |a' - a| within a pair. Painted pixels say which so
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,9 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.maps import PictureMap, TileMap
 from vlmscope.core.records import control_draws
 from vlmscope.data.orrery.dataset import covered, painted_mask
-from vlmscope.interventions.edits import LayerEdit, donor_activations, matched_features
-from vlmscope.interventions.trials import Cases, Features, Setting, Trial
+from vlmscope.interventions.controls import matched_plan, matched_pools
+from vlmscope.interventions.edits import LayerEdit, donor_activations
+from vlmscope.interventions.trials import Cases, Features, Operation, Setting, Trial
 from vlmscope.metrics.prediction import pointing_hit, share_on
 from vlmscope.metrics.rates import bootstrap_mean
 from vlmscope.report.pictures import map_rows
@@ -53,8 +54,8 @@ def check(cfg: Any) -> None:
 
 def trials(bench: Bench, declared: Declared) -> Iterator[Trial]:
     """Each set on pairs that differ in one fact alone; and all features at the objects, the ground, or both."""
-    config, pairs, draws = bench.cfg.interchange, bench.cfg.pairs, bench.cfg.settings["cross"].matched
-    assert pairs is not None and callable(declared.means), "cases come from pairs"
+    config, pairs, cross = bench.cfg.interchange, bench.cfg.pairs, bench.cfg.settings["cross"]
+    assert pairs is not None, "cases come from pairs"
     if len(declared.sets) < 2:
         raise UserError(NEEDS)
     bench.records["declared"] = declared
@@ -65,8 +66,8 @@ def trials(bench: Bench, declared: Declared) -> Iterator[Trial]:
             cases = pair_cases(bench.scope, subject, members, change)
             for fact in declared.sets:
                 carry = TrialConfig("carry", features=fact)
-                setting, means = Setting(f"alone_{change}", matched=draws), declared.means(carry, cases)
-                yield Trial(f"each/{fact}", declared.operation(carry, cases, None), [cases], [setting], means)
+                setting = Setting(f"alone_{change}", matched=cross.matched, draws_on=cross.draws_on)
+                yield Trial(f"each/{fact}", declared.operation(carry, cases, None), [cases], [setting])
     for cases in declared.cases["test"]:
         known = {pair.id: pair for pair in pairs_by_question(pairs, "test")[cases.question]}
         sides = [[np.asarray(s.images[0]) for s in (known[i].original, known[i].counterfactual)] for i in cases.ids]
@@ -87,7 +88,6 @@ def trials(bench: Bench, declared: Declared) -> Iterator[Trial]:
 def analyse(bench: Bench) -> dict[str, float]:
     """dissociation/<fact>/own_minus_other and active_under, places/ metrics; places.parquet and object_maps.png."""
     declared: Declared = bench.records["declared"]
-    assert callable(declared.means), "cases come from pairs"
     table = bench.rows("cross")
     metrics: dict[str, float] = {}
     places: list[pd.DataFrame] = []
@@ -104,7 +104,7 @@ def analyse(bench: Bench) -> dict[str, float]:
         moved = {q: sum(float(sides[1].sum()) / cases[q].batch.size for sides in w.values()) for q, w in writes.items()}
         whole = max(moved[fact], 1e-12)
         metrics |= {f"dissociation/{fact}/active_under/{question}": size / whole for question, size in moved.items()}
-        control = matched(operation.features, declared.means(carry, cases[fact]), bench.cfg.seed)
+        control = matched(bench, operation, cases[fact])
         rows, on, pictures, boxes = bench.records[fact]
         soft, summed = torch.from_numpy(cases[fact].batch.is_image), np.empty(0)
         for label, layers in (("matched", written(bench, cases[fact], control)), ("own", writes[fact])):
@@ -142,8 +142,9 @@ def written(bench: Bench, cases: Cases, features: Features) -> dict[int, Tensor]
     return {n: torch.stack([a @ norms[n], (after[n][1] - a).abs() @ norms[n]]) for n, (_, a) in before.items()}
 
 
-def matched(features: Features, means: Mapping[int, Tensor], seed: int) -> dict[int, Tensor]:
-    """As many other features, alike in layer and mean activation."""
-    nothing, position = torch.zeros(1), torch.ones(1, dtype=torch.bool)
-    plan = {layer: LayerEdit(indices, nothing, nothing, position) for layer, indices in features.items()}
-    return {n: edit.features for n, edit in matched_features(plan, means, control_draws(seed, 1)[0]).items()}
+def matched(bench: Bench, operation: Operation, cases: Cases) -> dict[int, Tensor]:
+    """As many other features that change as much: the first control draw of an operation on the cases."""
+    plan = {n: edit for n, edit in operation.plan(bench.scope, cases, 1.0).items() if isinstance(edit, LayerEdit)}
+    subject = bench.scope, operation, cases, 1.0, plan
+    drawn = matched_plan(*subject, matched_pools(*subject), control_draws(bench.cfg.seed, 1)[0])
+    return {layer: edit.features for layer, edit in drawn.items()}

@@ -23,8 +23,11 @@ from vlmscope.circuits.discovery.nodes import (
     order_of,
 )
 from vlmscope.circuits.discovery.search import Runner, greedy_order, prune_members, smallest
+from vlmscope.circuits.operations import Carry
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import generator
+from vlmscope.core.records import FeatureId, generator
+from vlmscope.interventions.edits import by_layer
+from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
 from vlmscope.metrics.prediction import auroc
 from vlmscope.models.base import exact_float64
 
@@ -193,3 +196,18 @@ def test_discovery_puts_it_all_together(case: Case) -> None:
             made.subject.pairs, tokens=made.subject.pairs.other_tokens, other_tokens=made.subject.pairs.tokens
         )
         discover(scope, replace(made.subject, pairs=swapped), made.subject, settings)
+
+
+def test_matched_controls_of_a_planted_circuit_change_as_much_and_recover_nothing(case: Case) -> None:
+    """Carrying the circuit gives the counterfactual's answers; distractors that read the same do not."""
+    scope, pairs = case.planted.scope, case.planted.subject.pairs
+    tokens, other, ids = pairs.tokens, pairs.other_tokens, tuple("abc")
+    cases = Cases("test", "x", pairs.batch, pairs.base, tokens, other, ids, pairs.other, pairs.other_logits)
+    features = [FeatureId(layer, index) for layer, _, index in case.planted.features.values()]
+    do = Carry(by_layer(scope.transcoders, features))
+    with torch.no_grad():
+        table = run_trials(scope, [Trial("carry", do, [cases], [Setting(matched=20)])])
+    done, drawn = table[table.control == ""], table[table.control == "matched"]
+    assert done.recovered.to_numpy() == pytest.approx(1.0, abs=1e-3)
+    assert len(drawn) == 3 * 20 and not drawn.weak.any()
+    assert drawn.recovered.abs().max() < 0.1

@@ -29,7 +29,7 @@ from vlmscope.config.schema import HeadlineConfig, numbers_of
 from vlmscope.core.records import FeatureId
 from vlmscope.core.results import CircuitFeature, Supernode
 from vlmscope.interventions import trials
-from vlmscope.interventions.edits import Gate, by_layer, donor_activations, mean_activations
+from vlmscope.interventions.edits import Gate, by_layer, donor_activations
 from vlmscope.interventions.run import base_run
 from vlmscope.interventions.trials import Cases, Operation, run_trials
 from vlmscope.metrics.claims import claims
@@ -178,8 +178,7 @@ class Experiment:
                  for name, trial in TRIALS.items()}  # fmt: skip
         with exact_float64(), torch.no_grad():
             cases = self.cases()
-            means = mean_activations(self.scope, [self.train.batch], self.scope.transcoders.layers)
-            declared = Declared(cases, self.operation, means, baselines=Baselines(self.scope, self))
+            declared = Declared(cases, self.operation, baselines=Baselines(self.scope, self))
             table = run_trials(self.scope, declared.trials(given, self.settings))
         measures = {f"{o}/{s}": counted(given, self.settings, o, s)[0]
                     for o, s in table[["operation", "setting"]].drop_duplicates().to_numpy()}  # fmt: skip
@@ -243,7 +242,7 @@ def no_fault(made: Experiment, _: pytest.MonkeyPatch) -> Experiment:
 
 
 def control_that_edits_nothing(made: Experiment, patch: pytest.MonkeyPatch) -> Experiment:
-    patch.setattr(trials, "_matched", lambda *_: {})
+    patch.setattr(trials, "matched_plan", lambda *_: {})
     return made
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from PIL import Image
-from torch import Tensor
 
 from vlmscope.analyses.bench import Bench
 from vlmscope.circuits.cases import answer_token, bystanders
@@ -27,7 +26,7 @@ from vlmscope.core.results import Curve
 from vlmscope.data.orrery.dataset import colour_scenes, digit_scenes, pictures
 from vlmscope.features import cross_modal as search
 from vlmscope.features.config import CrossModalConfig
-from vlmscope.interventions.edits import by_layer, mean_activations
+from vlmscope.interventions.edits import by_layer
 from vlmscope.interventions.trials import Cases, Operation
 from vlmscope.metrics.decoding import Rule
 from vlmscope.metrics.prediction import prior
@@ -42,13 +41,12 @@ SharedByQuestion = Mapping[str, search.Shared]
 
 
 class Association:
-    """All sets: their cases, features, and means by which controls are matched (on the recipients' own prompts)."""
+    """All sets: their cases and features."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.cases: dict[str, list[Cases]] = {name: [] for name in CASE_SETS}
         self.features: dict[tuple[str, str, str], dict[str | None, set[FeatureId]]] = {}  # by set, question, concept
-        self.means: dict[tuple[str, ...], Mapping[int, Tensor]] = {}
         counted, listed = [], []
         for name, config in bench.cfg.association.items():
             by_question = {question: self.shared(config, question) for question in config.questions}
@@ -95,7 +93,7 @@ class Association:
         return self.bench.recorded(split, f"{question} {concept} {split}", shown)
 
     def add_cases(self, name: str, config: CrossModalConfig, question: str) -> None:
-        """Add the case sets of one question, the means that match their controls, and accuracies."""
+        """Add the case sets and accuracies of one question."""
         bench, scope, wording = self.bench, self.bench.scope, config.questions[question]
         right: dict[tuple[str, str], Cases] = {}
         asked_for = dict.fromkeys(KINDS, 0)
@@ -109,8 +107,7 @@ class Association:
                 rows = (every.answer == answer_token(scope, wording.answers[concept])).nonzero().flatten().tolist()
                 asked_for[kind] += len(prompts)
                 if rows:
-                    right[concept, kind] = cases = every.select(rows)
-                    self.means[means_key(cases)] = mean_activations(scope, [cases.batch], scope.transcoders.layers)
+                    right[concept, kind] = every.select(rows)
         for kind in KINDS:
             size = sum(cases.batch.size for (_, known), cases in right.items() if known == kind)
             bench.metrics[f"{name}/{question}/{kind}_accuracy"] = size / asked_for[kind]
@@ -145,12 +142,7 @@ class Association:
 def from_association(bench: Bench) -> Declared:
     """Shared features of every set, with the cases of trials on them."""
     sets = Association(bench)
-    return Declared(sets.cases, sets.operation, lambda _, cases: sets.means[means_key(cases)], metrics=set_metrics)
-
-
-def means_key(cases: Cases) -> tuple[str, ...]:
-    """Set, concept, kind and question."""
-    return (*(cases.tags[key] for key in ("set", "concept", "kind")), cases.question)
+    return Declared(sets.cases, sets.operation, metrics=set_metrics)
 
 
 def draw(

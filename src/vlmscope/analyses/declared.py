@@ -28,7 +28,7 @@ from vlmscope.circuits.circuit import Circuit, direct_edges, labelled, load_circ
 from vlmscope.circuits.config import CircuitConfig, TrialConfig
 from vlmscope.circuits.experiment import ALL, EACH, ConceptMaterial, Declared, PairSource, concept_operation, settle
 from vlmscope.circuits.page import described, draw_diagram
-from vlmscope.circuits.selectors import Influence, concept_influence, concept_means, contrast_circuit, control_means
+from vlmscope.circuits.selectors import Influence, concept_influence, concept_means, contrast_circuit
 from vlmscope.core.results import AnswerExample, Supernode
 from vlmscope.data.images import png_bytes
 from vlmscope.data.orrery.dataset import unrelated_scenes
@@ -113,8 +113,7 @@ def from_circuit(bench: Bench) -> Declared:
     shown = len(pictures(config.concepts[0], "test", count))
     bench.metrics |= {f"base/{each.question}/accuracy": each.batch.size / shown for each in cases["test"]}
     bench.metrics |= priors(config)
-    operation = concept_operation(circuit, config)
-    return Declared(cases, operation, control_means(means), baselines=baselines)
+    return Declared(cases, concept_operation(circuit, config), baselines=baselines)
 
 
 def priors(config: CircuitConfig) -> dict[str, float]:
@@ -219,12 +218,11 @@ def from_matrix(bench: Bench) -> Declared:
     means = concept_means(bench.scope, train, prompts)
     influence, _, _ = concept_influence(bench.scope, train, prompts, config.graphs, bench.cfg.attribution)
     circuits: dict[frozenset[str], Circuit] = {}
-    controls: dict[frozenset[str], Mapping[int, Tensor]] = {}
     for pair in combinations(config.concepts, 2):
         both = {concept: means[concept] for concept in pair}
         circuit, _ = contrast_circuit(bench.transcoders, both, influence, config.per_layer, bench.vlm.name)
         save_circuit(circuit, bench.run_dir / "circuits" / "_".join(pair))
-        circuits[frozenset(pair)], controls[frozenset(pair)] = circuit, control_means(both)
+        circuits[frozenset(pair)] = circuit
 
     def pair_of(subject: Cases) -> tuple[str, str]:
         return subject.tags["recipient"], subject.tags["donor"]
@@ -234,11 +232,7 @@ def from_matrix(bench: Bench) -> Declared:
         return concept_operation(circuits[frozenset(pair)], config, pair)(trial, subject, limit)
 
     baselines = concept_baselines(bench, train, means, influence)
-
-    def matched(_: TrialConfig, subject: Cases) -> Mapping[int, Tensor]:
-        return controls[frozenset(pair_of(subject))]
-
-    return Declared(cases, operation, matched, metrics=cell_metrics, baselines=baselines)
+    return Declared(cases, operation, metrics=cell_metrics, baselines=baselines)
 
 
 def from_pairs(bench: Bench) -> Declared:
@@ -261,9 +255,7 @@ def from_pairs(bench: Bench) -> Declared:
         nodes = {name: with_labels(Supernode(name, tuple(members)), bench.labels) for name, members in ranked.items()}
         chosen = Circuit(nodes, {}, model=bench.vlm.name, n_features=bench.transcoders.widths)
         save_circuit(chosen, bench.run_dir / "circuits" / (cfg.pairs.change or "pairs"))
-    return Declared(
-        cases, source.operation, source.means, source.sets, source, baselines=Baselines(bench.scope, source)
-    )
+    return Declared(cases, source.operation, source.sets, source, baselines=Baselines(bench.scope, source))
 
 
 def examples(bench: Bench, declared: Declared, table: pd.DataFrame) -> Iterator[AnswerExample]:

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from vlmscope.core.graph import AttributionGraph
     from vlmscope.core.results import Supernode
     from vlmscope.interventions.edits import Plan
-    from vlmscope.interventions.trials import Cases, Features
+    from vlmscope.interventions.trials import Cases, Features, Operation
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.batching import InputBatch
     from vlmscope.scope import Scope
 
 TOP = 5  # next tokens that are shown
-SAYS = {"control": "random features, as many, alike in layer and activation",
+SAYS = {"control": "random features, as many, of the same layers, changed as much",
         "random_direction": "random directions of the same norm"}  # fmt: skip
 
 
@@ -114,10 +114,10 @@ def chosen_features(named: Sequence[str], task: EditConfig) -> Chosen:
 
 @dataclass(frozen=True)
 class Fixed:
-    """The operation of a trial that has its plan already; controls edit other features in the same way."""
+    """The operation of a trial that has its plan already; other features write its changes as controls."""
 
     edits: Plan
-    rereads: ClassVar[bool] = False
+    own_values: ClassVar[bool] = False
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> Plan:
         """The plan, whatever the cases and the strength."""
@@ -128,44 +128,48 @@ def report_edit(
     name: str,
     scope: Scope,
     inputs: ModelInputs,
-    plan: Plan,
-    matched_on: Sequence[InputBatch],
+    do: Operation,
     task: EditConfig,
     run_dir: Path,
     seed: int = 0,
+    donors: InputBatch | None = None,
+    strength: float = 1.0,
 ) -> dict[str, float]:
-    """Run a plan on one prompt in the chosen modes, print it, and write `<run_dir>/<name>.json`.
+    """Run an operation on one prompt in the chosen modes, print it, and write `<run_dir>/<name>.json`.
 
     Args:
         name: 'steer' or 'patch', the first part of the metrics' names.
-        scope, inputs, plan: the model with its transcoders, the prompt, and edits by layer.
-        matched_on: the prompts on whose mean activations controls are matched.
+        scope, inputs, do: the model with its transcoders, the prompt, and what is done to it.
         task: the options.
         run_dir: where the file is written.
         seed: of the controls.
+        donors: the prompt that activations are carried from, where some are.
+        strength: of the operation.
 
     Returns:
         `<name>/<mode>/kl`, `<name>/<mode>/top1_changed`, each with `_control` (matched features) and, in free mode,
-        `_random_direction`; `<name>/features` and how many of them are active there, `<name>/features_active`.
+        `_random_direction`; `<name>/features` and how many of them are active in the prompt or its
+        donor, `<name>/features_active`.
     """
     from vlmscope.circuits.cases import bystanders
     from vlmscope.core.artifacts import write_json
-    from vlmscope.interventions.edits import mean_activations
+    from vlmscope.interventions.controls import used_by_role
     from vlmscope.interventions.run import base_run, generate_edited, run_edited
     from vlmscope.interventions.trials import Setting, Trial, run_trials
 
     cases = bystanders(scope, "prompt", inputs.prompt, [inputs], ["prompt"])
-    cases = replace(cases, base=base_run(scope, cases.batch, task.modes))
-    means = mean_activations(scope, matched_on, sorted(plan))
-    active = sum(int((means[layer][edit.features] > 0).sum()) for layer, edit in plan.items())
+    cases = replace(cases, base=base_run(scope, cases.batch, task.modes), donors=donors)
+    plan = do.plan(scope, cases, strength)
+    used = {layer: used_by_role(scope, cases, layer) for layer in plan}
+    active = sum(int(used[layer][:, edit.features.tolist()].any(0).sum()) for layer, edit in plan.items())
     size = sum(len(edit.features) for edit in plan.values())
     metrics = {f"{name}/features": float(size), f"{name}/features_active": float(active)}
     print(f"{size} features in {len(plan)} layers, {active} of them active there")
     named = [str(FeatureId(layer, index)) for layer, edit in plan.items() for index in edit.features.tolist()]
     written: dict[str, Any] = {"prompt": inputs.prompt, "features": named, "modes": {}}
-    settings = [Setting(mode, mode, matched=task.controls, random_direction=task.controls * (mode == "free"))
-                for mode in task.modes]  # fmt: skip
-    table = run_trials(scope, [Trial(name, Fixed(plan), [cases], settings, means)], seed)
+    settings = [Setting(mode, mode, strength=strength, matched=task.controls,
+                        random_direction=task.controls * (mode == "free")) for mode in task.modes]  # fmt: skip
+    table = run_trials(scope, [Trial(name, do, [cases], settings)], seed)
     for mode in task.modes:
         effects: dict[str, float] = {}
         of_mode: Any = table[table["mode"] == mode].groupby("control")[["kl", "changed"]].mean()

@@ -109,13 +109,14 @@ def kind_trials(bench: Bench, declared: Declared, sets: Mapping[str, Mapping[int
     stay; controls as many as in the setting `main`.
     """
     assert declared.pairs is not None, "cases come from pairs"
-    main, matched = bench.cfg.settings["main"], declared.pairs.matched()
-    follows = Setting("kind", matched=main.matched, random_direction=main.random_direction)
+    main = bench.cfg.settings["main"]
+    draws = {"matched": main.matched, "draws_on": main.draws_on}
+    follows = Setting("kind", random_direction=main.random_direction, **draws)
     for label, features in sets.items():
         carry = Carry({layer: torch.from_numpy(chosen) for layer, chosen in features.items() if len(chosen)})
-        for setting, name in ((follows, "test"), (Setting("kind_stays", matched=main.matched), "stays")):
+        for setting, name in ((follows, "test"), (Setting("kind_stays", **draws), "stays")):
             if carry.features and declared.cases[name]:
-                yield Trial(f"kind/{label}", carry, declared.cases[name], [setting], matched)
+                yield Trial(f"kind/{label}", carry, declared.cases[name], [setting])
 
 
 def listed(names: Mapping[int, np.ndarray], kinds: Sequence[str]) -> dict[str, list[str]]:

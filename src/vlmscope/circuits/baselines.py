@@ -189,7 +189,7 @@ class Variant:
 
     do: Operation
     change: Callable[[Cases, AnyPlan], AnyPlan]
-    rereads: ClassVar[bool] = False
+    own_values: ClassVar[bool] = False
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
         """As `Operation.plan`; it has no controls."""
@@ -206,7 +206,7 @@ class Complement:
     """
 
     do: Carry | Toward | Ablate
-    rereads: ClassVar[bool] = False
+    own_values: ClassVar[bool] = False
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
         """As `Operation.plan`."""

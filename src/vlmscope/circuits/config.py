@@ -138,6 +138,7 @@ class SettingConfig:
     limit: list[int] = field(default_factory=list)  # features per layer (exchange) or in all
     matched: int = 1  # draws of matched features
     random_direction: int = 0  # draws of random directions of the same norm
+    draws_on: int | None = None  # cases of each question that the draws run on, the first; all when null
     baselines: list[str] = field(default_factory=list)  # variants of the trials, run once each (`BASELINES`)
     first: int | None = None  # cases of each question; all when null
     measures: list[str] = field(default_factory=list)  # instead of the trial's; the first is the rate
@@ -155,7 +156,7 @@ class SettingConfig:
                 raise UserError(
                     f"settings: layers={layers}: write all, no_last, each, a layer or a range such as 0-3, 4- or 0-each"
                 )
-        check_least("settings", self, matched=0, random_direction=0)
+        check_least("settings", self, matched=0, random_direction=0, draws_on=1)
 
     def combinations(self, strength: float | None) -> list[dict[str, Any]]:
         """Every combination of `AXES`, for a trial of this strength."""

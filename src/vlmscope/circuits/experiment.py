@@ -26,7 +26,7 @@ from vlmscope.core.records import FeatureId
 from vlmscope.core.results import CircuitFeature, Supernode
 from vlmscope.data.config import PairsConfig
 from vlmscope.data.inputs import Pair
-from vlmscope.interventions.edits import by_layer, donor_activations, mean_activations
+from vlmscope.interventions.edits import by_layer, donor_activations
 from vlmscope.interventions.run import base_run
 from vlmscope.interventions.trials import Cases, Features, Operation, Setting, Trial, run_trials
 from vlmscope.metrics.prediction import prior
@@ -43,7 +43,6 @@ class Declared:
 
     cases: Mapping[str, Sequence[Cases]]  # case set -> its questions' cases
     operation: Callable[[TrialConfig, Cases, int | None], Operation]  # at most so many features
-    means: Mapping[int, Tensor] | Callable[[TrialConfig, Cases], Mapping[int, Tensor]]  # controls are matched by them
     sets: Sequence[str] = ()  # sets of features that `features: each` goes through, as trials `<trial>/<set>`
     pairs: PairSource | None = None  # where the cases are counterfactual pairs
     metrics: Metrics | None = None  # of the table; None for the rates of each trial (`metrics.rates.trial_metrics`)
@@ -70,23 +69,22 @@ class Declared:
     def _combined(
         self, operation: str, trial: TrialConfig, cases: Cases, name: str, setting: SettingConfig
     ) -> Iterator[Trial]:
-        subset = cases if setting.first is None else cases.select(range(min(setting.first, cases.batch.size)))
-        means = self.means(trial, cases) if callable(self.means) else self.means
+        subset = cases.first(setting.first)
         strength = trial.strength
         if strength is None:  # questions without validation cases, such as those of unrelated scenes, take the largest
             strength = self.settled.get(cases.question, max(self.settled.values(), default=None))
         if strength is None and not setting.strength:
             raise UserError(f"trials.{operation}.strength=null, but no trial has `settle`")
-        more = {key: getattr(setting, key) for key in ("matched", "random_direction", "new_tokens")}
+        more = {key: getattr(setting, key) for key in ("matched", "random_direction", "draws_on", "new_tokens")}
         for axes in setting.combinations(strength):
             do, where = self.operation(trial, cases, axes["limit"]), Setting(name, **axes, **more)
-            yield Trial(operation, do, [subset], [where], means)
+            yield Trial(operation, do, [subset], [where])
             where = replace(where, matched=0, random_direction=0)
             for baseline in baselines_of(trial, setting):
                 if self.baselines is None:
                     raise UserError(f"settings.{name}.baselines: the cases of this experiment have none; leave it out")
                 variant = self.baselines.operation(baseline, trial, do, subset, axes["limit"])
-                yield Trial(operation, variant, [subset], [where], means, baseline)
+                yield Trial(operation, variant, [subset], [where], baseline)
 
 
 def settle(
@@ -197,9 +195,9 @@ class ConceptMaterial:
         return concept_operation(self.circuit(pair), self.config, pair)(trial, cases, limit)
 
 
-def text_level(scope: Scope, pairs: Sequence[TextPair], count: int, steps: int) -> tuple[Level, dict[int, Tensor]]:
+def text_level(scope: Scope, pairs: Sequence[TextPair], count: int, steps: int) -> Level:
     """The `count` features of most estimated effect (of `steps`) on each token that differs within every pair, as an
-    operation that sets their levels; and layer -> [F] mean activations in the prompts, by which controls are matched.
+    operation that sets their levels.
     """
     differ = [{place for place, (a, b) in enumerate(zip(*pair.ids, strict=True)) if a != b} for pair in pairs]
     features: list[FeatureId] = []
@@ -212,12 +210,9 @@ def text_level(scope: Scope, pairs: Sequence[TextPair], count: int, steps: int) 
         features += [member.feature for member in pair_effects(scope, subject, steps).ranked(count)]
     if not features:
         raise UserError("no word differs within every training pair's answers, so no feature can be chosen")
-    prompts, whole = (
-        [scope.batch([pair.begun(scope, side, tokens) for pair in pairs]) for side in (0, 1)]
-        for tokens in (0, len(pairs[0].ids[0]))
-    )
-    level = Level(by_layer(scope.transcoders, features), (whole[0], whole[1]), prompts[0].length)
-    return level, mean_activations(scope, prompts, scope.transcoders.layers)
+    steps = len(pairs[0].ids[0])
+    first, second = (scope.batch([pair.begun(scope, side, steps) for pair in pairs]) for side in (0, 1))
+    return Level(by_layer(scope.transcoders, features), (first, second), first.length - steps)
 
 
 @dataclass
@@ -240,10 +235,8 @@ class PairSource:
     circuit: Circuit | None = None
     deepest: int = 0
     accuracy: dict[str, float] = field(default_factory=dict)
-    _sides: list[InputBatch] = field(default_factory=list)
     _subjects: dict[str, PairSubject] = field(default_factory=dict)
     _effects: dict[str, PairEffects] = field(default_factory=dict)
-    _matched: dict[str | None, Mapping[int, Tensor]] = field(default_factory=dict)
 
     def cases(self, modes: Mapping[str, Collection[str]]) -> dict[str, list[Cases]]:
         """Case sets "test" (questions whose answers differ within pairs), "counterfactual" (the other side of these
@@ -257,7 +250,6 @@ class PairSource:
             subject = self.subject(question, pairs, modes.get(name, ("free",)))
             cases = pair_cases(self.scope, subject, pairs, name)
             case_sets[name].append(cases)
-            self._sides += [subject.batch, subject.other]
             self.accuracy[f"base/{question}/pairs"] = float(subject.size)
             answers = [side.answer for pair in pairs for side in (pair.original, pair.counterfactual)]
             self.accuracy[f"base/{question}/prior"] = prior(answers)
@@ -424,20 +416,4 @@ class PairSource:
         for value, features in zip(enough, chosen, strict=True):
             for cases in tested:
                 setting = Setting("same", matched=1) if cases.name == value else Setting("another", matched=0)
-                yield Trial(f"over_{fact}/{value}", Carry(features), [cases], [setting], self.matched())
-
-    def means(self, trial: TrialConfig, cases: Cases) -> Mapping[int, Tensor]:
-        """Mean activations by which controls are matched: on both sides of the pairs that its values come from."""
-        if trial.do == "shift":
-            train = self.training(cases.question)
-            return self._means(cases.question, [train.batch, train.other])
-        return self.matched()
-
-    def matched(self) -> Mapping[int, Tensor]:
-        """Mean activations over both sides of all test pairs."""
-        return self._means(None, self._sides)
-
-    def _means(self, key: str | None, batches: Sequence[InputBatch]) -> Mapping[int, Tensor]:
-        if key not in self._matched:
-            self._matched[key] = mean_activations(self.scope, batches, self.scope.transcoders.layers)
-        return self._matched[key]
+                yield Trial(f"over_{fact}/{value}", Carry(features), [cases], [setting])

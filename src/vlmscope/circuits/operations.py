@@ -45,7 +45,7 @@ class Carry:
     nodes: tuple[Supernode, ...] = ()  # whose positions their features keep to
     last: bool = False  # the donors' last position into the last position alone: they may have any length
     at: Tensor | None = None  # [B, T] bool, positions of each case; features stay live at its others
-    rereads: ClassVar[bool] = True
+    own_values: ClassVar[bool] = True
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
         """As `Operation.plan`."""
@@ -81,12 +81,12 @@ class Toward:
 
     features: Features
     nodes: tuple[Supernode, ...] = ()
-    rereads: ClassVar[bool] = True
+    own_values: ClassVar[bool] = True
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
         """As `Operation.plan`."""
         chosen = self.features if features is None else features
-        start = donor_activations(scope, cases.batch, chosen)
+        start = donor_activations(scope, cases.codes(scope), chosen)
         end = patch_plan(donor_activations(scope, cases.donor_codes(scope), chosen), cases.batch.roles)
         plan = {
             layer: replace(e, value=(start[layer][1] + strength * (e.value - start[layer][1])).clamp_min(0))
@@ -101,7 +101,7 @@ class Shift:
 
     change: Mapping[int, tuple[Tensor, Tensor]]
     nodes: tuple[Supernode, ...] = ()
-    rereads: ClassVar[bool] = False
+    own_values: ClassVar[bool] = False
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
         """As `Operation.plan`."""
@@ -119,14 +119,13 @@ class Ablate:
 
     features: Features
     nodes: tuple[Supernode, ...] = ()
-    rereads: ClassVar[bool] = False
+    own_values: ClassVar[bool] = True
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
         """As `Operation.plan`."""
         everywhere = torch.ones(cases.batch.length, dtype=torch.bool)
-        plan = {
-            n: set_features(f, torch.zeros(len(f)), everywhere, torch.zeros(len(f))) for n, f in self.features.items()
-        }
+        chosen = self.features if features is None else features
+        plan = {n: set_features(f, torch.zeros(len(f)), everywhere, torch.zeros(len(f))) for n, f in chosen.items()}
         return at_supernodes(plan, self.nodes, cases.batch.places)
 
 
@@ -139,19 +138,18 @@ class Level:
 
     The gate acts at each layer and place only as far as the features that are stronger on originals are active there,
     in full from this share of their level; a layer without such features is left alone. Without one it acts
-    everywhere, as controls do, which only makes them stronger.
+    everywhere.
     """
 
     features: Features
     sides: tuple[InputBatch, InputBatch]  # originals, counterfactuals of training pairs with answers, all equally long
     prompt: int  # positions before the answer
     gate: float | None = None
-    rereads: ClassVar[bool] = True
+    own_values: ClassVar[bool] = False
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
         """As `Operation.plan`."""
-        chosen = self.features if features is None else features
-        starts, ends = (donor_activations(scope, side, chosen) for side in self.sides)
+        starts, ends = (donor_activations(scope, side, self.features) for side in self.sides)
         where = torch.ones(self.prompt, dtype=torch.bool)
         plan: dict[int, LayerEdit] = {}
         for layer, (indices, values) in starts.items():
@@ -159,7 +157,7 @@ class Level:
             value = (start + strength * (end - start)).clamp_min(0)
             steps = value[self.prompt :].unsqueeze(1)
             edit = set_features(indices, value[: self.prompt], where, steps if len(steps) else None)
-            if self.gate is not None and features is None:
+            if self.gate is not None:
                 fading = torch.nonzero(start.sum(0) > end.sum(0)).flatten()
                 if not len(fading):
                     continue
@@ -179,7 +177,7 @@ class Exchange:
     gate: float | None = None
     limit: int | None = None
     by_question: bool = True
-    rereads: ClassVar[bool] = False
+    own_values: ClassVar[bool] = False
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
         """As `Operation.plan`."""

@@ -327,12 +327,6 @@ def concept_means(
     }
 
 
-def control_means(means: Mapping[str, Mapping[str, RoleMeans]]) -> dict[int, Tensor]:
-    """Layer -> [F], the mean activation of every feature over concepts and questions, by which controls are matched."""
-    tables = [table for by_question in means.values() for table in by_question.values()]
-    return {layer: torch.stack([table.overall[layer] for table in tables]).mean(0) for layer in tables[0].overall}
-
-
 def concept_influence(
     scope: Scope,
     train: Mapping[str, Sequence[Image.Image]],

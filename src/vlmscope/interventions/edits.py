@@ -4,9 +4,7 @@
 `g (new - current) * W_dec[f]` where the transcoder writes, so the error term stays as it is in the run; `g` is 1, or
 a gate's value. Plans come from features that the user names, or from donors' activations.
 
-A matched control edits as many features of each layer in the same way, drawn at random among those that are about as
-active on the same inputs but belong to no circuit. The other control, a random direction of the same norm, is
-`run.editing(direction=...)`.
+Controls, of as many other features or of random directions of the same norm, are in `interventions.controls`.
 
 Legend: B prompts, T positions, n features of a layer, F width of its transcoder.
 """
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import FeatureId, generator
+from vlmscope.core.records import FeatureId
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode, TranscoderSet
@@ -65,6 +63,7 @@ class LayerEdit:
     gate: Gate | None = None  # how far to act at each position; None acts in full
     at: Tensor | None = None  # [T, n] bool, the positions of `where` at which each feature is edited; all when None
     at_generated: Tensor | None = None  # [n] bool, the same of generated tokens; it goes with `at`
+    written_by: Tensor | None = None  # [n] int64, other features, which write the changes of these (a control)
 
     def to(self, device: torch.device) -> LayerEdit:
         """The same on a device, but for `where`, which indexes tensors of any device from the CPU."""
@@ -296,49 +295,3 @@ def patch_plan(
         carried = carried * strength
         plan[layer] = set_features(features, carried, where, carried[:, last][:, 0])
     return plan
-
-
-def mean_activations(scope: Scope, batches: Sequence[InputBatch], layers: Sequence[int]) -> dict[int, Tensor]:
-    """Layer -> [F] float64, mean activation of every feature over the positions of all prompts (equally long)."""
-    means: dict[int, Tensor] = {}
-    for batch in batches:
-        for layer, code in codes(scope, batch, layers).items():
-            dense = code.values.new_zeros(scope.transcoders[layer].config.n_features, dtype=torch.float64)
-            dense.scatter_add_(0, code.indices.flatten(), code.values.flatten().double())
-            share = dense / (batch.size * batch.length * len(batches))
-            means[layer] = means[layer] + share if layer in means else share
-    return means
-
-
-def matched_features(
-    plan: Plan, mean_activation: Mapping[int, Tensor], seed: int, neighbours: int = 8
-) -> dict[int, LayerEdit]:
-    """The plan with each edited feature replaced by a random other one of its layer with a similar mean activation.
-
-    `mean_activation`, layer -> [F], is taken on the data that the circuit was chosen on; each replacement is drawn,
-    under `seed`, from the `neighbours` candidates that are nearest in it.
-
-    Raises:
-        UserError: a layer has too few other features.
-    """
-    control: dict[int, LayerEdit] = {}
-    for layer, edit in plan.items():
-        rng = generator(seed, "control", layer)
-        means = mean_activation[layer].double().numpy(force=True)
-        free = np.setdiff1d(np.arange(len(means)), edit.features.numpy(force=True))
-        if len(free) < len(edit.features):
-            raise UserError(
-                f"{len(edit.features)} of the {len(means)} features of layer {layer} are edited, so no control can be "
-                "drawn from the others; name fewer features, or draw no controls"
-            )
-        chosen: list[int] = []
-        for feature in edit.features.tolist():
-            gap = np.abs(means[free] - means[feature])
-            # Dead features are no control: a change along a row that the model never uses proves nothing.
-            gap[means[free] <= 0] += means.max() + 1.0
-            near = free[np.argpartition(gap, min(neighbours, len(free) - 1))[:neighbours]]
-            live = near[means[near] > 0]
-            chosen.append(int(rng.choice(live if len(live) else near)))
-            free = free[free != chosen[-1]]
-        control[layer] = replace(edit, features=edit.features.new_tensor(chosen))
-    return control

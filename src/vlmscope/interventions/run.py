@@ -10,7 +10,7 @@ Legend: B prompts, T positions, n edited features of a layer, F all, k slots of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,7 +31,8 @@ from vlmscope.models.batching import InputBatch, continued, generated
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode, Transcoder
 
-Norms = dict[int, Tensor]  # layer written to -> [B, T], of what an edit adds there at each position of the prompt
+# Of what an edit adds: of each forward (the prompt's, then those of generated tokens), layer written to -> [B, t].
+Norms = list[dict[int, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,15 @@ class BaseRun:
     written: dict[int, Tensor]  # layer -> [B, T, d], the transcoder's target
     inverse_rms: dict[nn.Module, Tensor]  # norm -> [B, T, 1], of values [B, T, Hkv, 1]: its scales follow from it
     codes: dict[int, SparseCode] = field(default_factory=dict, init=False)  # of `mlp_in`, kept for the next plan
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> BaseRun:
+        """The run with every tensor changed alike, as to other prompts."""
+        tables = {
+            key: {entry: change(values) for entry, values in table.items()}
+            for key, table in vars(self).items()
+            if key not in ("logits", "codes")
+        }
+        return replace(self, logits=change(self.logits), **tables)
 
 
 @torch.no_grad()
@@ -75,13 +85,13 @@ def run_edited(
     plan: AnyPlan,
     mode: str = "free",
     base: BaseRun | None = None,
-    direction: int | None = None,
     norms: Norms | None = None,
+    known: Mapping[int, SparseCode] | None = None,
 ) -> Tensor:
     """Logits [B, V] at the last position of a batch under a plan.
 
-    The two frozen modes need `base`, the unedited run of the same batch, recorded for them. In free mode, `direction`
-    adds a random direction of each edit's norm instead. `norms` is filled as by `editing`.
+    The two frozen modes need `base`, the unedited run of the same batch, recorded for them. `norms` and `known` are as
+    in `editing`.
 
     Raises:
         UserError: unknown mode, or features that the transcoders do not have.
@@ -96,15 +106,14 @@ def run_edited(
             raise UserError(
                 f"the circuit names feature {int(edit.features.max())} of layer {layer}, whose width is {width}"
             )
-    assert direction is None or mode == "free", "random directions are of free mode"
     with ExitStack() as stack:
         if mode == "free":
-            stack.enter_context(editing(scope, plan, direction, norms))
+            stack.enter_context(editing(scope, plan, norms, known))
             return scope.forward(batch)
         assert base is not None and base.patterns, f"the base run was not recorded for mode {mode}"
         stack.enter_context(replacing_patterns(scope.adapter, base.patterns))
         if mode == "frozen_attention":
-            stack.enter_context(editing(scope, plan, norms=norms))
+            stack.enter_context(editing(scope, plan, norms, known))
         else:
             assert base.written, "the base run was not recorded for mode direct"
             stack.enter_context(_direct(scope, plan, base, norms))
@@ -151,7 +160,7 @@ def _direct(scope: Scope, plan: AnyPlan, base: BaseRun, norms: Norms | None) -> 
             base.codes[layer] = scope.transcoders[layer].encode(x)
         _add_ahead(changes, layer, edit_changes(scope.transcoders[layer], x, edit, 0, base.codes[layer]))
     if norms is not None:
-        norms |= {layer: change.norm(dim=-1) for layer, change in changes.items()}
+        norms.append({layer: change.norm(dim=-1) for layer, change in changes.items()})
     with ExitStack() as stack:
         inputs = watch_inputs(stack, scope.adapter, range(scope.adapter.n_layers))
 
@@ -168,40 +177,73 @@ def _direct(scope: Scope, plan: AnyPlan, base: BaseRun, norms: Norms | None) -> 
 
 
 @contextmanager
-def editing(scope: Scope, plan: AnyPlan, direction: int | None = None, norms: Norms | None = None) -> Iterator[None]:
+def editing(
+    scope: Scope, plan: AnyPlan, norms: Norms | None = None, known: Mapping[int, SparseCode] | None = None
+) -> Iterator[None]:
     """Edit features in every forward inside the context, also token by token in `generate` with a KV cache.
 
-    The first forward is the prompt; later ones are generated tokens, which only edits with `generated` touch. With
-    `direction`, a seed, every layer gets instead of its edit a random direction of the same norm at every position.
-    `norms` is filled with the norms of what is added to each layer in the prompt's forward.
+    The first forward is the prompt; later ones are generated tokens, which only edits with `generated` touch.
+
+    Args:
+        scope, plan: the model and what to edit.
+        norms: filled with the norms of what is added.
+        known: layer -> code [B, T, k] of the unedited prompts, which serves the lowest layer that is edited.
     """
     seen = {"tokens": 0}  # that the KV cache holds before each forward
 
     def count(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
         cache = kwargs.get("past_key_values")
         seen["tokens"] = 0 if cache is None else int(cache.get_seq_length())
+        if norms is not None:
+            norms.append({})
 
     with ExitStack() as stack:
         stack.callback(scope.adapter.decoder().register_forward_pre_hook(count, with_kwargs=True).remove)
         inputs = watch_inputs(stack, scope.adapter, plan)
         pending: dict[int, Tensor] = {}  # what edits of lower layers write to a later one (cross-layer transcoders)
         written = {layer + ahead for layer in plan for ahead in range(scope.transcoders[layer].config.writes)}
-        units = {} if direction is None else {n: _random_unit(scope.adapter, direction, n) for n in sorted(written)}
+        first = {layer: code for layer, code in (known or {}).items() if layer == min(plan, default=-1)}
 
         def edited(layer: int, out: Tensor) -> Tensor:
             if layer in plan:
-                changes = edit_changes(scope.transcoders[layer], inputs.pop(layer), plan[layer], seen["tokens"])
+                code = None if seen["tokens"] else first.get(layer)
+                changes = edit_changes(scope.transcoders[layer], inputs.pop(layer), plan[layer], seen["tokens"], code)
                 _add_ahead(pending, layer, changes)
             if layer not in pending:
                 return out
             change = pending.pop(layer)
-            if units:
-                change = change.norm(dim=-1, keepdim=True) * units[layer].to(out)
-            if norms is not None and not seen["tokens"]:
-                norms[layer] = change.norm(dim=-1)
+            if norms is not None:
+                norms[-1][layer] = change.norm(dim=-1)
             return out + change
 
         hook_targets(stack, scope, sorted(written), edited)
+        yield
+
+
+@contextmanager
+def adding_random(scope: Scope, norms: Norms, seed: int) -> Iterator[None]:
+    """Add to each layer's target a random direction, at every position as long as `norms` say, forward by forward.
+
+    Forwards beyond those of `norms` take the last of them.
+    """
+    forwards = iter(range(len(norms)))
+    now: dict[int, Tensor] = {}
+
+    def count(_module: nn.Module, _args: tuple) -> None:
+        step = next(forwards, len(norms) - 1)
+        now.clear()
+        now.update(norms[step])
+
+    def added(layer: int, out: Tensor) -> Tensor:
+        if layer not in now:
+            return out
+        return out + now[layer].to(out).unsqueeze(-1) * units[layer].to(out)
+
+    layers = sorted({layer for by_layer in norms for layer in by_layer})
+    units = {layer: _random_unit(scope.adapter, seed, layer) for layer in layers}
+    with ExitStack() as stack:
+        stack.callback(scope.adapter.decoder().register_forward_pre_hook(count).remove)
+        hook_targets(stack, scope, layers, added)
         yield
 
 
@@ -276,19 +318,16 @@ def edit_changes(
             target = at_step(edit.generated, 2, step)
             local = replace(edit, value=target.unsqueeze(-2) if target.ndim > 1 else target, at=edit.at_generated)
             level = None if edit.gate is None else at_step(edit.gate.generated, 1, step)
-            written = _written(transcoder, live, local, level)
+            written = _written(transcoder, edit, _deltas(transcoder, live, local, level))
         return [change.to(x.dtype) for change in written]
     assert offset == 0 and length == prompt, f"the edit is for {prompt} positions, the run has {offset} + {length}"
     if not bool(where.any()):
         return []
-    live = transcoder.encode(x[:, where]) if code is None else _at_positions(code, where)
+    live = transcoder.encode(x[:, where]) if code is None else code_at(code, where)
     if isinstance(edit, WholeEdit):
-        written = _exchanged(transcoder, live, _at_positions(edit.code, where), edit.kept)
+        written = _exchanged(transcoder, live, code_at(edit.code, where), edit.kept)
     else:
-        value, scale = (v if v.ndim < 2 or v.shape[-2] == 1 else v[..., where, :] for v in (edit.value, edit.scale))
-        local = replace(edit, value=value, scale=scale, at=None if edit.at is None else edit.at[where])
-        level = None if edit.gate is None else edit.gate.level[where]
-        written = _written(transcoder, live, local, level)
+        written = _written(transcoder, edit, prompt_deltas(transcoder, live, edit))
     changes = []
     for change in written:
         changes.append(x.new_zeros(x.shape))
@@ -296,7 +335,7 @@ def edit_changes(
     return changes
 
 
-def _at_positions(code: SparseCode, where: Tensor) -> SparseCode:
+def code_at(code: SparseCode, where: Tensor) -> SparseCode:
     """A code [B, T, k] at some positions [T] bool."""
     return SparseCode(code.indices[:, where], code.values[:, where])
 
@@ -322,9 +361,19 @@ def _exchanged(transcoder: Transcoder, live: SparseCode, code: SparseCode, kept:
     return [transcoder.write(both, ahead) for ahead in range(transcoder.config.writes)]
 
 
-def _written(transcoder: Transcoder, code: SparseCode, edit: LayerEdit, level: Tensor | None) -> list[Tensor]:
-    """`g (new - current) W_dec` [B, t, d] by layer written, of an edit whose tensors are those of the positions of the
-    live `code`; `level` is the gate's there, if it has one.
+def prompt_deltas(transcoder: Transcoder, code: SparseCode, edit: LayerEdit) -> Tensor:
+    """By how much an edit changes its features [B, t, n] at the t positions `where` of the prompt, whose code is given;
+    the edit's tensors lie on the code's device.
+    """
+    where = edit.where
+    value, scale = (v if v.ndim < 2 or v.shape[-2] == 1 else v[..., where, :] for v in (edit.value, edit.scale))
+    local = replace(edit, value=value, scale=scale, at=None if edit.at is None else edit.at[where])
+    return _deltas(transcoder, code, local, None if edit.gate is None else edit.gate.level[where])
+
+
+def _deltas(transcoder: Transcoder, code: SparseCode, edit: LayerEdit, level: Tensor | None) -> Tensor:
+    """`g (new - current)` [B, t, n] of an edit whose tensors are those of the positions of the live `code`; `level` is
+    the gate's there, if it has one.
     """
     width = transcoder.config.n_features
     current = code.select(edit.features, width)
@@ -334,8 +383,14 @@ def _written(transcoder: Transcoder, code: SparseCode, edit: LayerEdit, level: T
     if edit.gate is not None and level is not None:
         norms = transcoder.write_norms()[edit.gate.features]
         delta = delta * edit.gate.openness(code.select(edit.gate.features, width), level, norms)
+    return delta
+
+
+def _written(transcoder: Transcoder, edit: LayerEdit, delta: Tensor) -> list[Tensor]:
+    """What changes of activation [B, t, n] write, [B, t, d] by layer written."""
+    rows = edit.features if edit.written_by is None else edit.written_by
     delta = delta.to(transcoder.W_dec.dtype)
-    return [delta @ transcoder.decoder(ahead)[edit.features] for ahead in range(transcoder.config.writes)]
+    return [delta @ transcoder.decoder(ahead)[rows] for ahead in range(transcoder.config.writes)]
 
 
 def generate_edited(scope: Scope, inputs: ModelInputs, plan: AnyPlan | None = None, max_new_tokens: int = 24) -> str:
@@ -457,12 +512,7 @@ def single_plan(edits: SingleEdits, size: int, length: int, like: Tensor) -> dic
 
 def repeated(base: BaseRun, size: int) -> BaseRun:
     """The run of one prompt as that of a batch of `size` copies, without copying it."""
-    tables = {
-        key: {entry: v.expand(size, *v.shape[1:]) for entry, v in table.items()}
-        for key, table in vars(base).items()
-        if key not in ("logits", "codes")
-    }
-    return replace(base, logits=base.logits.expand(size, -1), **tables)
+    return base.mapped(lambda values: values.expand(size, *values.shape[1:]))
 
 
 def single_effects(

@@ -23,9 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import control_draws
-from vlmscope.interventions.edits import AnyPlan, LayerEdit, Plan, at_positions, codes, matched_features, position_mask
-from vlmscope.interventions.run import BaseRun, Norms, editing, generate_batch, run_edited
+from vlmscope.core.records import ROLES, control_draws
+from vlmscope.interventions.controls import matched_plan, matched_pools
+from vlmscope.interventions.edits import AnyPlan, LayerEdit, at_positions, codes, position_mask
+from vlmscope.interventions.run import BaseRun, Norms, adding_random, editing, generate_batch, run_edited
 from vlmscope.metrics.rates import log_softmax
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch
@@ -34,7 +35,8 @@ from vlmscope.transcoders.transcoder import SparseCode
 
 Features = Mapping[int, Tensor]  # layer -> [n] int64
 ANSWER_TOKENS = 6  # longest answer in mode "generate"
-WEAK = 0.5  # a control whose median displacement is under this share of its trial's is none: it edits next to nothing
+WEAK = 0.5  # a control that moves less than this share of what its trial moves is none: it edits next to nothing
+COUNTED = 0.1  # of a trial's squared displacement: roles with less do not decide whether a control bites
 PER_CASE = ("ids", "inputs", "pngs", "texts", "target_texts")  # fields of a case set with one entry per case
 
 
@@ -59,20 +61,41 @@ class Cases:
     target_texts: tuple[str, ...] = ()
     # Further columns of whole answers, from the cases' ids and the generated token ids.
     score: Callable[[Sequence[str], Sequence[Sequence[int]]], Mapping[str, Any]] | None = None
-    _donor_codes: dict[int, SparseCode] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # What is computed once, for all trials, settings and control draws.
+    _codes: dict[str, Mapping[int, SparseCode]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _first: dict[int, Cases] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def codes(self, scope: Scope) -> Mapping[int, SparseCode]:
+        """The unedited prompts' codes of every layer, from one forward."""
+        if "own" not in self._codes:
+            self._codes["own"] = codes(scope, self.batch)
+        return self._codes["own"]
+
+    @property
+    def known(self) -> Mapping[int, SparseCode]:
+        """`codes`, if they have been computed."""
+        return self._codes.get("own", {})
 
     def donor_codes(self, scope: Scope) -> Mapping[int, SparseCode]:
-        """The donors' codes of every layer, from one forward: all settings and control draws carry from it."""
+        """The donors' codes of every layer, from one forward."""
         if self.donors is None:
             raise UserError(
                 f"settings: cases={self.name} has no donors to carry anything from; choose test, or do: shift"
             )
-        if not self._donor_codes:
-            self._donor_codes.update(codes(scope, self.donors))
-        return self._donor_codes
+        if "donors" not in self._codes:
+            self._codes["donors"] = codes(scope, self.donors)
+        return self._codes["donors"]
+
+    def first(self, count: int | None) -> Cases:
+        """The first `count` cases at most, all when None; always the same object."""
+        if count is None or count >= self.batch.size:
+            return self
+        if count not in self._first:
+            self._first[count] = self.select(range(count))
+        return self._first[count]
 
     def select(self, rows: Sequence[int]) -> Cases:
-        """Some of the cases; of their unedited run only the logits, which is all that mode "free" needs."""
+        """Some of the cases."""
         index = torch.tensor(list(rows), device=self.answer.device)
         tuples = {
             key: tuple(entries[row] for row in rows)
@@ -82,7 +105,7 @@ class Cases:
         return replace(
             self,
             batch=self.batch.select(index),
-            base=BaseRun(self.base.logits[index], {}, {}, {}, {}),
+            base=self.base.mapped(lambda values: values[index]),
             answer=self.answer[index],
             target=self.target[index],
             donors=None if self.donors is None else self.donors.select(index),
@@ -106,13 +129,14 @@ class Cases:
 class Operation(Protocol):
     """What is done to a case set.
 
-    `rereads` says that values come from the donors: a control with other features then carries their own values.
+    `own_values` says that every feature has a value of its own, the donor's activation or 0, which a control's features
+    then take; the features of other controls write the changes of those that they replace.
     """
 
-    rereads: ClassVar[bool]
+    own_values: ClassVar[bool]
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
-        """The edits; of other `features` than its own when given, for a control."""
+        """The edits; of other `features` than its own when given, which needs `own_values`."""
         ...
 
 
@@ -132,6 +156,7 @@ class Setting:
     limit: int | None = None
     matched: int = 1
     random_direction: int = 0
+    draws_on: int | None = None
     new_tokens: int = ANSWER_TOKENS
 
     def everywhere(self, layers: Sequence[int], roles: np.ndarray) -> list[Setting]:
@@ -167,7 +192,6 @@ class Trial:
     do: Operation
     cases: Sequence[Cases]
     settings: Sequence[Setting]
-    features_from: Mapping[int, Tensor] = field(default_factory=dict)  # layer -> [F], by which controls are matched
     baseline: str = ""  # the variant of the operation that this is (`circuits.baselines`)
 
 
@@ -179,8 +203,9 @@ def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0) -> pd.DataF
         ("" for the trial itself and its controls, else the name of the variant), `cases`,
         `question`, the tags of the case set, `case`, `control` ("" for the trial itself, "matched",
         "random_direction"), `draw`, `features` (edited), `displacement_by_layer` [L], the norm over the prompt's
-        positions of what the edit adds to each layer's transcoder target, `displacement`, that over the layers too,
-        `weak`, whether a control is refused (see `WEAK`), and the outcome (see `_outcome`). Prints what is refused.
+        positions of what the edit adds to each layer's transcoder target, `displacement_by_role`, the same at each of
+        `ROLES` over the layers, `displacement`, over both, `moved`, a control's `share_moved`, `weak`, whether it is
+        refused as `moved` is under `WEAK`, and the outcome (see `_outcome`). Prints what is refused.
     """
     tables: list[pd.DataFrame] = []
     shares: dict[str, list[float]] = {}  # trial, setting and control -> the share that each draw moves
@@ -191,15 +216,14 @@ def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0) -> pd.DataF
                 whole = trial.do.plan(scope, cases, setting.strength)
                 for local in setting.everywhere(scope.transcoders.layers, cases.batch.roles):
                     plan = local.restrict(whole, cases.batch.roles, scope.adapter.n_layers)
-                    moved = np.nan
+                    done: pd.DataFrame | None = None
                     for table in _with_controls(scope, trial, cases, local, plan, seed):
-                        control, displaced = table.control.iloc[0], float(table.displacement.median())
-                        if control:
-                            share = displaced / moved if moved else 1.0
-                            shares.setdefault(f"{trial.operation}/{setting.name} {control}", []).append(share)
-                        else:
-                            share, moved = 1.0, displaced
-                        tables.append(table.assign(weak=share < WEAK))
+                        share = 1.0 if done is None else share_moved(table, done)
+                        if done is not None:
+                            name = f"{trial.operation}/{setting.name} {table.control.iloc[0]}"
+                            shares.setdefault(name, []).append(share)
+                        done = table if done is None else done
+                        tables.append(table.assign(moved=share, weak=share < WEAK))
                         bar.update()
     refused = {name: [share for share in found if share < WEAK] for name, found in shares.items()}
     lines = [
@@ -219,53 +243,68 @@ def _with_controls(
     labels = {"operation": trial.operation, "setting": setting.name, "baseline": trial.baseline}
     labels |= {key: getattr(setting, key) for key in ("mode", "positions", "layers", "strength", "limit")}
     labels |= {"cases": cases.name, "question": cases.question, "features": size, **cases.tags}
-    yield _run(scope, cases, plan, setting).assign(**labels, control="", draw=0)
+    norms: Norms = []
+    yield _run(scope, cases, setting, norms, plan).assign(**labels, control="", draw=0)
+    if not setting.matched + setting.random_direction:
+        return
+    few = cases.first(setting.draws_on)
+    if few is not cases:
+        rows, roles = slice(few.batch.size), few.batch.roles
+        plan = setting.restrict(trial.do.plan(scope, few, setting.strength), roles, scope.adapter.n_layers)
+        norms = [{layer: norm[rows] for layer, norm in by_layer.items()} for by_layer in norms]
     edits = {layer: edit for layer, edit in plan.items() if isinstance(edit, LayerEdit)}
     # Without features to edit the control edits none either: each case still has its pair.
-    for draw in control_draws(seed, setting.matched if edits or not plan else 0):
-        control = _matched(scope, trial, cases, setting, edits, draw)
-        yield _run(scope, cases, control, setting).assign(**labels, control="matched", draw=draw)
+    draws = control_draws(seed, setting.matched if edits or not plan else 0)
+    subject = scope, trial.do, few, setting.strength, edits
+    pools = matched_pools(*subject) if len(draws) else {}
+    for draw in draws:
+        control = matched_plan(*subject, pools, draw)
+        yield _run(scope, few, setting, [], control).assign(**labels, control="matched", draw=draw)
     for draw in control_draws(seed, setting.random_direction):
-        yield _run(scope, cases, plan, setting, draw).assign(**labels, control="random_direction", draw=draw)
+        yield _run(scope, few, setting, norms, direction=draw).assign(**labels, control="random_direction", draw=draw)
 
 
-def _matched(scope: Scope, trial: Trial, cases: Cases, setting: Setting, plan: Plan, draw: int) -> AnyPlan:
-    """The same edit of as many other features; where values are read from donors, of their own values."""
-    drawn = matched_features(plan, trial.features_from, draw)
-    if not trial.do.rereads:
-        return drawn
-    others = trial.do.plan(scope, cases, setting.strength, {layer: edit.features for layer, edit in drawn.items()})
-    # The control keeps the trial's positions, which the fresh plan does not know.
-    return {
-        layer: replace(
-            others[layer],
-            where=edit.where,
-            generated=None if edit.generated is None else others[layer].generated,
-            at=edit.at,
-            at_generated=edit.at_generated,
-        )
-        for layer, edit in plan.items()
-    }
-
-
-def _run(scope: Scope, cases: Cases, plan: AnyPlan, setting: Setting, direction: int | None = None) -> pd.DataFrame:
-    norms: Norms = {}
+def _run(
+    scope: Scope,
+    cases: Cases,
+    setting: Setting,
+    norms: Norms,
+    plan: AnyPlan | None = None,
+    direction: int | None = None,
+) -> pd.DataFrame:
+    """The outcome of each case under a plan, whose `norms` are filled; or under random directions of given norms."""
+    adding = None if direction is None else adding_random(scope, norms, direction)
     if setting.mode == "generate":
-        table = _generated(scope, cases, setting, editing(scope, plan, direction, norms))
-    else:
-        # Random directions exist in free mode only, whatever the setting freezes.
-        mode = setting.mode if direction is None else "free"
-        table = _outcome(cases, run_edited(scope, cases.batch, plan, mode, cases.base, direction, norms))
-    by_layer = displacement(norms, cases.batch.size, scope.adapter.n_layers)
-    return table.assign(displacement=np.linalg.norm(by_layer, axis=1), displacement_by_layer=[*by_layer])
+        table = _generated(scope, cases, setting, adding or editing(scope, plan or {}, norms, cases.known))
+    elif adding is None:
+        logits = run_edited(scope, cases.batch, plan or {}, setting.mode, cases.base, norms, cases.known)
+        table = _outcome(cases, logits)
+    else:  # in free mode only, whatever the setting freezes
+        with adding:
+            table = _outcome(cases, scope.forward(cases.batch))
+    by_layer, by_role = displacement(norms[0] if norms else {}, cases.batch, scope.adapter.n_layers)
+    parts = {"displacement_by_layer": [*by_layer], "displacement_by_role": [*by_role]}
+    return table.assign(displacement=np.linalg.norm(by_layer, axis=1), **parts)
 
 
-def displacement(norms: Norms, size: int, n_layers: int) -> np.ndarray:
-    """[B, L] float64, the Frobenius norm over positions of what an edit of B = `size` cases adds to each layer."""
-    by_layer = np.zeros((size, n_layers))
+def displacement(norms: Mapping[int, Tensor], batch: InputBatch, n_layers: int) -> tuple[np.ndarray, np.ndarray]:
+    """[B, L] and [B, roles] float64, norms of what an edit adds to each layer over positions, and at each of `ROLES`
+    over layers.
+    """
+    squares = np.zeros((batch.size, n_layers, batch.length))
     for layer, by_position in norms.items():
-        by_layer[:, layer] = by_position.double().norm(dim=-1).numpy(force=True)
-    return by_layer
+        squares[:, layer] = by_position.double().square().numpy(force=True)
+    by_role = [squares[..., batch.roles == role].sum((1, 2)) for role in ROLES]
+    return np.sqrt(squares.sum(-1)), np.sqrt(np.stack(by_role, 1))
+
+
+def share_moved(control: pd.DataFrame, trial: pd.DataFrame) -> float:
+    """The share of what a trial displaces that a control draw on some of its cases displaces (medians): the least of
+    the position roles that hold `COUNTED` of the trial's squared displacement at least; 1 where the trial adds nothing.
+    """
+    theirs, own = (np.median(np.stack(rows.displacement_by_role), 0) for rows in (control, trial[: len(control)]))
+    counted = own**2 >= COUNTED * max((own**2).sum(), 1e-30)
+    return float((theirs[counted] / own[counted]).min()) if counted.any() else 1.0
 
 
 def _generated(scope: Scope, cases: Cases, setting: Setting, context: AbstractContextManager[None]) -> pd.DataFrame:

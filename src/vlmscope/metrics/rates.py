@@ -246,7 +246,8 @@ def draws_of(group: pd.DataFrame, measure: str, control: str | None = None) -> D
     if not refused.all():
         counted = means[~refused]
         return Draws(counted.to_numpy(float), tuple(counted.index), kind, "")
-    ratio = displacement_ratio(rows, group[group.control == ""])
+    own = group[group.control == ""]
+    ratio = float(rows.moved.median()) if "moved" in rows else displacement_ratio(rows, own)
     return Draws(np.empty(0), (), kind, f"control too weak: it moves {ratio:.2g} of what the edit does")
 
 

@@ -28,10 +28,10 @@ class Config(EditConfig):
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Patch `prompt=` on `image=` with the activations of the donor run."""
     from vlmscope.analyses.edits import chosen_features, report_edit
-    from vlmscope.circuits.circuit import at_supernodes
+    from vlmscope.circuits.operations import Carry
     from vlmscope.config.wiring import load_model, load_scope, user_pictures
     from vlmscope.data.images import open_images
-    from vlmscope.interventions.edits import by_layer, donor_activations, patch_plan
+    from vlmscope.interventions.edits import by_layer
     from vlmscope.models.batching import make_batch
 
     task: Config = cfg.task
@@ -49,7 +49,5 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     make_batch(vlm.adapter, [inputs, donor])  # refuses prompts that do not align
     scope = load_scope(cfg, vlm, context.overrides)
     chosen.check_fits(scope)
-    recipient_batch, donor_batch = scope.batch([inputs]), scope.batch([donor])
-    carried = donor_activations(scope, donor_batch, by_layer(scope.transcoders, chosen.features))
-    plan = at_supernodes(patch_plan(carried, inputs.roles, task.strength), chosen.nodes, recipient_batch.places)
-    return report_edit("patch", scope, inputs, plan, [recipient_batch, donor_batch], task, context.run_dir, cfg.seed)
+    carry, donors = Carry(by_layer(scope.transcoders, chosen.features), nodes=chosen.nodes), scope.batch([donor])
+    return report_edit("patch", scope, inputs, carry, task, context.run_dir, cfg.seed, donors, task.strength)

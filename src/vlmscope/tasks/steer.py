@@ -27,7 +27,7 @@ class Config(EditConfig):
 
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Steer `prompt=` on `image=` (none for text alone)."""
-    from vlmscope.analyses.edits import chosen_features, report_edit
+    from vlmscope.analyses.edits import Fixed, chosen_features, report_edit
     from vlmscope.circuits.circuit import at_supernodes
     from vlmscope.config.wiring import load_model, load_scope, user_pictures
     from vlmscope.interventions.edits import steer_plan
@@ -44,6 +44,5 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     scope = load_scope(cfg, vlm, context.overrides)
     chosen.check_fits(scope)
     plan = steer_plan(scope, values, len(inputs), task.positions)
-    batch = scope.batch([inputs])
-    plan = at_supernodes(plan, chosen.nodes, batch.places)
-    return report_edit("steer", scope, inputs, plan, [batch], task, context.run_dir, cfg.seed)
+    plan = at_supernodes(plan, chosen.nodes, scope.batch([inputs]).places)
+    return report_edit("steer", scope, inputs, Fixed(plan), task, context.run_dir, cfg.seed)

@@ -18,7 +18,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId, PatchBox, Places, Positions
 from vlmscope.core.results import CircuitEdge, CircuitFeature, Supernode
 from vlmscope.features.readouts import RoleMeans, role_means
-from vlmscope.interventions.edits import Plan, donor_activations, matched_features, merge, patch_plan, set_features
+from vlmscope.interventions.edits import Plan, donor_activations, merge, patch_plan, set_features
 from vlmscope.interventions.run import base_run, edit_changes, run_edited
 from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
 from vlmscope.models.batching import InputBatch, make_batch
@@ -164,12 +164,11 @@ def test_circuits_of_half_precision_are_saved_and_matched(half, tmp_path: Path) 
     for levels in (table for by_role in circuit.levels.values() for table in by_role.values()):
         levels.update({layer: values.bfloat16() for layer, values in levels.items()})
     save_circuit(circuit, tmp_path)
-    means = {layer: torch.rand(N, dtype=torch.bfloat16) for layer in scope.transcoders.layers}
     ones, base = torch.ones(batch.size, dtype=torch.int64), base_run(scope, batch)
     cases = Cases("test", "name", batch, base, ones, 2 * ones, ("a", "b", "c"), batch, base.logits.flip(0))
     settings = [Setting(mode, mode, random_direction=1) for mode in ("direct", "frozen_attention", "free")]
     for do in (Exchange(load_circuit(tmp_path), "mars", "earth", 0.5), Carry(circuit.union())):
-        table = run_trials(scope, [Trial("do", do, [cases], settings, means)])
+        table = run_trials(scope, [Trial("do", do, [cases], settings)])
         assert len(table) == 3 * 3 * 3 and np.isfinite(table[["drop", "kl"]].to_numpy()).all()
         assert (table.recovered.isna() == (table.case == "b")).all()  # whose donor is itself
 
@@ -223,9 +222,7 @@ def test_each_feature_is_edited_at_the_positions_of_its_supernodes(bench) -> Non
     (generated,) = edit_changes(scope.transcoders[1], x[:, :1], plan[1], batch.length)
     alone = set_features(features[2:], torch.full((2,), 2.0), everywhere, torch.full((2,), 2.0))
     assert torch.allclose(generated, edit_changes(scope.transcoders[1], x[:, :1], alone, batch.length)[0], atol=1e-6)
-    # Controls keep the positions, and so does a merge.
-    control = matched_features(plan, {1: torch.linspace(0.1, 1, N)}, 0)
-    assert torch.equal(control[1].at, at)  # pyright: ignore[reportArgumentType]
+    # A merge keeps the positions.
     more = {1: set_features(torch.tensor([6, 9]), torch.ones(2), everywhere, torch.ones(2))}
     joined = merge([plan, more])[1]
     assert joined.features.tolist() == [3, 4, 5, 6, 9] and joined.at is not None

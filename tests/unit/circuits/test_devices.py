@@ -18,7 +18,7 @@ from vlmscope.circuits.selectors import contrast_circuit
 from vlmscope.core.records import FeatureId, Positions
 from vlmscope.core.results import CircuitFeature, Supernode
 from vlmscope.features.readouts import role_means
-from vlmscope.interventions.edits import donor_activations, mean_activations, patch_plan, position_mask, set_features
+from vlmscope.interventions.edits import donor_activations, patch_plan, position_mask, set_features
 from vlmscope.interventions.run import base_run, run_edited
 from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
 from vlmscope.models.batching import make_batch
@@ -69,7 +69,6 @@ def test_circuits_are_found_steered_and_patched_there(there, tmp_path) -> None:
         save_circuit(found, tmp_path)
         base, own = base_run(scope, batches[0], MODES), mark(torch.arange(3))
         cases = Cases("test", "name", batches[0], base, own, own + 3, ("a", "b", "c"), batches[1], base.logits)
-        overall = means["a"]["name"].overall
         operations = [Carry(None)]
         for circuit in (found, load_circuit(tmp_path)):
             roles = batches[0].roles
@@ -87,7 +86,7 @@ def test_circuits_are_found_steered_and_patched_there(there, tmp_path) -> None:
         settings = [Setting(mode=mode, random_direction=1) for mode in MODES] + [
             Setting(layers="no_last", positions="image")
         ]
-        table = run_trials(scope, [Trial("do", do, [cases], settings, overall) for do in operations])
+        table = run_trials(scope, [Trial("do", do, [cases], settings) for do in operations])
         assert np.isfinite(table[["kl", "drop"]].to_numpy()).all()
 
 
@@ -97,11 +96,10 @@ def test_interchanges_and_their_controls_run_there(there, pairs) -> None:
     some = {1: torch.tensor([2, 5]), 3: torch.tensor([4])}
     settings = [Setting(mode=mode, random_direction=int(mode == "free")) for mode in MODES]
     with PretendDevice(), torch.no_grad():
-        means = mean_activations(scope, [pairs.batch], scope.transcoders.layers)
         cases = cases_of(pairs)
         for do in (Carry(None), Carry(some, nodes=nodes)):
-            run_trials(scope, [Trial("carry", do, [cases], settings, means)])
-        run_trials(scope, [Trial("carry", Carry(some), [cases.select([0, 2])], [Setting()], means)])
+            run_trials(scope, [Trial("carry", do, [cases], settings)])
+        run_trials(scope, [Trial("carry", Carry(some), [cases.select([0, 2])], [Setting()])])
     with PretendDevice():
         assert len(pair_effects(scope, pairs, 2).ranked(3)) == 3
 
@@ -116,9 +114,8 @@ def test_half_precision_runs_the_whole_way() -> None:
     first, second = (torch.arange(3) + start for start in (3, 7))
     scope = Scope(vlm, transcoders)
     pairs = pair_subject(scope, "name", sides[0], sides[1], first, second, 2, answerable=False)
-    means = mean_activations(scope, [pairs.batch], transcoders.layers)
     for do in (Carry({1: torch.tensor([2, 5])}), Carry(None)):
-        run_trials(scope, [Trial("carry", do, [cases_of(pairs)], [Setting(mode=mode) for mode in MODES], means)])
+        run_trials(scope, [Trial("carry", do, [cases_of(pairs)], [Setting(mode=mode) for mode in MODES])])
     same = carried(scope, replace(pairs, other=pairs.batch), None)
     assert float((run_edited(scope, pairs.batch, same) - pairs.base.logits).abs().max()) < 0.05
     assert len(pair_effects(scope, pairs, 2).ranked(3)) == 3

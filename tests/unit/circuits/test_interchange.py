@@ -11,8 +11,8 @@ from vlmscope.activations import mlp_inputs
 from vlmscope.circuits.operations import Carry, all_features
 from vlmscope.circuits.pairs import PairSubject, gap_gradients, pair_effects, pair_subject
 from vlmscope.core.errors import UserError
-from vlmscope.interventions.edits import matched_features, mean_activations
-from vlmscope.interventions.run import edit_changes, editing, generate_batch, run_edited
+from vlmscope.interventions.controls import matched_pools
+from vlmscope.interventions.run import Norms, edit_changes, editing, generate_batch, run_edited
 from vlmscope.interventions.trials import Setting, Trial, run_trials
 from vlmscope.models.base import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
@@ -95,12 +95,14 @@ def test_every_feature_is_carried_into_generated_tokens_and_by_random_directions
         length = subject.batch.length
         found, expected = (edit_changes(scope.transcoders[layer], x, e, length) for e in (edit, dense[layer]))
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    pair = [run_edited(scope, subject.batch, plan, direction=3) for plan in (dense, whole)]
-    torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-9)
-    # There are no others to draw a control from, however the plan is held.
-    means = mean_activations(scope, [subject.batch], scope.transcoders.layers)
+    norms: list[Norms] = [[], []]
+    for plan, filled in zip((dense, whole), norms, strict=True):
+        run_edited(scope, subject.batch, plan, norms=filled)
+    torch.testing.assert_close(*norms, rtol=1e-9, atol=1e-9)
+    # There are no others to draw a control from.
+    every = Carry(all_features(scope.transcoders))
     with pytest.raises(UserError, match="no control can be drawn"):
-        matched_features(dense, means, 0)
+        matched_pools(scope, every, cases_of(subject), 1.0, dense)
 
 
 def test_recovered_is_the_share_of_the_logit_difference(bench) -> None:

@@ -9,6 +9,7 @@ import torch
 from vlmscope.circuits.cases import TextPair, text_cases, text_pairs
 from vlmscope.circuits.experiment import text_level
 from vlmscope.circuits.operations import Level
+from vlmscope.interventions.controls import matched_plan, matched_pools
 from vlmscope.interventions.edits import LayerEdit, donor_activations
 from vlmscope.interventions.run import editing, generate_batch, log_likelihoods, run_edited, whole_answers
 from vlmscope.interventions.trials import Setting, Trial, run_trials, word_shares
@@ -44,7 +45,7 @@ def exact():
 @pytest.fixture
 def level(bench) -> Level:
     scope, pairs = bench
-    made, _ = text_level(scope, pairs, 4, 2)
+    made = text_level(scope, pairs, 4, 2)
     return replace(made, features={layer: torch.arange(6) for layer in scope.transcoders.layers})
 
 
@@ -73,7 +74,7 @@ def test_levels_are_means_at_every_place_and_go_from_one_side_to_the_other(bench
         assert all(edit.generated is None for edit in plan.values()), "generated tokens are at no place of the prompt"
 
 
-def test_a_gate_opens_by_the_features_of_originals_alone_and_controls_have_none(bench, level: Level) -> None:
+def test_a_gate_opens_by_the_features_of_originals_alone_in_controls_too(bench, level: Level) -> None:
     scope, pairs = bench
     cases, gated = text_cases(scope, "test", "x", pairs), replace(level, gate=0.5)
     starts, ends = (donor_activations(scope, side, level.features) for side in level.sides)
@@ -83,7 +84,9 @@ def test_a_gate_opens_by_the_features_of_originals_alone_and_controls_have_none(
         assert (layer in plan) == bool(len(own))
         if layer in plan:
             assert plan[layer].gate.features.tolist() == own.tolist()
-    assert all(edit.gate is None for edit in gated.plan(scope, cases, 1.0, level.features).values())
+    pools = matched_pools(scope, gated, cases, 1.0, plan)
+    for layer, edit in matched_plan(scope, gated, cases, 1.0, plan, pools, 0).items():
+        assert edit.gate is plan[layer].gate and edit.written_by is not None
 
 
 def test_each_generated_token_gets_its_own_value(bench, level: Level) -> None:
@@ -107,8 +110,7 @@ def test_trials_of_whole_answers_have_their_texts_and_scores(bench, level: Level
     scope, pairs = bench
     cases = text_cases(scope, "test", "x", pairs)
     where = Setting(mode="generate", strength=2.0, matched=1, random_direction=1, new_tokens=3)
-    means = {layer: torch.ones(24) for layer in scope.transcoders.layers}
-    table = run_trials(scope, [Trial("steer", level, [cases], [where], means)])
+    table = run_trials(scope, [Trial("steer", level, [cases], [where])])
     assert table.control.tolist() == [control for control in ("", "matched", "random_direction") for _ in range(3)]
     ids = generate_batch(scope.adapter, cases.inputs, 3, editing(scope, level.plan(scope, cases, 2.0)))
     said = table[table.control == ""]

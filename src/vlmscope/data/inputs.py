@@ -1,8 +1,9 @@
-"""Inputs of experiments from files: prompts with their pictures, and counterfactual pairs.
+"""Inputs of experiments: prompts with their pictures, questions with answers, and counterfactual pairs.
 
-Prompts are the rows of `task=trace task.rows=FILE`. A CSV file has a header with the columns `prompt`, `image` (one
-path, or several separated by `;`; empty for text alone) and optionally `id`; a JSONL file has one object per line with
-these keys, where `image` may also be a list.
+Prompts are the rows of `task.rows=FILE`. A CSV file has a header with the columns `prompt`, `image` (one path, or
+several separated by `;`; empty for text alone) and optionally `id`, `answer` and `question`, the group of rows that are
+counted together; a JSONL file has one object per line with these keys, where `image` may also be a list. Only
+task=anatomy reads answers and groups.
 
 Pairs, two inputs that differ in one fact with the answer to each, come from Orrery's renderers or from the user's JSONL
 file, one object per line:
@@ -23,6 +24,7 @@ import hashlib
 import io
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,13 +35,15 @@ from PIL import Image
 
 from vlmscope.core.artifacts import parse_json, read_json, read_text, text_lines, write_json
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import as_rgb, normalised
+from vlmscope.core.records import as_rgb, generator, normalised
 from vlmscope.data.config import PairsConfig
 from vlmscope.data.images import PictureFiles, check_image, open_image
-from vlmscope.data.orrery.dataset import scene_pairs
+from vlmscope.data.orrery.dataset import plainly_asked, scene_pairs
+from vlmscope.data.orrery.rendering import make_scene
+from vlmscope.data.orrery.scenes import PICTURED, text_facts
 
 _LOG = logging.getLogger(__name__)
-_ROW_KEYS = ("id", "prompt", "image")
+_ROW_KEYS = ("id", "prompt", "image", "answer", "question")
 _SIDE_KEYS = ("prompt", "image", "answer")
 _PAIR_KEYS = (*_SIDE_KEYS, "counterfactual", "question", "id")
 _ID = re.compile(r"[\w-][\w.-]{0,99}", re.ASCII)
@@ -55,6 +59,8 @@ class PromptRow:
     prompt: str
     images: tuple[Path, ...]
     origin: str  # file and row, for messages
+    answer: str = ""  # "" where none is given, as is the question
+    question: str = ""
 
 
 def read_rows(path: str | Path) -> tuple[list[PromptRow], list[str]]:
@@ -85,7 +91,8 @@ def _csv_rows(path: Path) -> Iterator[Any]:
     lines = csv.DictReader(io.StringIO(read_text(path), newline=""))
     names = [name.strip() for name in lines.fieldnames or []]
     if "prompt" not in names or set(names) - set(_ROW_KEYS) or len(set(names)) < len(names):
-        raise UserError(f"{path} has the columns {', '.join(names) or '(none)'}; give prompt, image and perhaps id")
+        more = "give prompt, image and perhaps id, answer, question"
+        raise UserError(f"{path} has the columns {', '.join(names) or '(none)'}; {more}")
     lines.fieldnames = names
     try:
         for line in lines:
@@ -119,7 +126,10 @@ def _row(record: Any, number: int, origin: str, folder: Path) -> PromptRow:
         raise UserError(f"id {name!r} cannot be a folder's name; use letters, digits, '_', '-' and '.', at most 100")
     image = record.get("image")
     names = [part.strip() for part in image.split(";") if part.strip()] if isinstance(image, str) else image
-    return PromptRow(str(name), prompt, tuple(_checked_paths(names, folder)), origin)
+    texts = [record.get(key) or "" for key in ("answer", "question")]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError("answer and question are words; put them into quotes")
+    return PromptRow(str(name), prompt, tuple(_checked_paths(names, folder)), origin, *map(str.strip, texts))
 
 
 def _check_keys(record: dict[str, Any], keys: Sequence[str]) -> None:
@@ -228,6 +238,40 @@ def check_own_pictures(images: Mapping[str, Sequence[str]]) -> None:
     for name, paths in images.items():
         keys = {path: content_key([open_image(path)]) for path in paths}
         used.add(not name.endswith(("_train", "_val")), f"images.{name}", keys)
+
+
+GROUP = 8  # rows that make a question of their own
+OTHERS = "other"  # the question of all other rows
+
+
+def row_questions(rows: Sequence[PromptRow]) -> dict[str, list[Side]]:
+    """Rows by what they ask: their `question`, else their prompt where `GROUP` rows share it, else `OTHERS`."""
+    shared = Counter(row.prompt for row in rows if not row.question)
+    questions: dict[str, list[Side]] = {}
+    for row in rows:
+        name = row.question or (row.prompt if shared[row.prompt] >= GROUP else OTHERS)
+        questions.setdefault(name, []).append(Side(row.prompt, PictureFiles(row.images), row.answer))
+    return questions
+
+
+def orrery_questions(count: int, pictured: bool, text: bool, seed: int = 0) -> dict[str, list[Side]]:
+    """At most `count` cases of each of Orrery's questions, in canonical words: of test scenes and of text alone."""
+    questions: dict[str, list[Side]] = {}
+    for kind in PICTURED if pictured else ():
+        for number in range(count):
+            scene = plainly_asked(make_scene("test", kind, number, seed))
+            assert scene.image is not None, "scenes of these kinds have pictures"
+            image = Image.fromarray(scene.image)
+            for asked in scene.questions:
+                questions.setdefault(asked.group, []).append(Side(asked.question, (image,), asked.answer))
+    facts: dict[str, list[Side]] = {}
+    for group, prompt, answer in text_facts() if text else ():
+        facts.setdefault(group, []).append(Side(prompt, (), answer))
+    for group, sides in facts.items():
+        if len(sides) >= GROUP:
+            order = generator(seed, "questions", group).permutation(len(sides))[:count]
+            questions[group] = [sides[number] for number in order.tolist()]
+    return questions
 
 
 def load_pairs(config: PairsConfig, split: str) -> list[Pair]:

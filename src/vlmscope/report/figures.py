@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from vlmscope.core.results import Curve, Rate, SweepJob
-from vlmscope.report.style import COLOURS, INK, bar_style, drawing, label, line_style, percent_axis, pick, tidy
+from vlmscope.report.style import COLOURS, FILLS, INK, bar_style, drawing, label, line_style, percent_axis, pick, tidy
 
 CONTROL = "matched control"
 
@@ -191,17 +191,6 @@ def share_matrices(
     return Path(path)
 
 
-# Light and dark alternate, and neighbours differ by hatch, so that a grey print tells the parts of a bar.
-_FILLS = (
-    ("#0072B2", ""),
-    ("#F0E442", "///"),
-    ("#D55E00", ""),
-    ("#F6B8D0", "..."),
-    ("#009E73", "\\\\\\"),
-    ("#dcdcdc", ""),
-    ("#a8a8a8", "xxx"),
-    ("#4d4d4d", ""),
-)
 _INDEX_BINS = 10
 _GROUPS = {"image": "soft tokens", "both": "both", "text": "words"}  # how groups of features are drawn together
 
@@ -278,7 +267,7 @@ def modality_by_layer(
         totals, below, x = np.sum(list(groups.values()), axis=0), np.zeros(len(layers)), np.arange(len(layers))
         for number, (name, counts) in enumerate(groups.items()):
             share = np.asarray(counts) / np.maximum(totals, 1)
-            fill, hatch = pick(_FILLS, number)
+            fill, hatch = pick(FILLS, number)
             axes.bar(x, share, 0.82, below, label=name, color=fill, hatch=hatch, edgecolor=INK, linewidth=0.5)
             below += share
         axes.set_xticks(x, [str(layer) for layer in layers])
@@ -322,12 +311,12 @@ def score_by_layer(layers: np.ndarray, score: np.ndarray, group: np.ndarray, pat
     order = [name for name in _GROUPS.values() if (kind[known] == name).any()]
     with drawing(path, 9.0, 4.2) as figure:
         axes = figure.subplots()
-        palette = [pick(_FILLS, number)[0] for number in range(len(order))]
+        palette = [pick(FILLS, number)[0] for number in range(len(order))]
         look = {"fliersize": 1.2, "linewidth": 0.8, "width": 0.8, "palette": palette, "hue_order": order}
         sns.boxplot(x=layers[known].astype(int), y=score[known], hue=kind[known], ax=axes, **look)
         for number, container in enumerate(axes.containers):
             for box in getattr(container, "boxes", ()):
-                box.set_hatch(pick(_FILLS, number)[1])
+                box.set_hatch(pick(FILLS, number)[1])
         axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
         axes.set(xlabel="layer", ylabel="monosemanticity (mean cosine of pictures)")
         _legend_below(axes, 0.14)

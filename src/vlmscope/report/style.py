@@ -24,6 +24,17 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (6, 1)))
+# Light and dark alternate, and neighbours differ by hatch, so that a grey print tells the parts of a bar.
+FILLS = (
+    ("#0072B2", ""),
+    ("#F0E442", "///"),
+    ("#D55E00", ""),
+    ("#F6B8D0", "..."),
+    ("#009E73", "\\\\\\"),
+    ("#dcdcdc", ""),
+    ("#a8a8a8", "xxx"),
+    ("#4d4d4d", ""),
+)
 POSITIVE, NEGATIVE = "#0072B2", "#D55E00"
 INK, MUTED = "#222222", "#6b6b6b"
 DPI = 150

@@ -44,7 +44,7 @@ from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch, make_batch
 from vlmscope.models.loading import VLM
 from vlmscope.replacement import build_replacement
-from vlmscope.report.anatomy import draw_anatomy, headline, need
+from vlmscope.report.anatomy import headline, need, told
 from vlmscope.scope import Scope
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def measured(vlm: VLM, cases: CaseSet, chosen: Sequence[Ablation], seed: int = 0
     add("prior", "kl", divergence(base, mean.expand_as(base)))
     for ablation, result in zip(chosen, results, strict=True):
         blocks = "both" if len(ablation.blocks) == 2 else ablation.blocks[0]
-        where = (ablation.method, "{}-{}".format(*ablation.layers), ablation.role)
+        where = (ablation.method, ablation.span, ablation.role)
         if right:
             add(blocks, "accuracy", hits(result.top), *where)
         add(blocks, "same", np.where(result.top < 0, np.nan, (result.top == top).astype(float)), *where)
@@ -213,6 +213,18 @@ def metrics_of(table: pd.DataFrame) -> dict[str, float]:
     return metrics
 
 
+DEFAULT = ("name", "text_sum")  # the question of Orrery's that stands for a model: of a picture, else of text alone
+
+
+def in_short(vlm: VLM, count: int, seed: int = 0) -> tuple[str, dict[str, float]]:
+    """The headline numbers of the model's default question, as a line and as metrics."""
+    asked = default_questions(vlm, count, seed)
+    name = next(name for name in DEFAULT if name in asked)
+    table = anatomy(vlm, {name: asked[name]}, parts=1, seed=seed, methods=["mean"])
+    measure, numbers = headline(table, name)
+    return f"{name} ({len(asked[name])} cases), {told(numbers, measure)}", metrics_of(table)
+
+
 @dataclass
 class Anatomy:
     """The analysis `anatomy` of an experiment: its own questions, asked of `cases` test pictures of every concept, or
@@ -224,10 +236,9 @@ class Anatomy:
     graphs: int = 0
 
     def analyse(self, bench: Bench) -> dict[str, float]:
-        """anatomy.parquet, figures/anatomy.png and metrics."""
+        """anatomy.parquet, which the mark `anatomy` shows, and metrics."""
         table = anatomy(bench.vlm, self.questions(bench), self.parts, bench.scope, self.graphs, bench.cfg.attribution)
         bench.write_table("anatomy", table)
-        draw_anatomy(table, bench.run_dir / "figures" / "anatomy.png")
         return metrics_of(table)
 
     def questions(self, bench: Bench) -> dict[str, list[Side]]:

@@ -192,7 +192,9 @@ def check_baselines(trials: Mapping[str, TrialConfig], settings: Mapping[str, Se
 class MarkConfig:
     """One part of a report, drawn from the run folder's tables (docs/experiments.md)."""
 
-    mark: str  # cards, claims, bars, table, curve, matrix, heatmap, examples, features, picture, groups or text
+    mark: (
+        str  # cards, claims, bars, table, curve, matrix, heatmap, examples, features, picture, groups, anatomy or text
+    )
     title: str = ""
     trials: list[str] = field(default_factory=list)  # trials and settings, as "steer/main"; all when empty
     x: str | None = None  # columns of the table: x, by

@@ -274,6 +274,16 @@ def orrery_questions(count: int, pictured: bool, text: bool, seed: int = 0) -> d
     return questions
 
 
+def other_pictures(sizes: Sequence[tuple[int, int]], count: int) -> list[list[Image.Image]]:
+    """`count` sets of pictures of these sizes (width, height), Orrery's validation scenes of every kind in turn."""
+    sets = []
+    for number in range(count):
+        scene = make_scene("val", PICTURED[number % len(PICTURED)], number)
+        assert scene.image is not None, "scenes of these kinds have pictures"
+        sets.append([Image.fromarray(scene.image).resize(size) for size in sizes])
+    return sets
+
+
 def load_pairs(config: PairsConfig, split: str) -> list[Pair]:
     """Load the pairs of a split, 'train' or 'test'.
 

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmscope.core.records import ROLES, generator
-from vlmscope.models.base import Adapter
-from vlmscope.models.batching import InputBatch
+from vlmscope.models.base import Adapter, ModelInputs
+from vlmscope.models.batching import InputBatch, make_batch
 
 BLOCKS = ("mlp", "attention")
 METHODS = ("mean", "resample")
@@ -94,6 +94,12 @@ class Ablation:
     method: str  # of `METHODS`
     layers: tuple[int, int]  # first and last, both included
     role: str | None = None  # of `ROLES`; None for every position
+
+    @property
+    def span(self) -> str:
+        """The layers as settings write them, such as 0-3 or 5."""
+        first, last = self.layers
+        return f"{first}-{last}" if last > first else str(first)
 
     def sites(self) -> list[Site]:
         """The blocks that are replaced."""
@@ -203,3 +209,43 @@ def log_probabilities(logits: Tensor) -> Tensor:
 def divergence(first: Tensor, second: Tensor) -> np.ndarray:
     """KL(first || second) of log-probabilities [.., V], in nats, float64."""
     return (first.exp() * (first - second)).sum(-1).double().numpy(force=True)
+
+
+@dataclass(frozen=True)
+class WithoutMlps:
+    """What becomes of the answer to one prompt when every MLP says the mean of other pictures."""
+
+    token: int  # the answer: the most probable token
+    before: float  # its probability, unedited
+    after: float  # the same with all MLPs averaged
+    kept: bool  # whether it is still the most probable
+    common: float  # the share of the other pictures that get this answer too, their MLPs averaged likewise
+
+    @property
+    def hardly_needed(self) -> bool:
+        """Whether the answer stays, with half of its probability or more, and is not what the means say anyway."""
+        return self.kept and 2 * self.after >= self.before and self.common <= 0.5
+
+
+@torch.no_grad()
+def without_mlps(adapter: Adapter, inputs: ModelInputs, others: Sequence[ModelInputs]) -> WithoutMlps:
+    """Replace all MLP outputs by their means over `others`, K prompts of the same words, in one forward.
+
+    Its 2K + 2 rows are the K others and the prompt unedited, then all of them with the means of the K first rows.
+    """
+    count = len(others)
+    both = make_batch(adapter, [*others, inputs]).select([*range(count + 1)] * 2)
+
+    def hook(_m: Any, _a: Any, out: Tensor) -> Tensor:
+        mean = out[:count].mean(0, keepdim=True)
+        return torch.cat([out[: count + 1], mean.expand(count + 1, -1, -1)])
+
+    with ExitStack() as stack:
+        for site in all_sites(adapter, ["mlp"]):
+            stack.callback(block_module(adapter, site).register_forward_hook(hook).remove)
+        logs = log_probabilities(adapter.next_logits(both.tensors))
+    top = logs.argmax(-1)
+    token, ablated_top = int(top[count]), top[count + 1 :]
+    before, after = (float(logs[row, token].exp()) for row in (count, -1))
+    common = float((ablated_top[:-1] == token).double().mean())
+    return WithoutMlps(token, before, after, bool(ablated_top[-1] == token), common)

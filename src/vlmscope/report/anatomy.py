@@ -30,9 +30,11 @@ SAYS = (
 
 
 def measure_of(table: pd.DataFrame) -> str:
-    """accuracy where every question has one, else kl."""
-    known: Any = table[table.measure == "accuracy"].question
-    return "accuracy" if set(known) == set(table.question) else "kl"
+    """accuracy where every question has one and the model beats the prior of some by `NEAR`, else kl."""
+    rows: Any = table[(table.measure == "accuracy") & table.blocks.isin(["none", "prior"])]
+    by_question = rows.pivot_table("value", "question", "blocks")
+    known = set(by_question.index) == set(table.question)
+    return "accuracy" if known and bool((by_question["none"] - by_question["prior"] >= NEAR).any()) else "kl"
 
 
 def value(table: pd.DataFrame, question: str, measure: str, **where: str) -> float | None:
@@ -46,7 +48,7 @@ def value(table: pd.DataFrame, question: str, measure: str, **where: str) -> flo
 
 def headline(table: pd.DataFrame, question: str) -> tuple[str, dict[str, float]]:
     """accuracy or kl, and that of the model as it is, of the prior, and of `HEADLINES`."""
-    measure = "accuracy" if value(table, question, "accuracy", blocks="none") is not None else "kl"
+    measure = measure_of(table)
     numbers = {name: value(table, question, measure, **where) for name, where in HEADLINES.items()}
     numbers |= {
         name: value(table, question, measure, blocks=key) for name, key in (("as_it_is", "none"), ("prior", "prior"))

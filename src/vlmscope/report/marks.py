@@ -24,6 +24,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId, PatchBox
 from vlmscope.core.results import AnswerExample, CircuitFeature, Curve, FeatureExample, FlipRow, Rate, Supernode
 from vlmscope.metrics.rates import CELL, NO_CONTROL, cell_means, corrected, rate_of, rates, worst
+from vlmscope.report.anatomy import anatomy_sections
 from vlmscope.report.figures import CONTROL, dose_response, layer_role_heatmap, rate_bars, share_matrices, word_bars
 from vlmscope.report.page import (
     Card,
@@ -369,6 +370,12 @@ def groups(folder: Folder, name: str, mark: Mark) -> list[Section]:
     return [Figure(mark.title or label(name), (drawn(path, f"{mark.title}: {label(y)}"),), mark.says)]
 
 
+def anatomy(folder: Folder, name: str, mark: Mark) -> list[Section]:
+    """What remains without MLPs and attention, from anatomy.parquet: the overview and its figure."""
+    data: Any = pd.read_parquet(folder.file("anatomy.parquet"))
+    return anatomy_sections(data, folder.figure("anatomy"), mark.title or "Anatomy", mark.says)
+
+
 def text(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """Paragraphs."""
     return [Text(mark.title or label(name), tuple(part for part in mark.says.split("\n\n") if part))]
@@ -376,7 +383,7 @@ def text(folder: Folder, name: str, mark: Mark) -> list[Section]:
 
 MARKS: dict[str, Callable[[Folder, str, Any], list[Section]]] = {
     mark.__name__: mark
-    for mark in (cards, claims, bars, table, curve, matrix, heatmap, examples, features, picture, groups, text)
+    for mark in (cards, claims, bars, table, curve, matrix, heatmap, examples, features, picture, groups, anatomy, text)
 }
 
 

@@ -23,7 +23,7 @@ class Config:
     """
 
     rows: str | None = None
-    cases: int = 100
+    cases: int = 64
     parts: int = 2
     graphs: int = 2
 

@@ -19,23 +19,26 @@ class Config:
     """Sizes of the checks; larger sets are sampled with `seed=`.
 
     `targets` features get a row of edges (total effects need all of them), `sources` features are changed one by one,
-    `positions` are changed in the Hugging Face model, answers have `new_tokens`.
+    `positions` are changed in the Hugging Face model, answers have `new_tokens`. Whether answers need MLPs is asked of
+    `cases` of one question (docs/anatomy.md; 0: not asked).
     """
 
     targets: int = 5000
     sources: int = 16
     positions: int = 6
     new_tokens: int = 6
+    cases: int = 32
 
     def __post_init__(self) -> None:
         # The first generated token does not test the cache, so there are at least two.
-        check_least("task", self, targets=1, sources=1, positions=1, new_tokens=2)
+        check_least("task", self, targets=1, sources=1, positions=1, new_tokens=2, cases=0)
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Check the model on `prompt=` (it has a default) and `image=` (random pictures fill up)."""
     from tqdm import tqdm
 
+    from vlmscope.analyses.anatomy import in_short
     from vlmscope.config.schema import RandomTranscodersConfig
     from vlmscope.config.wiring import (
         is_orrery,
@@ -65,6 +68,10 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     )
     print(render(reports, "" if cfg.model.dtype == "float64" else cfg.model.dtype))
     metrics = flat_metrics(reports)
+    if task.cases:
+        line, numbers = in_short(vlm, task.cases, cfg.seed)
+        print(line)
+        metrics |= numbers
     broken = failures(reports)
     if broken:
         raise CheckFailed(f"{vlm.name} fails {'; '.join(broken)}; do not trust its graphs", metrics)

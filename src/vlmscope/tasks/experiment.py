@@ -21,6 +21,7 @@ _LOG = logging.getLogger(__name__)
 # Name in `analyses:` -> its class, a dataclass of settings with some of `check(cfg)`, `declare(bench)`,
 # `trials(bench, declared)` and `analyse(bench)`. Named by strings because they import torch and pandas.
 ANALYSES = {
+    "anatomy": "vlmscope.analyses.anatomy.Anatomy",
     "discovery": "vlmscope.analyses.measures.Discover",
     "feature_kinds": "vlmscope.analyses.feature_codes.FeatureKinds",
     "lens": "vlmscope.analyses.scenes.Lens",

@@ -44,13 +44,15 @@ _SUBJECT = ("model=", "model.", "transcoder=", "transcoder.")  # overrides that 
 class Config:
     """Settings of the graph and its targets are in `attribution=` (docs/attribution.md).
 
-    `figure` draws the pruned graph too; `head_edges` of its strongest edges are split by attention heads. `rows` is a
+    `figure` draws the pruned graph too; `head_edges` of its strongest edges are split by attention heads. One more
+    forward with `others` pictures tells whether the answer needs MLPs (docs/anatomy.md; 0: not asked). `rows` is a
     CSV or JSONL file of many prompts with their pictures (docs/graphs.md); with `skip_bad` rows that cannot be traced
     are left out and counted.
     """
 
     figure: bool = True
     head_edges: int = 0
+    others: int = 8
     rows: str | None = None
     skip_bad: bool = False
 
@@ -118,6 +120,8 @@ def _trace_into(
         write_heads(folder / "heads.json", traced, cfg.task.head_edges)
     if pictures:
         metrics["graph/answer_sees_image"] = float(reaches_image(pruned, int(graph.nodes.ends()[0])))
+        if cfg.task.others and cfg.attribution.asked == "logits":
+            metrics["graph/answer_without_mlps"] = _without_mlps(cfg, scope, inputs)
     return metrics
 
 
@@ -178,6 +182,23 @@ def _next_steps(folder: Path, cfg: AppConfig, overrides: Sequence[str]) -> list[
     if cfg.attribution.labels is None:
         lines.append("names of features: task=study, then task=label, then attribution.labels= (docs/labels.md)")
     return lines
+
+
+def _without_mlps(cfg: AppConfig, scope: Scope, inputs: ModelInputs) -> float:
+    """The answer's probability with every MLP's output averaged over other pictures; one line where it hardly falls."""
+    from vlmscope.core.results import printable
+    from vlmscope.data.inputs import other_pictures
+    from vlmscope.interventions.ablation import without_mlps
+
+    others = [scope.vlm.prepare(inputs.prompt, images) for images in other_pictures(inputs.sizes, cfg.task.others)]
+    found = without_mlps(scope.adapter, inputs, others)
+    if found.hardly_needed and cfg.task.rows is None:
+        answer = printable(scope.vlm.tokenizer.decode([found.token]).strip())
+        print(
+            f"  {answer!r} stays the answer (p = {found.after:.3f}) when all MLPs say the mean of {len(others)} other "
+            "pictures: features explain little of it (docs/anatomy.md)"
+        )
+    return found.after
 
 
 def _trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:

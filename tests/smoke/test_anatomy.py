@@ -1,4 +1,4 @@
-"""`task=anatomy` on tiny models, on the user's own rows and on Orrery, and the line of `task=trace`."""
+"""`task=anatomy` on tiny models and on the user's own rows, and the line of `task=trace`."""
 
 import json
 from pathlib import Path
@@ -48,12 +48,6 @@ def test_ones_own_rows_with_answers_and_without(tmp_path: Path) -> None:
     assert "influence" not in set(table.measure)
 
 
-def test_orrerys_shapes_hardly_need_mlps_and_its_sums_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = run(tmp_path, "task.cases=12", "task.graphs=0")
-    assert metrics["anatomy/shape/without_mlp/accuracy"] > 0.7 > metrics["anatomy/shape/prior/accuracy"]
-    assert metrics["anatomy/sum/without_mlp/accuracy"] < 0.4 < metrics["anatomy/sum/as_it_is/accuracy"]
-
-
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path, refusal) -> None:
     (tmp_path / "one.csv").write_text("prompt,answer\nwhat is this ?,red\n")
     where = f"hydra.run.dir={tmp_path / 'run'}"
@@ -77,6 +71,5 @@ def test_a_trace_says_so_when_its_answer_hardly_needs_mlps(tmp_path: Path, capsy
         said.append("when all MLPs say the mean of 8 other pictures" in capsys.readouterr().out)
         metrics = json.loads((tmp_path / str(number) / "metrics.json").read_text())
         after.append(metrics["graph/answer_without_mlps"])
-    print(said, after)
     assert all(after[n] > 0.4 for n, line in enumerate(said) if line)
     assert any(said[::2]) and not all(said)

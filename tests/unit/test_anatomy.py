@@ -19,10 +19,12 @@ from vlmscope.analyses.anatomy import (
     wilson,
 )
 from vlmscope.attribution.config import AttributionConfig
+from vlmscope.config.catalog import asset
 from vlmscope.core.errors import UserError
 from vlmscope.data.inputs import other_pictures
-from vlmscope.interventions.ablation import all_sites, block_outputs, without_mlps
+from vlmscope.interventions.ablation import Ablation, all_sites, block_outputs, without_mlps
 from vlmscope.models.base import exact_float64
+from vlmscope.models.loading import load_named
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.report.anatomy import HEADLINES, console, draw_anatomy, measure_of, need, told, value
 from vlmscope.scope import Scope
@@ -94,6 +96,18 @@ def test_the_default_questions_fit_the_model(vlm) -> None:
     table = anatomy(vlm, {name: asked[name] for name in list(asked)[-2:]}, methods=["mean"])
     assert measure_of(table) == "kl" and set(table.method) == {"", "mean"}  # a random model answers nothing
     assert console(table).count("\n") == 3 and "text_sum" in console(table)
+
+
+def test_orrerys_shapes_hardly_need_mlps_and_its_sums_do() -> None:
+    orrery = load_named(asset("orrery"), None, None, "float32", "cpu", "none")
+    everywhere = [Ablation(("mlp",), "mean", (0, orrery.adapter.n_layers - 1))]
+    asked = default_questions(orrery, 40)
+    sets = [case_set(orrery, name, asked[name]) for name in ("shape", "sum")]
+    rows = [row for cases in sets for row in measured(orrery, cases, everywhere)]
+    table = pd.DataFrame(rows)
+    assert value(table, "shape", "accuracy", blocks="mlp") > 0.8 > value(table, "shape", "accuracy", blocks="prior")
+    assert value(table, "sum", "accuracy", blocks="mlp") < 0.4 < 0.8 < value(table, "sum", "accuracy", blocks="none")
+    assert need(table, "shape") < 0.2 and need(table, "sum") > 0.7
 
 
 def row(question: str, measure: str, number: float, blocks: str, method: str = "", **where: str) -> dict:

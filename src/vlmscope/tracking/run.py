@@ -2,11 +2,9 @@
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +34,7 @@ _LOG = logging.getLogger(__name__)
 _ID_FILE = ".mlflow_run_id"
 _PARAMS_AT_ONCE = 100  # MLflow's limits for one request
 _POINTS_AT_ONCE = 1000
-_MOST_POINTS = 200_000  # waiting for the store, about 50 MB
-_FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 60.0  # seconds between attempts
+_PAUSE = 30.0  # seconds after a failure in which the store is left alone
 
 
 @dataclass
@@ -52,15 +49,14 @@ class TrackingConfig:
 class RunInfo:
     """Description of a run before it starts.
 
-    `experiment` is its study, `params` the resolved configuration, `parent_id` the run of its sweep, or a function that
-    finds it in the store.
+    `experiment` is its study, `params` the resolved configuration, `parent_id` the run of its sweep.
     """
 
     experiment: str
     name: str
     params: Mapping[str, Any] = field(default_factory=dict)
     overrides: Sequence[str] = ()
-    parent_id: str | Callable[["MlflowClient"], str] | None = None
+    parent_id: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -85,8 +81,8 @@ class TrackedRun:
 class MlflowRun(TrackedRun):
     """A run in an MLflow store. What is logged is buffered until the store takes it, so that no work waits for long.
 
-    Each call that logs also tries to write, for WAIT seconds; after a failure the pauses between tries grow, and at the
-    end it tries for PATIENCE seconds. A failure gives one warning when it begins, and one at the end if it lasts.
+    Each call that logs also tries to write, for WAIT seconds, but not in the `_PAUSE` after a failure; at the end it
+    tries for PATIENCE seconds. A failure gives one warning when it begins, and one at the end if it lasts.
     """
 
     def __init__(self, uri: str, run_dir: Path, info: RunInfo, resume: bool) -> None:
@@ -95,12 +91,10 @@ class MlflowRun(TrackedRun):
         self._started = int(time.time() * 1000)
         self._step = 0  # the latest, for metrics without one: final figures at step 0 would bend their curves back
         self._params: Mapping[str, Any] | None = info.params
-        self._points: deque[tuple[str, float, int, int | None]] = deque(maxlen=_MOST_POINTS)
-        self._lost = 0
+        self._points: list[tuple[str, float, int, int | None]] = []
         self._files: dict[Path, str] = {}
         self._status: str | None = None
-        self._pause, self._next = _FIRST_PAUSE, 0.0
-        self._warned = False
+        self._next, self._warned = 0.0, False
         check_store(uri)
         self._write()
 
@@ -109,7 +103,6 @@ class MlflowRun(TrackedRun):
         if step is None and (self.run_id is not None or not self._resume):
             step = self._step
         self._step = max(self._step, step or 0)
-        self._lost += max(0, len(self._points) + len(metrics) - _MOST_POINTS)
         self._points.extend((clean_key(key), float(value), now, step) for key, value in metrics.items())
         self._write()
 
@@ -132,25 +125,15 @@ class MlflowRun(TrackedRun):
         """Write what is left and end the run; one warning lists what the store never took."""
         self._status, ended = status, int(time.time() * 1000)
         try:
-            try:
-                patiently(self._uri, lambda: self._send(ended), WAIT)
-            except Unreachable as error:
-                # Whoever kills a process waits for some seconds only.
-                if "locked" not in str(error) or status == "KILLED":
-                    raise
-                _LOG.info("%s is locked; waiting for it, at most %d s", self._uri, PATIENCE)
-                patiently(self._uri, lambda: self._send(ended), PATIENCE)
+            # Whoever kills a process waits for some seconds only.
+            patiently(self._uri, lambda: self._send(ended), WAIT if status == "KILLED" else PATIENCE)
         except (Unreachable, UserError) as error:
+            lacks = f"{len(self._points)} points of curves, {len(self._files)} files and the status {status}"
             where = f"{self._run_dir} has metrics.json and config.yaml"
-            _LOG.warning("not in MLflow: %s (%s); %s", self._left(), error, where)
-            return
-        if self._lost:
-            _LOG.warning("MLflow lacks the %d oldest points of curves: too many waited for %s", self._lost, self._uri)
-        elif self._warned:
-            _LOG.info("all that was logged is in MLflow now")
+            _LOG.warning("not in MLflow: %s (%s); %s", lacks, error, where)
 
     def _write(self) -> None:
-        """Write the buffers, unless the pause after the last failure is not over."""
+        """Write the buffers, unless the store failed a moment ago."""
         if time.monotonic() < self._next:
             return
         try:
@@ -158,12 +141,10 @@ class MlflowRun(TrackedRun):
         except (Unreachable, UserError) as error:
             if isinstance(error, UserError) and self._client is None:
                 raise  # the store cannot be used at all, which is known at the start of the run
-            self._next, self._pause = time.monotonic() + self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+            self._next = time.monotonic() + _PAUSE
             if not self._warned:
                 _LOG.warning("%s does not take what is logged (%s); it is kept and written later", self._uri, error)
             self._warned = True
-        else:
-            self._pause = _FIRST_PAUSE
 
     def _send(self, ended: int | None = None) -> None:
         """Write the buffers, each part removed once it is written, so that a retry continues from there."""
@@ -180,29 +161,15 @@ class MlflowRun(TrackedRun):
         while self._points:
             entries = [
                 Metric(key, value, now, self._step if step is None else step)
-                for key, value, now, step in islice(self._points, _POINTS_AT_ONCE)
+                for key, value, now, step in self._points[:_POINTS_AT_ONCE]
             ]
             client.log_batch(self.run_id, metrics=entries)
-            for _ in entries:
-                self._points.popleft()
+            del self._points[: len(entries)]
         for file, folder in list(self._files.items()):
             copy_artifact(client, self.run_id, file, folder)
             del self._files[file]
         if self._status is not None:
             client.set_terminated(self.run_id, self._status, ended)
-
-    def _left(self) -> str:
-        """What the store has not taken, in words."""
-        names = {key for key, *_ in self._points}
-        megabytes = sum(file.stat().st_size for file in self._files if file.exists()) / 1e6
-        parts = [
-            "the run itself" if self.run_id is None else "",
-            "parameters" if self._params is not None and self.run_id is not None else "",
-            f"{len(self._points) + self._lost} points of {len(names)} metrics" if names else "",
-            f"{len(self._files)} files of {megabytes:.1f} MB" if self._files else "",
-            f"the status {self._status}",
-        ]
-        return ", ".join(filter(None, parts))
 
 
 def copy_artifact(client: "MlflowClient", run_id: str, file: Path, folder: str) -> None:
@@ -273,9 +240,8 @@ def start_run(
     `started` is when its work began, in milliseconds since 1970 (default: now).
     """
     tags = {"run_dir": str(run_dir.resolve()), "overrides": " ".join(info.overrides)[:MAX_VALUE], **provenance.tags()}
-    parent = info.parent_id(client) if callable(info.parent_id) else info.parent_id
-    if parent is not None:
-        tags["mlflow.parentRunId"] = parent
+    if info.parent_id is not None:
+        tags["mlflow.parentRunId"] = info.parent_id
     tags = {key: clean_text(value) for key, value in (tags | dict(info.tags)).items()}
     run = _existing_run(client, run_dir) if resume else None
     if run is not None:

@@ -1,79 +1,58 @@
 """Runs inside a run: the parent of a sweep, opened before its first job and closed with a status that summarises its
 jobs, and runs that another run starts in other processes."""
 
-import fcntl
 import json
 import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vlmscope.core.errors import UserError
 from vlmscope.tracking.client import PATIENCE, WAIT, Unreachable, check_store, open_client, patiently
 from vlmscope.tracking.run import RunInfo, TrackingConfig, copy_artifact, start_run
 
-if TYPE_CHECKING:
-    from mlflow.tracking import MlflowClient
-
 _LOG = logging.getLogger(__name__)
 
-# A launcher may run jobs in other processes, so the parent's id travels in the environment. So do its folder and
-# experiment, with which a job opens the parent if the store was locked when the sweep began.
+# A launcher may run jobs in other processes, so the parent's id travels in the environment.
 _PARENT = "VLMSCOPE_MLFLOW_PARENT"
 _URI = "VLMSCOPE_MLFLOW_URI"
 _OVERRIDES = "VLMSCOPE_MLFLOW_OVERRIDES"
-_SWEEP = "VLMSCOPE_MLFLOW_SWEEP"
 # For a run that another run started: the id of that run and the study of both.
 _STARTER = "VLMSCOPE_MLFLOW_STARTER"
 _STUDY = "VLMSCOPE_MLFLOW_STUDY"
 
 
-def open_parent(config: TrackingConfig, sweep_dir: str | Path, experiment: str, overrides: Sequence[str]) -> str | None:
+def open_parent(config: TrackingConfig, sweep_dir: str | Path, experiment: str, overrides: Sequence[str]) -> str:
     """Open the parent run, or continue that of an earlier sweep in this folder; returns its id.
 
-    None if the store is locked: then the first job that reaches the store opens the parent.
+    Raises:
+        UserError: the store cannot be used, or stays locked.
     """
-    folder = Path(sweep_dir)
+    uri, folder = config.uri, Path(sweep_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    check_store(config.uri)
-    os.environ[_URI] = config.uri
-    os.environ[_OVERRIDES] = json.dumps(list(overrides))
-    os.environ[_SWEEP] = json.dumps([str(folder), experiment])
+    check_store(uri)
+    info = RunInfo(experiment, folder.name, overrides=overrides, tags={"sweep": "true"})
     try:
-        return patiently(config.uri, lambda: _open_parent(open_client(config.uri)), WAIT)
+        parent = patiently(uri, lambda: start_run(open_client(uri), uri, folder, info, resume=True), PATIENCE)
     except Unreachable as error:
-        _LOG.warning("%s does not take the parent of this sweep (%s); it is opened later", config.uri, error)
-        return None
+        raise UserError(
+            f"tracking.uri={uri} does not take the parent of this sweep ({error}); try again, or add tracking=none"
+        ) from error
+    os.environ |= {_PARENT: parent, _URI: uri, _OVERRIDES: json.dumps(list(overrides))}
+    return parent
 
 
-def _open_parent(client: "MlflowClient") -> str:
-    """The parent's id. Whichever process of the sweep comes first opens the run; the lock makes the others wait."""
-    known = os.environ.get(_PARENT)
-    if known is not None:
-        return known
-    folder, experiment = json.loads(os.environ[_SWEEP])
-    info = RunInfo(experiment, Path(folder).name, overrides=json.loads(os.environ[_OVERRIDES]), tags={"sweep": "true"})
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        os.environ[_PARENT] = start_run(client, os.environ[_URI], Path(folder), info, resume=True)
-    finally:
-        os.close(lock)
-    return os.environ[_PARENT]
-
-
-def parent_id() -> "str | Callable[[MlflowClient], str]":
-    """The parent of a job, or a function that opens it if the store was locked when the sweep began.
+def parent_id() -> str:
+    """The parent of a job.
 
     Raises:
         UserError: there is none. Hydra only warns when opening it fails, and orphans would look like single runs.
     """
-    if _SWEEP not in os.environ:
+    if _PARENT not in os.environ:
         raise UserError(
             "this job's sweep has no tracked parent (see the warnings above); mend that or add tracking=none"
         )
-    return os.environ.get(_PARENT, _open_parent)
+    return os.environ[_PARENT]
 
 
 def started_by(run_id: str | None, study: str) -> dict[str, str]:
@@ -110,7 +89,7 @@ def log_to_parent(files: Sequence[Path], root: Path) -> None:
     def copy(uri: str) -> None:
         client = open_client(uri)
         for file in files:
-            copy_artifact(client, _open_parent(client), file, file.relative_to(root).parent.as_posix())
+            copy_artifact(client, parent_id(), file, file.relative_to(root).parent.as_posix())
 
     _at_the_end(copy, "the sweep's table and figure", PATIENCE)
 
@@ -120,7 +99,7 @@ def close_parent(*, killed: bool = False, failed: bool = False) -> None:
 
     def close(uri: str) -> None:
         client = open_client(uri)
-        run_id = _open_parent(client)
+        run_id = parent_id()
         experiment = client.get_run(run_id).info.experiment_id
         jobs = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'", max_results=50000)
         statuses = {job.info.status for job in jobs}
@@ -133,7 +112,7 @@ def close_parent(*, killed: bool = False, failed: bool = False) -> None:
         client.set_terminated(run_id, status)
 
     _at_the_end(close, "the status of the sweep", WAIT if killed else PATIENCE)
-    for name in (_PARENT, _URI, _OVERRIDES, _SWEEP):
+    for name in (_PARENT, _URI, _OVERRIDES):
         os.environ.pop(name, None)
 
 

@@ -58,7 +58,7 @@ def concept_scenes(planet: str, split: str, count: int, seed: int = 0) -> list[S
 
 
 def digit_scenes(digit: str, split: str, count: int, seed: int = 0, second: str | None = None) -> list[Scene]:
-    """`count` scenes of two digits; `second` is drawn when None. Splits share no handwriting."""
+    """`count` scenes of two digits; `second` is drawn when None. Splits share no glyph, but writers."""
     for word in (digit, second or digit):
         _check_word("digit", word, DIGITS)
     scenes = []

@@ -149,6 +149,7 @@ class ConceptMaterial:
     config: CircuitConfig
     images: Mapping[str, Sequence[Image.Image]]  # concept -> training pictures
     circuit: Callable[[Sequence[str]], Circuit]  # of a pair of concepts, the circuit by contrast alone
+    _asked: dict[tuple[str, str], InputBatch] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def _pair(self, cases: Cases) -> tuple[str, ...]:
         """The recipient and the donor."""
@@ -169,21 +170,25 @@ class ConceptMaterial:
         """Training pictures of the recipient and of the donor under the question, with their answers."""
         asked = []
         for name in self._questions(cases):
-            for concept, batch in zip(self._pair(cases), self._asked(name, cases), strict=True):
+            for concept in self._pair(cases):
+                batch = self._batch(name, concept)
                 token = answer_token(self.scope, self.config.questions[name].answers[concept])
                 asked.append((batch, torch.full((batch.size,), token, device=self.scope.adapter.device)))
         return asked
 
-    def _asked(self, question: str, cases: Cases) -> list[InputBatch]:
-        prompt = self.config.questions[question].prompt
-        shown = [self.images[concept] for concept in self._pair(cases)]
-        return [self.scope.batch([self.scope.inputs(prompt, [image]) for image in images]) for images in shown]
+    def _batch(self, question: str, concept: str) -> InputBatch:
+        if (question, concept) not in self._asked:
+            prompt = self.config.questions[question].prompt
+            inputs = [self.scope.inputs(prompt, [image]) for image in self.images[concept]]
+            self._asked[question, concept] = self.scope.batch(inputs)
+        return self._asked[question, concept]
 
     def difference(self, cases: Cases) -> RoleVectors:
         """Mean output on the donor's training pictures minus that on the recipient's."""
-        batches = [self._asked(name, cases) for name in self._questions(cases)]
-        sides = [torch.full((batch.size,), side) for sides in batches for side, batch in enumerate(sides)]
-        recipient, donor = mean_outputs(self.scope, [batch for both in batches for batch in both], sides).values()
+        pair, questions = self._pair(cases), self._questions(cases)
+        batches = [self._batch(name, concept) for concept in pair for name in questions]
+        sides = [torch.full((batch.size,), i // len(questions)) for i, batch in enumerate(batches)]
+        recipient, donor = mean_outputs(self.scope, batches, sides).values()
         return {
             role: {layer: (mean - recipient[role][layer])[None] for layer, mean in by_layer.items()}
             for role, by_layer in donor.items()

@@ -28,7 +28,13 @@ from vlmscope.circuits.circuit import Circuit, direct_edges, labelled, load_circ
 from vlmscope.circuits.config import CircuitConfig, TrialConfig
 from vlmscope.circuits.experiment import ALL, EACH, ConceptMaterial, Declared, PairSource, concept_operation, settle
 from vlmscope.circuits.page import described, draw_diagram
-from vlmscope.circuits.selectors import Influence, concept_influence, concept_means, contrast_circuit
+from vlmscope.circuits.selectors import (
+    Influence,
+    concept_batches,
+    concept_influence,
+    concept_means,
+    contrast_circuit,
+)
 from vlmscope.core.results import AnswerExample, Supernode
 from vlmscope.data.images import png_bytes
 from vlmscope.data.orrery.dataset import unrelated_scenes
@@ -40,6 +46,7 @@ from vlmscope.metrics.claims import claim_metrics, claims, claims_text
 from vlmscope.metrics.prediction import prior
 from vlmscope.metrics.rates import cell_metrics, counted, log_softmax, trial_metrics, without_baselines
 from vlmscope.models.base import token_strings
+from vlmscope.models.batching import InputBatch
 from vlmscope.report.graph_figure import attribution_graph
 from vlmscope.report.marks import write_evidence, write_records, write_rows
 
@@ -128,7 +135,8 @@ def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, Ro
     """
     config, folder = bench.circuit_config, bench.run_dir
     train, prompts = training(bench)
-    means = concept_means(bench.scope, train, prompts)
+    batches = concept_batches(bench.scope, train, prompts)
+    means = concept_means(bench.scope, batches)
     influence, traces, graphs = concept_influence(bench.scope, train, prompts, config.graphs, bench.cfg.attribution)
     circuit, metrics = contrast_circuit(bench.transcoders, means, influence, config.per_layer, bench.vlm.name)
     circuit, pruned = labelled(circuit, bench.labels), traces[0].pruned
@@ -143,12 +151,12 @@ def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, Ro
     attribution_graph(pruned, folder / "figures" / "graph.png", [image], groups, labels=bench.labels)
     bench.metrics |= metrics | traces[0].metrics() | spread(graphs)
     bench.metrics["graph/seconds"] = float(np.median([graph["graph/seconds"] for graph in graphs]))
-    return circuit, means, concept_baselines(bench, train, means, influence)
+    return circuit, means, concept_baselines(bench, batches, means, influence)
 
 
 def concept_baselines(
     bench: Bench,
-    train: Mapping[str, Sequence[Image.Image]],
+    batches: Mapping[str, Mapping[str, InputBatch]],
     means: Mapping[str, Mapping[str, RoleMeans]],
     influence: Mapping[str, Influence],
 ) -> Baselines:
@@ -160,7 +168,7 @@ def concept_baselines(
         both = {concept: means[concept] for concept in pair}
         return contrast_circuit(bench.transcoders, both, influence, config.per_layer, bench.vlm.name, False)[0]
 
-    material = ConceptMaterial(bench.scope, config, train, lambda pair: unconfirmed(*sorted(pair)))
+    material = ConceptMaterial(bench.scope, config, batches, lambda pair: unconfirmed(*sorted(pair)))
     return Baselines(bench.scope, material)
 
 
@@ -215,7 +223,8 @@ def from_matrix(bench: Bench) -> Declared:
         bench.metrics[f"base/{subset.question}/{subset.tags['recipient']}/accuracy"] = subset.batch.size / count
     bench.metrics |= priors(config)
     train, prompts = training(bench)
-    means = concept_means(bench.scope, train, prompts)
+    batches = concept_batches(bench.scope, train, prompts)
+    means = concept_means(bench.scope, batches)
     influence, _, _ = concept_influence(bench.scope, train, prompts, config.graphs, bench.cfg.attribution)
     circuits: dict[frozenset[str], Circuit] = {}
     for pair in combinations(config.concepts, 2):
@@ -231,7 +240,7 @@ def from_matrix(bench: Bench) -> Declared:
         pair = pair_of(subject)
         return concept_operation(circuits[frozenset(pair)], config, pair)(trial, subject, limit)
 
-    baselines = concept_baselines(bench, train, means, influence)
+    baselines = concept_baselines(bench, batches, means, influence)
     return Declared(cases, operation, metrics=cell_metrics, baselines=baselines)
 
 

@@ -43,6 +43,7 @@ from vlmscope.transcoders.transcoder import SparseCode
 PROMPTS = 24  # training prompts of each side on which direct effects are measured
 SHARE = 0.8  # of the positive direct effect on an answer, which measured writers hold together
 ROUNDING = 1e-5  # of the largest logit that a row of the layer writes: what is less is none
+READ = 50  # cases of a case set that the lens reads
 MOST = 0.5  # of the cases: the lens reads the answer in a state where it is first in more of them
 RoleVectors = Mapping[str, Mapping[int, Tensor]]  # role -> layer -> [B or 1, d]
 
@@ -360,6 +361,7 @@ class Baselines:
             runs["donor"] = (cases.donors, cases.target)
         shares = {}
         for run, (batch, words) in runs.items():
+            batch, words = batch.select(range(min(READ, batch.size))), words[:READ]
             lens = token_lens(self.scope.adapter, batch, np.array([batch.length - 1]), words.tolist(), 1)
             shares[run] = (lens.rank[:, :, 0] == 0).mean(0)  # [L + 1], state n is read before layer n
         read = np.flatnonzero(np.max(list(shares.values()), axis=0) > MOST)

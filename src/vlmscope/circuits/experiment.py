@@ -12,7 +12,6 @@ from functools import cached_property
 
 import pandas as pd
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vlmscope.circuits.baselines import Baselines, RoleVectors, mean_outputs
@@ -147,9 +146,8 @@ class ConceptMaterial:
 
     scope: Scope
     config: CircuitConfig
-    images: Mapping[str, Sequence[Image.Image]]  # concept -> training pictures
+    train: Mapping[str, Mapping[str, InputBatch]]  # concept -> question -> training pictures
     circuit: Callable[[Sequence[str]], Circuit]  # of a pair of concepts, the circuit by contrast alone
-    _asked: dict[tuple[str, str], InputBatch] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def _pair(self, cases: Cases) -> tuple[str, ...]:
         """The recipient and the donor."""
@@ -171,22 +169,15 @@ class ConceptMaterial:
         asked = []
         for name in self._questions(cases):
             for concept in self._pair(cases):
-                batch = self._batch(name, concept)
+                batch = self.train[concept][name]
                 token = answer_token(self.scope, self.config.questions[name].answers[concept])
                 asked.append((batch, torch.full((batch.size,), token, device=self.scope.adapter.device)))
         return asked
 
-    def _batch(self, question: str, concept: str) -> InputBatch:
-        if (question, concept) not in self._asked:
-            prompt = self.config.questions[question].prompt
-            inputs = [self.scope.inputs(prompt, [image]) for image in self.images[concept]]
-            self._asked[question, concept] = self.scope.batch(inputs)
-        return self._asked[question, concept]
-
     def difference(self, cases: Cases) -> RoleVectors:
         """Mean output on the donor's training pictures minus that on the recipient's."""
         pair, questions = self._pair(cases), self._questions(cases)
-        batches = [self._batch(name, concept) for concept in pair for name in questions]
+        batches = [self.train[concept][name] for concept in pair for name in questions]
         sides = [torch.full((batch.size,), i // len(questions)) for i, batch in enumerate(batches)]
         recipient, donor = mean_outputs(self.scope, batches, sides).values()
         return {

@@ -39,6 +39,7 @@ from vlmscope.core.results import CircuitFeature, Supernode
 from vlmscope.features.labels import Labels
 from vlmscope.features.readouts import RoleMeans, role_means
 from vlmscope.features.search import stems
+from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -314,16 +315,23 @@ def mean_levels(members: Sequence[CircuitFeature], means: RoleMeans, question: s
     }
 
 
-def concept_means(
+def concept_batches(
     scope: Scope, train: Mapping[str, Sequence[Image.Image]], prompts: Mapping[str, str]
-) -> dict[str, dict[str, RoleMeans]]:
-    """Concept -> question -> mean activations on the concept's pictures."""
+) -> dict[str, dict[str, InputBatch]]:
+    """Concept -> question -> the question asked of each of the concept's pictures."""
     return {
         concept: {
-            name: role_means(scope, [scope.batch([scope.inputs(prompt, [image]) for image in images])])
-            for name, prompt in prompts.items()
+            name: scope.batch([scope.inputs(prompt, [image]) for image in images]) for name, prompt in prompts.items()
         }
         for concept, images in train.items()
+    }
+
+
+def concept_means(scope: Scope, train: Mapping[str, Mapping[str, InputBatch]]) -> dict[str, dict[str, RoleMeans]]:
+    """Concept -> question -> mean activations in the batches of `concept_batches`."""
+    return {
+        concept: {name: role_means(scope, [batch]) for name, batch in by_question.items()}
+        for concept, by_question in train.items()
     }
 
 

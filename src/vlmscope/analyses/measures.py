@@ -19,7 +19,6 @@ from vlmscope.circuits.cases import concept_cases
 from vlmscope.circuits.circuit import save_circuit
 from vlmscope.circuits.discovery.discover import discover_question, moving_questions
 from vlmscope.circuits.discovery.report import write_discoveries
-from vlmscope.core.errors import UserError
 from vlmscope.core.records import ROLES
 from vlmscope.core.results import Curve, Rate
 from vlmscope.data.inputs import check_choosing

@@ -43,7 +43,9 @@ class Lens:
     def check(self, cfg: AppConfig) -> None:
         """Refuse a second table of the same name."""
         if any("before_readable" in setting.baselines for setting in cfg.settings.values()):
-            raise UserError("analyses.lens: the baseline before_readable writes lens.parquet too; leave out one of them")
+            raise UserError(
+                "analyses.lens: the baseline before_readable writes lens.parquet too; leave out one of them"
+            )
 
     def analyse(self, bench: Bench) -> dict[str, float]:
         """The table and its metrics; a question without a right answer is left out."""

@@ -64,7 +64,7 @@ class Bench:
         where = Setting(mode=mode, matched=0, **setting)
         trials = [Trial("carry", do, [self.cases], [where])]
         trials += [
-            Trial("carry", self.baselines.operation(name, CARRY, do, self.cases, None), [self.cases], [where], {}, name)
+            Trial("carry", self.baselines.operation(name, CARRY, do, self.cases, None), [self.cases], [where], name)
             for name in names
         ]
         return run_trials(self.made.scope, trials).groupby("baseline").recovered.mean().to_dict()

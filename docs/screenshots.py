@@ -9,7 +9,6 @@ or of the summary page of task=reproduce:
     python docs/screenshots.py --summary /my/reproduction/summary.html
 
 The first are what `make ui` shows. Needs the `dev` extra and Chromium (Debian: apt-get install chromium).
-tests/browser/test_mlflow_ui.py drives the same pages.
 """
 
 import argparse

@@ -101,7 +101,7 @@ def load_graph(path: str | Path) -> PrunedGraph:
         pruned = PrunedGraph(graph=graph, scores=known, **pruning)
         _check_lengths(pruned)
         old = len(words["scores"]) < len(_SCORES)
-        return dataclasses.replace(pruned, scores=scores(graph, pruned.influence)) if old else pruned
+        return dataclasses.replace(pruned, scores=scores(graph)) if old else pruned
 
 
 def _check_lengths(pruned: PrunedGraph) -> None:

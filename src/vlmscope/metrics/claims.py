@@ -32,17 +32,17 @@ import numpy as np
 import pandas as pd
 
 from vlmscope.core.results import Rate, text_table
-from vlmscope.metrics.rates import LEAST_DRAWS, Draws, displacement_ratio, draws_of, holm, paired_p, share_rate
+from vlmscope.metrics.rates import CASE, LEAST_DRAWS, Draws, displacement_ratio, draws_of, holm, paired_p, share_rate
 
 HALF = 0.5  # of the cases: a circuit that does it in fewer does not do it
 ALPHA = 0.05
 UNRELATED = 0.1  # the most that answers to unrelated cases may change
 LEAST_DISPLACEMENT = 0.5  # of what the edit moves; the share below which a control or a baseline is too weak to decide
 PLACES = ["mode", "positions", "layers", "strength", "limit"]
+Rows = Any  # a frame: pandas' own types of what a selection may be are too wide
 CLAIMS = (
     "sufficient", "necessary", "specific", "more_than_copying", "more_than_a_mean_difference", "found_by_the_graph",
 )  # fmt: skip
-UNIT = ["cases", "set", "question", "recipient", "donor", "case"]  # columns that make two rows the same case
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,12 @@ def claims(table: pd.DataFrame, measures: Mapping[str, str]) -> pd.DataFrame:
     return pd.DataFrame([asdict(row) for row in rows], columns=list(Claim.__dataclass_fields__))
 
 
-def claim_metrics(found: pd.DataFrame) -> dict[str, float]:
+def claim_metrics(found: Rows) -> dict[str, float]:
     """`claims/<trial>/<claim>`, 1 where it is shown."""
     return {f"claims/{row.operation}/{row.claim}": float(row.shown) for row in found.itertuples()}
 
 
-def claims_text(found: pd.DataFrame) -> str:
+def claims_text(found: Rows) -> str:
     """The table of claims for a console."""
     head = ("trial", "may it be called", "shown", "rate", "95 % interval", "decided by", "there", "question", "why not")
     rows = [
@@ -161,7 +161,7 @@ def _decided(subject: Subject, claim: str, found: Sequence[Verdict] | str) -> Cl
     )
 
 
-def _subjects(table: pd.DataFrame, measures: Mapping[str, str]) -> Iterator[Subject]:
+def _subjects(table: Rows, measures: Mapping[str, str]) -> Iterator[Subject]:
     """Trials that may claim something, each in one setting; not those of another question's features (`way/name`)."""
     if "answer" in table:  # nothing can follow on questions whose answer is to stay
         moves = table.answer.isna() | (table.answer != table.target)
@@ -192,8 +192,8 @@ class Subject:
 
     operation: str
     setting: str
-    rows: pd.DataFrame
-    all_rows: pd.DataFrame
+    rows: Rows
+    all_rows: Rows
     measure: str
 
     @property
@@ -207,7 +207,7 @@ class Subject:
         return [claim for claim in CLAIMS if not (self.removes and claim == "more_than_a_mean_difference")]
 
     @cached_property
-    def questions(self) -> dict[str, pd.DataFrame]:
+    def questions(self) -> dict[str, Rows]:
         """Rows of each question; of several sets of concepts "set/question"."""
         by = [column for column in ("set", "question") if column in self.rows]
         return {"/".join(map(str, key)): part for key, part in self.rows.groupby(by, sort=False)}
@@ -235,17 +235,17 @@ class Subject:
             return f"not run: baselines: [{name}]"
         return self._each(lambda question, rows: judge(name, question, rows))
 
-    def _sufficient(self, question: str, rows: pd.DataFrame) -> Verdict:
+    def _sufficient(self, question: str, rows: Rows) -> Verdict:
         value = self._rate(_own(rows))
         return Verdict(question, value, "half of the cases", HALF, reason=_at_least(value, HALF))
 
-    def _kept(self, name: str, question: str, rows: pd.DataFrame) -> Verdict:
+    def _kept(self, name: str, question: str, rows: Rows) -> Verdict:
         """Answers that stay when everything but the circuit is removed."""
         other = rows[rows.baseline == name]
         value = share_rate(~other[self.measure].to_numpy(bool), groups=_units(other))
         return Verdict(question, value, "half of the cases", HALF, reason=_at_least(value, HALF))
 
-    def _removal(self, question: str, rows: pd.DataFrame) -> Verdict:
+    def _removal(self, question: str, rows: Rows) -> Verdict:
         value = self._rate(_own(rows))
         if reason := _at_least(value, HALF):
             return Verdict(question, value, "half of the cases", HALF, reason=reason)
@@ -263,7 +263,7 @@ class Subject:
                 return removed if isinstance(found, str) else [*found, *removed]
         return f"{found}, or a trial that removes, on the same cases" if isinstance(found, str) else found
 
-    def _complement(self, name: str, question: str, rows: pd.DataFrame) -> Verdict:
+    def _complement(self, name: str, question: str, rows: Rows) -> Verdict:
         other = rows[rows.baseline == name]
         value = self._rate(other)
         reason = (
@@ -271,15 +271,15 @@ class Subject:
         )
         return Verdict(question, value, name, HALF, np.nan, reason or _weak(name, other, rows), below=True)
 
-    def _ranked(self, question: str, rows: pd.DataFrame) -> Verdict:
+    def _ranked(self, question: str, rows: Rows) -> Verdict:
         value, draws = self._rate(_own(rows)), self._draws(rows)
-        count, p, reason = len(draws.means), draws.p(value.value), draws.reason
+        count, p, reason = len(draws.means), draws.p, draws.reason
         if not reason and count < LEAST_DRAWS:
             reason = f"{count} control draws count; a rank needs {LEAST_DRAWS}"
         elif not reason and not p <= ALPHA:
-            reason = f"rank {draws.rank(value.value)} of {count + 1}: features drawn at random do as much"
+            reason = f"rank {draws.rank} of {count + 1}: features drawn at random do as much"
         highest = float(draws.means.max()) if count else np.nan
-        return Verdict(question, value, f"rank {draws.rank(value.value)} of {count + 1}", highest, p, reason)
+        return Verdict(question, value, f"rank {draws.rank} of {count + 1}", highest, p, reason)
 
     def _unrelated(self) -> Iterator[Verdict]:
         rows = _own(self.all_rows[self.all_rows.cases == "unrelated"])
@@ -291,7 +291,7 @@ class Subject:
             )
             yield Verdict("unrelated cases", value, "most that may change", UNRELATED, np.nan, reason, below=True)
 
-    def _not_copied(self, name: str, question: str, rows: pd.DataFrame) -> Verdict:
+    def _not_copied(self, name: str, question: str, rows: Rows) -> Verdict:
         other = rows[rows.baseline == name]
         value, own = self._rate(other), self._rate(_own(rows)).value
         verdict = self._above_draws(question, value, other, rows)
@@ -300,12 +300,12 @@ class Subject:
             return Verdict(question, value, "half of the trial's rate", HALF * own, reason=reason)
         return verdict
 
-    def _above_baseline(self, name: str, question: str, rows: pd.DataFrame) -> Verdict:
+    def _above_baseline(self, name: str, question: str, rows: Rows) -> Verdict:
         own, other = _own(rows), rows[rows.baseline == name]
         value, there = self._rate(own), float(other[self.measure].mean())
         return Verdict(question, value, name, there, self._paired(own, other), _weak(name, other, rows))
 
-    def _above_draws(self, question: str, value: Rate, done: pd.DataFrame, rows: pd.DataFrame) -> Verdict:
+    def _above_draws(self, question: str, value: Rate, done: Rows, rows: Rows) -> Verdict:
         """Whether `done` hits more than each control draw that bites: the largest p decides."""
         draws = self._draws(rows)
         if draws.reason:
@@ -315,29 +315,29 @@ class Subject:
         names = f"each of {len(draws.means)} control draws" if len(draws.means) > 1 else "the only control draw"
         return Verdict(question, value, names, float(draws.means.max()), p)
 
-    def _draws(self, rows: pd.DataFrame) -> Draws:
+    def _draws(self, rows: Rows) -> Draws:
         return draws_of(rows[rows.baseline == ""], self.measure)
 
-    def _rate(self, rows: pd.DataFrame) -> Rate:
+    def _rate(self, rows: Rows) -> Rate:
         return share_rate(rows[self.measure].to_numpy(bool), groups=_units(rows))
 
-    def _paired(self, done: pd.DataFrame, other: pd.DataFrame) -> float:
+    def _paired(self, done: Rows, other: Rows) -> float:
         """`paired_p` on the cases of both; where cases are clustered (`_units`), by which of the two has more hits in
         each cluster.
         """
-        keys = [column for column in UNIT if column in done]
+        keys = [column for column in CASE if column in done]
         both: Any = done.merge(other, on=keys, suffixes=("", "_other"))
         gain = both[self.measure].astype(int) - both[f"{self.measure}_other"].astype(int)
         by_unit = gain.groupby(np.asarray(_units(both))).sum()
         return paired_p(by_unit.to_numpy() > 0, by_unit.to_numpy() < 0)
 
 
-def _own(rows: pd.DataFrame) -> pd.DataFrame:
+def _own(rows: Rows) -> Rows:
     """Rows of the trial itself."""
     return rows[(rows.control == "") & (rows.baseline == "")]
 
 
-def _units(rows: pd.DataFrame) -> list[str]:
+def _units(rows: Rows) -> list[str]:
     """What is independent: cases, or unordered pairs of recipient and donor, which share a circuit."""
     if "donor" in rows:
         return ["-".join(sorted(pair)) for pair in rows[["recipient", "donor"]].astype(str).to_numpy()]
@@ -349,7 +349,7 @@ def _at_least(value: Rate, least: float) -> str:
     return "" if value.ci_low >= least else f"its interval starts at {percent(value.ci_low)}, under half of the cases"
 
 
-def _weak(name: str, other: pd.DataFrame, rows: pd.DataFrame) -> str:
+def _weak(name: str, other: Rows, rows: Rows) -> str:
     """Why a baseline moves too little to decide anything, or ""; one that was not measured is taken to be fair."""
     ratio = displacement_ratio(other, _own(rows))
     return f"{name} too weak: it moves {ratio:.2g} of what the edit does" if ratio < LEAST_DISPLACEMENT else ""

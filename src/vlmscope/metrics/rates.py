@@ -219,15 +219,18 @@ class Draws:
     numbers: tuple[int, ...]  # of these draws
     control: str  # their kind
     reason: str  # why there is none; "" when there is
+    value: float = np.nan  # the trial's own mean on the cases that were drawn on
 
-    def rank(self, value: float) -> int:
-        """The rank of a trial's rate among itself and the draws, 1 being above all of them."""
-        return 1 + int((self.means >= value).sum())
+    @property
+    def rank(self) -> int:
+        """The rank of the trial among itself and the draws, 1 being above all of them."""
+        return 1 + int((self.means >= self.value).sum())
 
-    def p(self, value: float) -> float:
+    @property
+    def p(self) -> float:
         """The p-value of that rank; NaN without a draw that counts."""
-        known = len(self.means) and value == value
-        return float(permutation_p(np.asarray(value), self.means)) if known else np.nan
+        known = len(self.means) and self.value == self.value
+        return float(permutation_p(np.asarray(self.value), self.means)) if known else np.nan
 
 
 def draws_of(group: pd.DataFrame, measure: str, control: str | None = None) -> Draws:
@@ -237,7 +240,8 @@ def draws_of(group: pd.DataFrame, measure: str, control: str | None = None) -> D
     """
     kinds = set(group.control)
     kind = control or ("matched" if "matched" in kinds else "random_direction")
-    rows = group[group.control == kind]
+    rows: Any = group[group.control == kind]
+    edit: Any = group[group.control == ""]
     if rows.empty:
         return Draws(np.empty(0), (), kind, NO_CONTROL)
     weak: Any = rows.weak if "weak" in rows else pd.Series(False, rows.index)
@@ -245,9 +249,10 @@ def draws_of(group: pd.DataFrame, measure: str, control: str | None = None) -> D
     means: Any = rows.groupby("draw", sort=False)[measure].mean()
     if not refused.all():
         counted = means[~refused]
-        return Draws(counted.to_numpy(float), tuple(counted.index), kind, "")
-    own = group[group.control == ""]
-    ratio = float(rows.moved.median()) if "moved" in rows else displacement_ratio(rows, own)
+        keys = [column for column in CASE if column in group]
+        same = pd.MultiIndex.from_frame(edit[keys]).isin(pd.MultiIndex.from_frame(rows[keys])) if keys else slice(None)
+        return Draws(counted.to_numpy(float), tuple(counted.index), kind, "", float(edit[measure][same].mean()))
+    ratio = float(rows.moved.median()) if "moved" in rows else displacement_ratio(rows, edit)
     return Draws(np.empty(0), (), kind, f"control too weak: it moves {ratio:.2g} of what the edit does")
 
 
@@ -284,7 +289,7 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit") -> pd.Da
             means = draws_of(group, measure, control).means
             row[control] = float(means.mean()) if len(means) else np.nan
         draws = draws_of(group, measure)
-        row |= {"p": draws.p(rate.value), "rank": draws.rank(rate.value), "draws": len(draws.means)}
+        row |= {"p": draws.p, "rank": draws.rank, "draws": len(draws.means)}
         unknown = "" if rate.value == rate.value else "not measured"
         rows[key if len(by) > 1 else key[0]] = row | {"reason": draws.reason or unknown}
     return corrected(indexed(rows, by))
@@ -316,6 +321,7 @@ def measured(table: pd.DataFrame, by: Sequence[str], measures: Mapping[str, str]
     return corrected(pd.concat(parts))
 
 
+CASE = ["cases", "set", "question", "recipient", "donor", "case"]  # columns that make two rows the same case
 CELL = ["question", "recipient", "donor"]
 
 

@@ -112,16 +112,15 @@ def write_ranges(run_dir: Path, results: Sequence[Reproduced], tested: int) -> N
             values = [number.value for number in makers if number.value is not None]
             rates = [number.rate for number in makers if number.rate is not None]
             halves = [half_width(rate.value, rate.ci_low, rate.ci_high) for rate in rates]
-            low, high = suggested_range(values, halves, stated.share) if values else (None, None)
-            known = low is not None and high is not None
-            value = None if held_out is None else held_out.value
+            made = suggested_range(values, halves, stated.share) if values else None
+            tried = None if held_out is None else held_out.value
             table.setdefault(name, {})[stated.metric] = {
                 "values": {label: number.value for label, number in seeds.items()},
                 "half_widths": halves,
                 "stated": [stated.low, stated.high],
-                "suggested": [low, high],
-                "width": high - low if known else None,
-                "holds": low <= value <= high if known and value is not None else None,
+                "suggested": list(made or (None, None)),
+                "width": made and made[1] - made[0],
+                "holds": None if made is None or tried is None else made[0] <= tried <= made[1],
                 "says": stated.says,
             }
     write_json(run_dir / "ranges.json", {"rule": RULE, "tested": tested, "experiments": table})

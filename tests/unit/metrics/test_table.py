@@ -59,6 +59,14 @@ def test_draws_that_do_not_bite_are_refused_with_the_number() -> None:
     assert ranked([], []).reason == NO_CONTROL
 
 
+def test_draws_on_some_cases_are_compared_on_these() -> None:
+    """A trial that hits the later cases alone is not above draws on the first ones."""
+    rows = [{"control": "", "draw": 0, "case": i, "hit": i >= 4} for i in range(8)]
+    rows += [{"control": "matched", "draw": draw, "case": i, "hit": i < 1} for draw in range(3) for i in range(4)]
+    row: Any = rates(pd.DataFrame(rows).assign(question="name", features=3), ["question"]).loc["name"]
+    assert (row.value, row["rank"], row.p, row.matched) == (0.5, 4, 1.0, 0.25)
+
+
 def test_the_worst_question_has_the_weakest_evidence_of_any() -> None:
     table: Any = cells()
     table = table[table.operation == "steer"].assign(question=table.recipient, setting="main")

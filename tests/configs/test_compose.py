@@ -100,11 +100,10 @@ def test_tasks_compose_and_say_what_they_do(task: str) -> None:
     assert registry.summaries()[task]
 
 
-def test_experiments_are_short_described_and_run_a_known_task() -> None:
+def test_experiments_are_described_and_run_a_known_task() -> None:
     for name, description in catalog.options("experiment").items():
         assert composed(f"experiment={name}").task.name in registry.summaries(), name
         assert description, f"the first comment line of {name} is its description"
-        assert len((conf_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()) <= 40, name
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def draw(
             for shared in by_question.values()
             for _, feature in np.argwhere(shared.shared[:, row])
         ]
-        lines.append(Curve(place, x, *3 * [tuple(float(members.count(layer)) for layer in layers)]))
+        lines.append(Curve.line(place, x, map(members.count, layers)))
     band = (null.mean(0), *np.quantile(null, (0.025, 0.975), axis=0))
     lines.append(Curve("any place, shuffled", x, *(tuple(map(float, line)) for line in band)))
     dose_response(lines, folder / f"{name}_layers.png", "layer", "shared features", percent=False)

@@ -78,6 +78,12 @@ class Curve:
         columns = (x, *([getattr(rate, key) for rate in rates] for key in ("value", "ci_low", "ci_high")))
         return cls(name, *(tuple(map(float, column)) for column in columns))
 
+    @classmethod
+    def line(cls, name: str, x: Iterable[float], y: Iterable[float]) -> Curve:
+        """A curve without intervals."""
+        values = tuple(map(float, y))
+        return cls(name, tuple(map(float, x)), values, values, values)
+
 
 @dataclass(frozen=True)
 class FeatureExample:

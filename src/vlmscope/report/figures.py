@@ -324,19 +324,6 @@ def score_by_layer(layers: np.ndarray, score: np.ndarray, group: np.ndarray, pat
     return Path(path)
 
 
-def twins_by_layer(
-    layers: Sequence[int], shares: Mapping[str, Sequence[float]], path: str | Path, cosine: float
-) -> Path:
-    """Share of features with a near-parallel partner, a line for each way of comparing; `shares` name -> [L]."""
-    lines = {name.replace("_", ", ", 1).replace("_", " "): values for name, values in shares.items()}
-    with drawing(path, 7.6, 4.2) as figure:
-        axes = figure.subplots()
-        _by_layer(axes, layers, lines, f"live features with a partner\nat cosine {cosine:g} or more (%)")
-        percent_axis(axes.yaxis)
-        _legend_below(axes, 0.14)
-    return Path(path)
-
-
 _LAYER_METRICS = {
     "fvu": "FVU, all tokens",
     "fvu_text": "FVU, text tokens",

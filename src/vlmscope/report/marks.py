@@ -247,8 +247,7 @@ def curve(folder: Folder, name: str, mark: Mark) -> list[Section]:
         columns = (values, rows.value, rows.ci_low, rows.ci_high)
         lines.append(Curve(title, *(tuple(map(float, column)) for column in columns)))
         if rows.matched.notna().all():
-            flat = tuple(map(float, rows.matched))
-            lines.append(Curve(f"{title}, matched", tuple(map(float, values)), flat, flat, flat))
+            lines.append(Curve.line(f"{title}, matched", values, rows.matched))
     share = x == "limit" or mark.y in (None, "hit", "changed", "recovered")
     counted = "flip rate" if mark.y in (None, "hit") else label(mark.y)
     xlabel = {"limit": "features edited (number)", "layers": "layer"}.get(x, label(x))

@@ -62,9 +62,10 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     import pyarrow as pa
 
     from vlmscope.config.wiring import load_model, load_scope
+    from vlmscope.core.results import Curve
     from vlmscope.features import structure
     from vlmscope.features.study_files import StudyFolder, write_table
-    from vlmscope.report.figures import modality_by_layer, score_by_layer, twins_by_layer
+    from vlmscope.report.figures import dose_response, modality_by_layer, score_by_layer
 
     study, figures = StudyFolder(folder), context.run_dir / "figures"
     modality = structure.modality_table(study)
@@ -81,7 +82,9 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     layer, score, group = (features[name].to_numpy() for name in ("layer", "monosemanticity", "modality_group"))
     modality_by_layer(*structure.modality_parts(modality), figures / "modality_by_layer.png")
     score_by_layer(layer, score, group, figures / "monosemanticity.png")
-    twins_by_layer(study.layers, shares, figures / "duplicates.png", cfg.task.twin)
+    lines = [Curve.line(name.replace("_", " "), study.layers, values) for name, values in shares.items()]
+    ylabel = f"share of live features with a partner\nat cosine {cfg.task.twin:g} or more"
+    dose_response(lines, figures / "duplicates.png", "layer", ylabel, percent=False)
     metrics = structure.modality_metrics(modality) | structure.structure_metrics(features, clusters, shares)
     write_page(context.run_dir, study, clusters, metrics, scope.vlm.name)
     return metrics

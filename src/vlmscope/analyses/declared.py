@@ -42,7 +42,7 @@ from vlmscope.features.readouts import RoleMeans
 from vlmscope.features.study import CaptionedPrompt, top_examples
 from vlmscope.interventions.run import generate_edited, run_edited
 from vlmscope.interventions.trials import Cases, Operation, run_trials
-from vlmscope.metrics.claims import claim_metrics, claims, claims_text
+from vlmscope.metrics.claims import claim_metrics, claims
 from vlmscope.metrics.prediction import prior
 from vlmscope.metrics.rates import cell_metrics, counted, log_softmax, trial_metrics, without_baselines
 from vlmscope.models.base import token_strings
@@ -69,8 +69,6 @@ def run_declared(bench: Bench, analyses: Sequence[Any] = ()) -> dict[str, float]
     ran = table[["operation", "setting"]].drop_duplicates().to_numpy()
     found = claims(table, {f"{a}/{b}": counted(cfg.trials, cfg.settings, a, b)[0] for a, b in ran})
     bench.write_table("claims", found)
-    if len(found):
-        print(f"\n{claims_text(found)}\n", flush=True)
     for name, rows in declared.baselines.tables().items() if declared.baselines else ():
         bench.write_table(name, rows)
     if declared.metrics is None:  # else the case sets are not one question's pictures before and after

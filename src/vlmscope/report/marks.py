@@ -189,6 +189,9 @@ def claims(folder: Folder, name: str, mark: Mark) -> list[Section]:
     if mark.trials:
         keys = found.operation + "/" + found.setting
         found = found[keys.isin(mark.trials) | found.setting.isin(mark.trials) | found.operation.isin(mark.trials)]
+    if found.empty:
+        none = "No trial of this run stands beside controls or baselines in a setting of one place and one strength."
+        return [Text(mark.title or "What this shows", (none,))]
     rows = []
     row: Any
     for row in found.itertuples():

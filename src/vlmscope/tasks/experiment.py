@@ -66,9 +66,12 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         study_sources(cfg)  # raises when shards are missing
     look_for_labels(cfg)
     # Everything above fails fast, before torch and pandas are imported.
+    import pandas as pd
+
     from vlmscope.analyses.bench import Bench
     from vlmscope.analyses.declared import run_declared
     from vlmscope.analyses.run_report import draw_report
+    from vlmscope.metrics.claims import claims_text
     from vlmscope.report.marks import check_marks
 
     check_own_pictures(cfg.images)
@@ -98,6 +101,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         _LOG.exception("report.html")
         again = f"its numbers are recorded; {program()} task=report task.run={context.run_dir} draws it again"
         raise CheckFailed(f"the report was not drawn ({first_line(error)}); {again}", bench.metrics) from error
+    if cfg.trials and len(found := pd.read_parquet(context.run_dir / "claims.parquet")):
+        print(f"\nWhat this shows (docs/circuits.md):\n{claims_text(found)}\n", flush=True)
     return bench.metrics
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from vlmscope.analyses.association import from_association
 from vlmscope.analyses.bench import Bench
 from vlmscope.attribution.export import save_graph, write_graph_json
-from vlmscope.attribution.trace import spread
+from vlmscope.attribution.trace import spread, spread_in_words
 from vlmscope.circuits.baselines import Baselines
 from vlmscope.circuits.cases import answer_token, bystanders, concept_cases, matrix_cases
 from vlmscope.circuits.circuit import Circuit, direct_edges, labelled, load_circuit, save_circuit, with_labels
@@ -147,7 +147,9 @@ def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, Ro
     draw_diagram(folder / "figures" / "circuit.png", nodes, direct_edges([pruned.graph], nodes), image, MIN_SHARE)
     groups = {m.feature: node.name for node in nodes for m in node.features}
     attribution_graph(pruned, folder / "figures" / "graph.png", [image], groups, labels=bench.labels)
-    bench.metrics |= metrics | traces[0].metrics() | spread(graphs)
+    together = spread(graphs)
+    print(f"graphs that confirm the circuit: {spread_in_words(together)}", flush=True)
+    bench.metrics |= metrics | traces[0].metrics() | together
     bench.metrics["graph/seconds"] = float(np.median([graph["graph/seconds"] for graph in graphs]))
     return circuit, means, concept_baselines(bench, batches, means, influence)
 

@@ -74,11 +74,11 @@ def analyse(bench: Bench) -> dict[str, float]:
     metrics |= {f"errors/{name}/prior": prior(part.tolist()) for name, part in cases.groupby("question").answer}
     by_scene, by_question = (group_folds(*held, seed) for held in ((scenes, settings.folds), (questions, None)))
     # View -> folds, within what values are centred, and within what pairs are compared.
-    views = {"pooled": (by_scene, None, None), "within": (by_scene, questions, questions),
-             "unseen_question": (by_question, None, questions)}  # fmt: skip
+    views: dict[str, tuple[Any, Any, Any]] = {"pooled": (by_scene, None, None),
+        "within": (by_scene, questions, questions), "unseen_question": (by_question, None, questions)}  # fmt: skip
+    tests = {view: PredictorTest(wrong, scenes, *folds, settings.shuffles, seed) for view, folds in views.items()}
     areas, shown = {}, {}
-    for view, folds in views.items():
-        test = PredictorTest(wrong, scenes, *folds, settings.shuffles, seed)
+    for view, test in tests.items():
         scores = {"entropy_alone": cases.answer_entropy.to_numpy(), "probability_alone": -cases.probability.to_numpy()}
         areas |= {(view, name): test.area(score) for name, score in scores.items()}
         for name in PREDICTORS if view == "pooled" else list(PREDICTORS)[2:]:
@@ -92,7 +92,7 @@ def analyse(bench: Bench) -> dict[str, float]:
             metrics |= gain.metrics(f"errors/{view}/{name}")
     # Each number alone, nothing fitted, within questions: above 0.5 where it is higher for wrong answers.
     alone = (*SURE, *NAMES, "level")
-    single = [test.area(column) for column in inputs_of(cases, alone).T]
+    single = [tests["within"].area(column) for column in inputs_of(cases, alone).T]
     areas |= {("each number alone", name): area for name, area in zip(alone, single, strict=True)}
     metrics |= {f"errors/single/{name}/auc": area.value for name, area in zip(alone, single, strict=True)}
     rows = [{"pairs": key[0], "predictor": key[1], "area": area.value, "from": area.ci_low, "to": area.ci_high,
@@ -127,7 +127,8 @@ def asked_cases(bench: Bench) -> Iterator[dict[str, Any]]:
     for scene, question in tqdm(prompts, desc="graphs", unit="graph"):
         bench.token(question.answer)  # an answer of several tokens would never count as right
         shown = bench.recorded("test", scene.key, pictures([scene]), "cross-validation")
-        traced = trace(bench.scope, *bench.inputs(shown, question.question), settings)
+        (inputs,) = bench.inputs(shown, question.question)
+        traced = trace(bench.scope, inputs, settings)
         ends = traced.graph.nodes.ends()
         chances = traced.replacement.capped(traced.replacement.state.logits[-1].double()).log_softmax(-1)
         answer = bench.vlm.tokenizer.decode([int(traced.graph.nodes.index[ends[0]])]).strip()

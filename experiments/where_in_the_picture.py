@@ -65,8 +65,8 @@ def analyse(bench: Bench) -> dict[str, float]:
         raise UserError("no feature fires on any test scene; lower analysis.least_share or raise analysis.test_scenes")
     scenes, curves = (pd.concat(tables, keys=range(len(parts)), names=["scene"]).reset_index("scene")
                       for tables in zip(*parts, strict=True))  # fmt: skip
-    means: Any = scenes.drop(columns=["scene", "kind", "features"]).groupby("map", sort=False).mean().reset_index()
-    for name, table in (("scenes", scenes), ("curves", curves), ("maps", means)):
+    by_map: Any = scenes.drop(columns=["scene", "kind", "features"]).groupby("map", sort=False)
+    for name, table in (("scenes", scenes), ("curves", curves), ("maps", by_map.mean().reset_index())):
         bench.write_table(name, table.replace({"map": MAP_NAMES}))
     bench.write_table("features", pd.DataFrame(bench.records["features"]))
     return summary(scenes, bench.cfg.seed) | {"where/maps_kb": float(scenes.bytes.mean()) / 1000}

@@ -70,7 +70,7 @@ def explained_by(
     return scores
 
 
-def _design(facts: Sequence[str], table: pd.DataFrame, seen: pd.DataFrame, new: pd.DataFrame) -> np.ndarray:
+def _design(facts: Sequence[str], table: Any, seen: Any, new: Any) -> np.ndarray:
     """[n, ..], terms of the facts of a table, which is `seen` or `new`; a constant where there are slopes alone."""
     slopes = [fact for fact in facts if _is_slope(seen[fact])]
     columns = [] if len(slopes) < len(facts) else [np.ones((len(table), 1))]

@@ -112,7 +112,11 @@ def test_the_second_job_of_a_sweep_reads_what_the_first_captured(
     sweep = ["-m", *MIX, cache, "transcoder.expansion_factor=2,3", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
     assert main(sweep) == 0
     assert len(captured) == 10  # of two jobs with 10 steps each
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cache of activations: ")]
+    console = capsys.readouterr()
+    told = [line for line in console.out.splitlines() if line.startswith(("expansion_factor=", "FVU by layer "))]
+    assert told[::2] == ["expansion_factor=2", "expansion_factor=3"] and len(told) == 4  # each job and its figures
+    assert "transcoders expansion_factor=3:" in console.err  # the bar
+    said = [line for line in console.out.splitlines() if line.startswith("cache of activations: ")]
     assert len(said) == 2 and "0.0 kB of it to be written" in said[1] and "0.0 kB of it to be" not in said[0]
 
     # The same job by itself: the weights are the same, and so are the figures of data that the cached job never drew.

@@ -61,6 +61,7 @@ class SweepParent(Callback):
             raise SweepRefused("several processes cannot share a sweep; start them once for each combination")
         tracking = OmegaConf.to_object(config.tracking)
         assert isinstance(tracking, TrackingConfig)
+        sweep.note_overrides(list(config.hydra.overrides.task))
         if not tracking.enabled:
             return
         label = run_label(config, config.hydra.runtime.choices)

@@ -234,7 +234,7 @@ def _recorded_run(cfg: Any, app_cfg: AppConfig, task: Task, own_cfg: AppConfig, 
     resume = app_cfg.trainer.resume or task.resumes
     with _log_file(run_dir), open_run(app_cfg.tracking, run_dir, info, resume=resume) as tracked:
         try:
-            metrics = task.run(own_cfg, replace(context, tracked=tracked))
+            metrics = task.run(own_cfg, replace(context, tracked=tracked, job=name if in_sweep else ""))
         except CheckFailed as failed:
             # Inside the tracked run, which is to end as FAILED, with all that was measured.
             _record(failed.metrics, tracked, run_dir)

@@ -27,13 +27,15 @@ SUBJECTS = {"intervention": "circuit", "interchange": "pairs", "discovery": "pai
 class RunContext:
     """One run: its folder (it exists), where it is tracked, and the overrides that the user typed.
 
-    `per_host` is how many of the processes that share the run stand on one host; None where it runs alone.
+    `per_host` is how many of the processes that share the run stand on one host; None where it runs alone. `job` names
+    the run by its settings within a sweep, "" outside of one.
     """
 
     run_dir: Path
     tracked: TrackedRun
     overrides: tuple[str, ...] = ()
     per_host: int | None = None
+    job: str = ""
 
 
 class Task(NamedTuple):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmscope.core.errors import UserError, bad_picture
+from vlmscope.core.launch import program
+from vlmscope.core.results import text_table
 from vlmscope.training.config import BatchConfig, RecipeConfig, TranscoderArchConfig, TranscoderTrainingConfig
 
 if TYPE_CHECKING:
@@ -81,6 +84,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
             data_figures=source.figures,
             cache=cache_settings(cfg.data, cfg.task, cfg.seed, source.settings),
             origin=origin,
+            job=context.job,
         )
     except UserError as error:
         picture = bad_picture(error)
@@ -92,7 +96,27 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     save_set(transcoders, context.run_dir / "transcoders", dtype="bfloat16")
     write_text(context.run_dir / "transcoders" / CARD, training_card(cfg, config, transcoders, metrics))
     fvu_by_layer(metrics, context.run_dir / "figures" / "fvu_by_layer.png")
+    print("\n".join(_result(metrics, vlm.adapter.n_layers, context)))
     return metrics
+
+
+def _result(metrics: Mapping[str, float], n_layers: int, context: RunContext) -> list[str]:
+    """FVU by layer, dead features, and a command that uses the set."""
+    rows: list[tuple[str, ...]] = [("FVU by layer", *map(str, range(n_layers)), "mean")]
+    for name, key in (("all tokens", "fvu"), ("text", "fvu_text"), ("image", "fvu_image")):
+        values = [metrics.get(f"layers/{key}/layer_{layer:02d}") for layer in range(n_layers)]
+        values.append(metrics.get(f"val/{key}"))
+        if None not in values:  # without pictures there is no figure for them
+            rows.append((name, *(f"{value:.3f}" for value in values)))
+    lines = [context.job] if context.job else []
+    lines += [*text_table(rows).splitlines(), f"dead features {metrics['val/dead_frac']:.1%}"]
+    if "val/ce_delta" in metrics:
+        lines[-1] += f"; cross-entropy {metrics['val/ce_delta']:+.3f} nats with all layers spliced in"
+    if not context.job:  # a sweep ends with a table of its jobs
+        model = [one for one in context.overrides if one.startswith(("model=", "model."))]
+        used = shlex.join([*model, "transcoder=path", f"transcoder.path={context.run_dir / 'transcoders'}"])
+        lines.append(f"next: {program()} task=trace image=PICTURE.png 'prompt=what is this ?' {used}")
+    return lines
 
 
 def training_card(

@@ -22,6 +22,11 @@ _STARTER = "VLMSCOPE_MLFLOW_STARTER"
 _STUDY = "VLMSCOPE_MLFLOW_STUDY"
 
 
+def note_overrides(overrides: Sequence[str]) -> None:
+    """Keep the sweep's command line for `job_name`, whether the sweep is tracked or not."""
+    os.environ[_OVERRIDES] = json.dumps(list(overrides))
+
+
 def open_parent(config: TrackingConfig, sweep_dir: str | Path, experiment: str, overrides: Sequence[str]) -> str:
     """Open the parent run, or continue that of an earlier sweep in this folder; returns its id.
 
@@ -38,7 +43,8 @@ def open_parent(config: TrackingConfig, sweep_dir: str | Path, experiment: str, 
         raise UserError(
             f"tracking.uri={uri} does not take the parent of this sweep ({error}); try again, or add tracking=none"
         ) from error
-    os.environ |= {_PARENT: parent, _URI: uri, _OVERRIDES: json.dumps(list(overrides))}
+    note_overrides(overrides)
+    os.environ |= {_PARENT: parent, _URI: uri}
     return parent
 
 
@@ -72,7 +78,9 @@ def job_name(settings: Sequence[str], fallback: str) -> str:
     Legends of compared runs show only the start of a name, so `transcoder.k=4` is shortened to `k=4` unless another key
     of the job ends in `k`.
     """
-    shared = set(json.loads(os.environ.get(_OVERRIDES, "[]")))
+    # Of a key that is there twice, the last value counts.
+    last = {text.partition("=")[0]: text for text in json.loads(os.environ.get(_OVERRIDES, "[]"))}
+    shared = set(last.values())
     distinct = [setting for setting in settings if setting not in shared] or settings
     parts = [setting.partition("=") for setting in distinct]
     leaves = [key.rpartition(".")[2] for key, _, _ in parts]

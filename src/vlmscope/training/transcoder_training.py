@@ -254,6 +254,7 @@ def train_transcoders(
     data_figures: Callable[[], Mapping[str, float]] = dict,
     cache: CacheSettings | None = None,
     origin: Mapping[str, Any] | None = None,
+    job: str = "",
 ) -> tuple[TranscoderSet, dict[str, float]]:
     """Train the transcoders of all layers of a frozen model, or resume with `trainer.resume`; then evaluate them.
 
@@ -263,7 +264,7 @@ def train_transcoders(
     `trainer.per_host` processes share a host (None: all). `data_figures` returns figures to log about the data drawn so
     far, such as each source's share; `cache` keeps captured activations for this and other runs. `origin` names what
     decides the result besides `config`, and must be the same to resume (only the main rank's is compared); None: the
-    model's weights and batch 0.
+    model's weights and batch 0. `job` names the run on its progress bar.
 
     Returns the set in the model's own coordinates, and its final figures with `perf/tokens_per_s` and `train/tokens`
     (over all sessions of the run).
@@ -291,7 +292,7 @@ def train_transcoders(
         module.initialise([captures(number) for number in range(config.recipe.init_batches)])
     checkpoints.check_space(module)
     logger = logger if ranks.main else None
-    progress = _Progress(vlm, config, val_batches, logger, captures.figures)
+    progress = _Progress(vlm, config, val_batches, logger, captures.figures, job)
     if module.steps_done < steps:
         # The stop comes last, when the step's own checkpoint, if one is due, has been written.
         stop = [AgreedStop(checkpoints.save)] if ranks.layout.world > 1 else []
@@ -347,7 +348,9 @@ class _Progress(pl.Callback):
         val_batches: Sequence[Batch],
         logger: Logger | None,
         data_figures: Callable[[], Mapping[str, float]],
+        job: str = "",
     ) -> None:
+        self.job = job
         self.vlm, self.settings, self.val_batches = vlm, config.trainer, val_batches
         self.logger, self.data_figures = logger, data_figures
         self.tokens, self.seconds, self.began = 0, 0.0, 0.0
@@ -358,7 +361,7 @@ class _Progress(pl.Callback):
         self.bar = tqdm(
             total=self.settings.max_steps,
             initial=pl_module.steps_done,
-            desc="transcoders",
+            desc=f"transcoders {self.job}".rstrip(),
             unit="step",
             mininterval=1.0,
             disable=not pl_module.ranks.main,

@@ -183,13 +183,12 @@ def activations_at(
 
 @dataclass(frozen=True)
 class RoleMeans:
-    """`by_role[role][layer]` [F]: mean over the positions of that role and all prompts; `overall[layer]` over all.
+    """`by_role[role][layer]` [F]: mean over the positions of that role and all prompts.
 
     In float32 at least, whatever the model's dtype.
     """
 
     by_role: dict[str, dict[int, Tensor]]
-    overall: dict[int, Tensor]
     prompts: int
 
 
@@ -214,8 +213,7 @@ def role_means(scope: Scope, batches: Sequence[InputBatch], positions: Positions
                 sums[role][layer] = sums[role].get(layer, torch.zeros_like(total)) + total
         for role, mask in masks.items():
             counts[role] += batch.size * int(mask.sum())
-    everything = sum(counts.values())
-    if not everything:
+    if not any(counts.values()):
         raise UserError(f"no prompt has a position in {positions}; choose other positions")
 
     def mean(total: Tensor, count: int, layer: int) -> Tensor:
@@ -224,7 +222,4 @@ def role_means(scope: Scope, batches: Sequence[InputBatch], positions: Positions
     seen = [role for role in ROLES if counts[role]]
     layers = scope.transcoders.layers
     by_role = {role: {layer: mean(sums[role][layer], counts[role], layer) for layer in layers} for role in seen}
-    overall = {
-        layer: mean(torch.stack([sums[role][layer] for role in seen]).sum(0), everything, layer) for layer in layers
-    }
-    return RoleMeans(by_role, overall, sum(batch.size for batch in batches))
+    return RoleMeans(by_role, sum(batch.size for batch in batches))

@@ -23,9 +23,10 @@ PLACES = {"image": "at soft tokens", "question": "at the question", "last": "at 
 ROLES = {"image": "soft tokens", "question": "question", "last": "last position", "special": "template"}
 NEAR = 0.2  # an accuracy this close to the prior leaves little to explain
 SAYS = (
-    "Accuracy (or KL, in nats, where no answers are known) with the outputs of all MLPs replaced by their mean over "
-    "the cases, at some positions or at all. Need: how much of what the model can do beyond its answer prior is lost "
-    "without MLPs; what is not lost, no graph of MLP features explains."
+    'Accuracy, or KL in nats where answers are not known or hardly ever right. From "at soft tokens" to the ranges of '
+    "layers the outputs of all MLPs are replaced by their mean over the cases, there or everywhere; then those of all "
+    "attention. Need: how much of what the model can do beyond its answer prior is lost without MLPs. What is not "
+    "lost, no graph of MLP features explains."
 )
 
 
@@ -70,9 +71,8 @@ def overview(table: pd.DataFrame) -> tuple[tuple[str, ...], list[tuple[Value, ..
     measure = measure_of(table)
     ranges = [layers for layers in dict.fromkeys(table.layers) if layers != "all"]
     graphs = bool((table.measure == "influence").any())
-    columns = ("question", "cases", "as it is", *(f"MLPs averaged {words}" for words in PLACES.values()))
-    columns += (*(f"layers {layers}" for layers in ranges), "attention averaged", "prior", "need of MLPs")
-    columns += ("feature influence at soft tokens",) if graphs else ()
+    columns = ("question (cases)", "as it is", *PLACES.values(), *(f"layers {layers}" for layers in ranges))
+    columns += ("no attention", "prior", "need of MLPs", *(["influence at soft tokens"] if graphs else []))
     rows: list[tuple[Value, ...]] = []
 
     def number(found: float | None) -> Value:
@@ -85,7 +85,11 @@ def overview(table: pd.DataFrame) -> tuple[tuple[str, ...], list[tuple[Value, ..
 
         share, seen = need(table, question), value(table, question, "influence", blocks="features", positions="image")
         cases: Any = table[(table.question == question) & (table.measure == "kl")].cases
-        row = (question, int(cases.max()), at(blocks="none"), *(at(blocks="mlp", positions=place) for place in PLACES))
+        row = (
+            f"{question} ({cases.max()})",
+            at(blocks="none"),
+            *(at(blocks="mlp", positions=place) for place in PLACES),
+        )
         row += (*(at(blocks="mlp", layers=layers) for layers in ranges), at(blocks="attention"), at(blocks="prior"))
         row += (None if share is None else Percent(share),)
         rows.append(row + ((None if seen is None else Percent(seen),) if graphs else ()))
@@ -95,9 +99,22 @@ def overview(table: pd.DataFrame) -> tuple[tuple[str, ...], list[tuple[Value, ..
 def console(table: pd.DataFrame) -> str:
     """The overview as text."""
     columns, rows = overview(table)
-    short = [name.replace("MLPs averaged ", "").replace("feature influence", "influence") for name in columns]
     cells = [[f"{x.share:.2f}" if isinstance(x, Percent) else show(x) for x in row] for row in rows]
-    return f"{' ' * 10}with the outputs of all MLPs averaged:\n{text_table([short, *cells])}"
+    return f"{' ' * 10}with the outputs of all MLPs averaged:\n{text_table([columns, *cells])}"
+
+
+def summary(table: pd.DataFrame) -> str:
+    """The mean need of MLPs, and the questions that need them least and most, in a sentence."""
+    needs = {question: need(table, question) for question in dict.fromkeys(table.question)}
+    known = {question: share for question, share in needs.items() if share is not None}
+    if not known:
+        return "The model answers no question better than its prior, so there is nothing that MLPs could be needed for."
+    least, most = min(known, key=lambda name: known[name]), max(known, key=lambda name: known[name])
+    mean = sum(known.values()) / len(known)
+    return (
+        f"Without MLPs {mean:.0%} of what the model can do beyond its answer prior is lost, mean over questions; "
+        f"{known[least]:.0%} ({least}) to {known[most]:.0%} ({most})."
+    )
 
 
 def told(numbers: Mapping[str, float], measure: str) -> str:

@@ -45,7 +45,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     from vlmscope.analyses.anatomy import anatomy, default_questions, metrics_of
     from vlmscope.config.wiring import is_orrery, load_model, load_scope, names_transcoders
-    from vlmscope.report.anatomy import anatomy_sections, console
+    from vlmscope.report.anatomy import anatomy_sections, console, summary
     from vlmscope.report.marks import write_rows
     from vlmscope.report.page import ReportPage
 
@@ -59,12 +59,11 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         print("no graphs: transcoder= names no set for this model")
     table = anatomy(vlm, questions, task.parts, scope, task.graphs, cfg.attribution, cfg.seed)
     write_rows(context.run_dir / "anatomy.parquet", table.to_dict("records"))
-    print(console(table))
+    print(f"{console(table)}\n{summary(table)}")
     page = ReportPage(
         title=f"Anatomy of {vlm.name}",
-        question="How much of each answer needs MLPs, and at which positions? Without it, no graph of MLP features can "
-        "explain the answer.",
-        summary=f"{len(questions)} questions, at most {task.cases} cases each.",
+        question="How much of each answer needs MLPs, and where? A graph of MLP features can explain no more.",
+        summary=summary(table),
         sections=tuple(anatomy_sections(table, context.run_dir / "figures" / "anatomy.png", "What remains")),
         footer=f"vlmscope · {vlm.name} · {context.run_dir.name}",
     )

@@ -99,7 +99,7 @@ def analyse(bench: Bench) -> dict[str, float]:
              "shuffled": area.control, "predicts more": shown.get(key, "")} for key, area in areas.items()]  # fmt: skip
     write_rows(bench.run_dir / "areas.parquet", rows)
     bars = list(dict.fromkeys(name for view, name in areas if view in views and name not in GAINS))
-    series = {view: [areas.get((view, name)) for name in bars] for view in views}
+    series = {view.replace("unseen", "unfitted"): [areas.get((view, name)) for name in bars] for view in views}
     folder, ylabel = bench.run_dir / "figures", "area under the ROC curve (%)"
     rate_bars(bars, series, folder / "areas.png", "Held-out areas", ylabel, "wrong and right shuffled")
     rate_bars(list(alone), {"alone": single}, folder / "single.png", "Each number alone, within a question", ylabel)

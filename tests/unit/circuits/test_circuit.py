@@ -42,7 +42,7 @@ def planted(transcoders, feature: int, role: str, size: float) -> RoleMeans:
     table = {r: {layer: torch.zeros(N) for layer in transcoders.layers} for r in ("image", "question", "last")}
     for layer in transcoders.layers:
         table[role][layer][feature] = size
-    return RoleMeans(table, {layer: torch.zeros(N) for layer in transcoders.layers}, 1)
+    return RoleMeans(table, 1)
 
 
 def two_concepts(transcoders, confirmed: bool = True, mars: int = 3) -> tuple[Circuit, dict[str, float]]:

@@ -55,6 +55,14 @@ def test_own_pairs_are_chosen_on_tested_and_a_saved_circuit_is_taken_again(
     metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
     assert metrics["all/main"] == 1.0
     assert metrics["base/answer/pairs"] == 3.0
+    # The donor's answer is what the training prompts of that answer have more of.
+    assert metrics["all/main/difference_of_means"] == 1.0 and "all/main/complement" not in metrics
+    trials = pd.read_parquet(tmp_path / "first" / "trials.parquet").query("operation == 'own' and control == ''")
+    edited = trials.groupby("baseline").features.first()
+    assert edited["without_writers"] + edited["only_writers"] == edited[""] == edited["unconfirmed"] == 3
+    assert edited["complement"] == 8 * 2048 - 3 and edited["difference_of_means"] == 0
+    lens, writers = (pd.read_parquet(tmp_path / "first" / f"{name}.parquet") for name in ("lens", "writers"))
+    assert len(lens) == 2 * 9 and lens.read.iloc[8] == 1.0 and set(writers.word) == {"mars", "jupiter"}
     (folder,) = (tmp_path / "first" / "circuits").iterdir()
     saved = load_circuit(folder)
     assert len(saved.supernodes["answer"].features) == 3
@@ -65,7 +73,8 @@ def test_own_pairs_are_chosen_on_tested_and_a_saved_circuit_is_taken_again(
     assert again == metrics
     pd.testing.assert_frame_equal(one, other)
     first, taken = (json.loads((tmp_path / name / "pictures.json").read_text()) for name in ("first", "again"))
-    assert taken["tested"] == first["tested"] and [*taken["chosen"].values()] == [*first["chosen"].values()]
+    # The run's own training pairs serve its baselines, whatever chose the circuit.
+    assert taken["tested"] == first["tested"] and [*taken["chosen"].values()] == 2 * [*first["chosen"].values()]
     # The second and third pair chose the circuit in its own run, whatever this one is told.
     message = refusal(*command(own, tmp_path / "more"), f"interchange.circuit={folder}", "pairs.train=1")
     assert "has the same content as" in message and f"(features of {tmp_path / 'first'})" in message
@@ -79,5 +88,6 @@ def test_mistakes_are_one_line(own: Path, tmp_path: Path, refusal: Callable[...,
         "pairs.train=6": "takes them all",
         "pairs.change=planet": "one of them",
         f"interchange.circuit={tmp_path / 'circuit'}": "layer 2 has 2048 features",
+        "settings.main.of=[all]": "settings.main.baselines: other_writers is defined of none of the setting's trials",
     }.items():
         assert words in refusal(*command(own, tmp_path / "run"), more)

@@ -140,6 +140,7 @@ class SettingConfig:
     random_direction: int = 0  # draws of random directions of the same norm
     draws_on: int | None = None  # cases of each question that the draws run on, the first; all when null
     baselines: list[str] = field(default_factory=list)  # variants of the trials, run once each (`BASELINES`)
+    baselines_on: int | None = None  # and the baselines
     first: int | None = None  # cases of each question; all when null
     measures: list[str] = field(default_factory=list)  # instead of the trial's; the first is the rate
     new_tokens: int = 6  # length of generated answers, at most
@@ -156,7 +157,7 @@ class SettingConfig:
                 raise UserError(
                     f"settings: layers={layers}: write all, no_last, each, a layer or a range such as 0-3, 4- or 0-each"
                 )
-        check_least("settings", self, matched=0, random_direction=0, draws_on=1)
+        check_least("settings", self, matched=0, random_direction=0, draws_on=1, baselines_on=1)
 
     def combinations(self, strength: float | None) -> list[dict[str, Any]]:
         """Every combination of `AXES`, for a trial of this strength."""

@@ -78,12 +78,12 @@ class Declared:
         for axes in setting.combinations(strength):
             do, where = self.operation(trial, cases, axes["limit"]), Setting(name, **axes, **more)
             yield Trial(operation, do, [subset], [where])
-            where = replace(where, matched=0, random_direction=0)
+            where, few = replace(where, matched=0, random_direction=0), subset.first(setting.baselines_on)
             for baseline in baselines_of(trial, setting):
                 if self.baselines is None:
                     raise UserError(f"settings.{name}.baselines: the cases of this experiment have none; leave it out")
-                variant = self.baselines.operation(baseline, trial, do, subset, axes["limit"])
-                yield Trial(operation, variant, [subset], [where], baseline)
+                variant = self.baselines.operation(baseline, trial, do, few, axes["limit"])
+                yield Trial(operation, variant, [few], [where], baseline)
 
 
 def settle(

@@ -140,7 +140,7 @@ class SettingConfig:
     random_direction: int = 0  # draws of random directions of the same norm
     draws_on: int | None = None  # cases of each question that the draws run on, the first; all when null
     baselines: list[str] = field(default_factory=list)  # variants of the trials, run once each (`BASELINES`)
-    baselines_on: int | None = None  # and the baselines
+    baselines_on: int | None = None  # and that they run on
     first: int | None = None  # cases of each question; all when null
     measures: list[str] = field(default_factory=list)  # instead of the trial's; the first is the rate
     new_tokens: int = 6  # length of generated answers, at most

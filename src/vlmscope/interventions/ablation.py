@@ -208,7 +208,8 @@ def log_probabilities(logits: Tensor) -> Tensor:
 
 def divergence(first: Tensor, second: Tensor) -> np.ndarray:
     """KL(first || second) of log-probabilities [.., V], in nats, float64."""
-    return (first.exp() * (first - second)).sum(-1).double().numpy(force=True)
+    # Rounding in float32 may leave a KL of nothing slightly below 0.
+    return (first.exp() * (first - second)).sum(-1).clamp(min=0).double().numpy(force=True)
 
 
 @dataclass(frozen=True)

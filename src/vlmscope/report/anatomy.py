@@ -119,7 +119,7 @@ def summary(table: pd.DataFrame) -> str:
 
 def told(numbers: Mapping[str, float], measure: str) -> str:
     """The headline numbers of a question in one line."""
-    words = {name: f"{number:.2f}" for name, number in numbers.items()}
+    words = {name: f"{number:.2f}" if measure == "accuracy" else f"{number:.2g}" for name, number in numbers.items()}
     beside = f"as it is {words['as_it_is']}, most frequent answer" if measure == "accuracy" else "answer prior"
     places = [
         ("everywhere", "without_mlp"),

@@ -9,7 +9,16 @@ from PIL import Image
 
 from vlmscope.core.errors import UserError
 from vlmscope.data.config import PairsConfig
-from vlmscope.data.inputs import UsedPictures, content_key, load_pairs, orrery_pairs, read_pairs, read_rows
+from vlmscope.data.inputs import (
+    UsedPictures,
+    content_key,
+    load_pairs,
+    orrery_pairs,
+    orrery_questions,
+    read_pairs,
+    read_rows,
+    row_questions,
+)
 from vlmscope.data.orrery.dataset import CHANGES, ScenePair, scene_pairs
 from vlmscope.data.orrery.scenes import NUMBERS, SIDE
 
@@ -262,6 +271,30 @@ def test_csv_and_jsonl_say_the_same(folder: Path) -> None:
         ]
         assert [row.images for row in rows] == [(folder / "a.png",), (folder / "a.png", folder / "b, c.png"), ()]
     assert found[0][0][1].origin.endswith("r.csv row 2")
+
+
+def test_rows_ask_their_own_question_or_that_of_a_common_prompt(folder: Path) -> None:
+    lines = [
+        "image,prompt,answer,question",
+        *["a.png,what ?,red,"] * 8,
+        ",one,,numbers",
+        ",two, 2 ,numbers",
+        ",three,,",
+    ]
+    (folder / "r.csv").write_text("\n".join(lines))
+    (folder / "r.jsonl").write_text('{"prompt": "one", "answer": 1}\n')
+    rows, bad = read_rows(folder / "r.csv")
+    assert bad == [] and "answer and question are words" in read_rows(folder / "r.jsonl")[1][0]
+    asked = {name: [side.answer for side in sides] for name, sides in row_questions(rows).items()}
+    assert asked == {"what ?": ["red"] * 8, "numbers": ["", "2"], "other": [""]}
+
+
+def test_orrerys_questions_are_of_test_scenes_and_of_text() -> None:
+    asked = orrery_questions(9, pictured=True, text=True)
+    assert {len(sides) for sides in asked.values()} == {9}
+    assert set(asked) == {name for names in GROUPS.values() for name in names} | {"second", "text_planet", "text_sum"}
+    assert set(orrery_questions(2, pictured=False, text=True)) == {"text_planet", "text_sum"}
+    assert asked["sum"][0].prompt == "what is the sum of the digits ?" and asked["text_sum"][0].images == ()
 
 
 @pytest.mark.parametrize(

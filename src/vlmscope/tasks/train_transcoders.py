@@ -103,7 +103,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 def _result(metrics: Mapping[str, float], n_layers: int, context: RunContext) -> list[str]:
     """FVU by layer, dead features, and a command that uses the set."""
     rows: list[tuple[str, ...]] = [("FVU by layer", *map(str, range(n_layers)), "mean")]
-    for name, key in (("all tokens", "fvu"), ("text", "fvu_text"), ("image", "fvu_image")):
+    kinds = {"all tokens": "fvu", "text": "fvu_text", "text, token means": "fvu_token_text", "image": "fvu_image"}
+    for name, key in kinds.items():
         values = [metrics.get(f"layers/{key}/layer_{layer:02d}") for layer in range(n_layers)]
         values.append(metrics.get(f"val/{key}"))
         if None not in values:  # without pictures there is no figure for them

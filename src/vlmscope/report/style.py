@@ -85,14 +85,16 @@ def pick(choices: tuple[Any, ...], number: int) -> Any:
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Colour, dashes and marker of a line; where colours repeat, their markers differ."""
-    marker = pick(MARKERS, number + number // len(COLOURS))
-    return {"color": pick(COLOURS, number), "linestyle": pick(LINES, number), "marker": marker, "markersize": 5}
+    """Colour, dashes and marker of a line; where colours repeat, dashes and markers differ."""
+    other = number + number // len(COLOURS)
+    look = {"color": pick(COLOURS, number), "linestyle": pick(LINES, other), "marker": pick(MARKERS, other)}
+    return look | {"markersize": 5}
 
 
 def bar_style(number: int) -> dict[str, Any]:
-    """Colour and hatch of a bar."""
-    return {"color": pick(COLOURS, number), "hatch": pick(HATCHES, number), "edgecolor": "white", "linewidth": 0}
+    """Colour and hatch of a bar; where colours repeat, hatches differ."""
+    hatch = pick(HATCHES, number + number // len(COLOURS))
+    return {"color": pick(COLOURS, number), "hatch": hatch, "edgecolor": "white", "linewidth": 0}
 
 
 def percent_axis(axis: Axis) -> None:

@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -113,3 +114,12 @@ def test_a_graph_and_interventions_come_out_with_their_controls(runs: dict[str, 
             assert any(row["before"] != row["after"] for row in rows)
         assert numbers[f"{name}/free/kl_random_direction"] > 0 and math.isfinite(sum(numbers.values()))
     assert yaml.safe_load((named / "config.yaml").read_text())["task"]["features"] == {"L1/7": 8.0, "L2/30": 0.0}
+
+
+def test_the_python_of_the_document_runs(runs: dict[str, list[Path]]) -> None:
+    folder = runs["trace"][0].parent
+    (code,) = blocks("python")
+    exec(code.replace("/my/", f"{folder}/"), {})
+    saved, written = folder / "trace_in_python", runs["trace"][0]
+    ours, theirs = (load_graph(path / "graph.safetensors").graph.weights for path in (saved, written))
+    assert np.array_equal(ours, theirs)

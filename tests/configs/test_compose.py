@@ -203,7 +203,7 @@ def test_every_limit_of_debug_is_a_setting(hydra: None) -> None:
     limits = compose("config", ["debug=fast"]).limits
     everything = ["circuit=mars_earth", "pairs=count"]
     runs = (["experiment=cross_modal_association", *everything], *([f"experiment={x}"] for x in LIMITED))
-    composed_runs = [compose("config", run) for run in runs]
+    composed_runs = [compose("config", run) for run in (*runs, ["task=anatomy"])]
 
     def reached(node: Any, path: list[str]) -> bool:
         if not path:

@@ -7,11 +7,11 @@ With r the rate, [low, high] its 95 % interval, and every question judged by its
 
 | claim | shown when, on every question |
 | --- | --- |
-| sufficient | low >= 1/2; of a removal: with all other features removed, low of the answers kept >= 1/2 |
+| sufficient | low >= 1/2; not asked of a removal |
 | necessary | of a removal: low >= 1/2, above its controls; else: `complement` has high < 1/2; both where both ran |
 | specific | the rank among >= 19 draws that bite has p <= 0.05; answers to unrelated cases change with high <= 0.1 |
 | more than copying | `without_writers` has low >= r / 2, and is above the trial's controls |
-| more than a mean difference | above `difference_of_means` |
+| more than a mean difference | above `difference_of_means`; not asked of a removal |
 | found by the graph | above `unconfirmed` |
 
 "Above" is the one-sided exact paired test on the same cases (`rates.paired_p`; above controls: above each draw that
@@ -38,6 +38,7 @@ HALF = 0.5  # of the cases: a circuit that does it in fewer does not do it
 ALPHA = 0.05
 UNRELATED = 0.1  # the most that answers to unrelated cases may change
 LEAST_DISPLACEMENT = 0.5  # of what the edit moves; the share below which a control or a baseline is too weak to decide
+ONLY_BROUGHT_ABOUT = ("sufficient", "more_than_a_mean_difference")
 PLACES = ["mode", "positions", "layers", "strength", "limit"]
 Rows = Any  # a frame: pandas' own types of what a selection may be are too wide
 CLAIMS = (
@@ -203,8 +204,12 @@ class Subject:
 
     @property
     def claims(self) -> Sequence[str]:
-        """Those that make sense of it: no difference of means is removed."""
-        return [claim for claim in CLAIMS if not (self.removes and claim == "more_than_a_mean_difference")]
+        """Those that make sense of it.
+
+        A removal does not show what suffices: answers that stay when all else is removed may be owed to errors,
+        embeddings and attention alone. Nor is a difference of means removed.
+        """
+        return [claim for claim in CLAIMS if not (self.removes and claim in ONLY_BROUGHT_ABOUT)]
 
     @cached_property
     def questions(self) -> dict[str, Rows]:
@@ -215,7 +220,7 @@ class Subject:
     def verdicts(self, claim: str, subjects: Sequence[Subject]) -> Sequence[Verdict] | str:
         """The claim on every question, or why it cannot be judged."""
         if claim == "sufficient":
-            return self._baseline("complement", self._kept) if self.removes else self._each(self._sufficient)
+            return self._each(self._sufficient)
         if claim == "necessary":
             return self._each(self._removal) if self.removes else self._needed(subjects)
         if claim == "specific":
@@ -237,12 +242,6 @@ class Subject:
 
     def _sufficient(self, question: str, rows: Rows) -> Verdict:
         value = self._rate(_own(rows))
-        return Verdict(question, value, "half of the cases", HALF, reason=_at_least(value, HALF))
-
-    def _kept(self, name: str, question: str, rows: Rows) -> Verdict:
-        """Answers that stay when everything but the circuit is removed."""
-        other = rows[rows.baseline == name]
-        value = share_rate(~other[self.measure].to_numpy(bool), groups=_units(other))
         return Verdict(question, value, "half of the cases", HALF, reason=_at_least(value, HALF))
 
     def _removal(self, question: str, rows: Rows) -> Verdict:
@@ -303,7 +302,9 @@ class Subject:
     def _above_baseline(self, name: str, question: str, rows: Rows) -> Verdict:
         own, other = _own(rows), rows[rows.baseline == name]
         value, there = self._rate(own), float(other[self.measure].mean())
-        return Verdict(question, value, name, there, self._paired(own, other), _weak(name, other, rows))
+        # A weak baseline that does as much all the same decides against the claim.
+        weak = _weak(name, other, rows) if value.value > there else ""
+        return Verdict(question, value, name, there, self._paired(own, other), weak)
 
     def _above_draws(self, question: str, value: Rate, done: Rows, rows: Rows) -> Verdict:
         """Whether `done` hits more than each control draw that bites: the largest p decides."""

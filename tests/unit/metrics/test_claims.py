@@ -100,14 +100,15 @@ def test_controls_and_baselines_that_move_little_decide_nothing() -> None:
     assert some["specific"].reason == "12 control draws count; a rank needs 19"
     weak = pd.concat([run(0, baseline="unconfirmed", displacement=0.2), *trial({"": 38})])
     assert judged(weak)["found_by_the_graph"].reason == "unconfirmed too weak: it moves 0.2 of what the edit does"
+    able = pd.concat([run(38, baseline="unconfirmed", displacement=0.2), *trial({"": 38})])
+    assert judged(able)["found_by_the_graph"].reason.startswith("not above unconfirmed")
 
 
-def test_a_removal_shows_what_is_necessary_and_what_suffices() -> None:
+def test_a_removal_shows_what_is_necessary() -> None:
     ablate = {"operation": "ablate"}
     removed = trial({"": 36, "without_writers": 30, "complement": 4, "unconfirmed": 9}, **ablate)
     found = judged(*removed, operation="ablate", ablate="changed")
-    assert shown(found) == set(CLAIMS) - {"more_than_a_mean_difference"} == set(found)
-    assert found["sufficient"].value == 0.9  # of the answers stay when all else is removed
+    assert shown(found) == set(CLAIMS) - {"more_than_a_mean_difference", "sufficient"} == set(found)
     carried = judged(*trial({"": 38}), *removed, ablate="changed")
     assert carried["necessary"].shown and carried["necessary"].decided_by == "each of 30 control draws (ablate)"
     # Redundant: with the circuit removed the answers stay, and so do they with all others carried.

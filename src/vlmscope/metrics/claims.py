@@ -278,7 +278,8 @@ class Subject:
         elif not reason and not p <= ALPHA:
             reason = f"rank {draws.rank} of {count + 1}: features drawn at random do as much"
         highest = float(draws.means.max()) if count else np.nan
-        return Verdict(question, value, f"rank {draws.rank} of {count + 1}", highest, p, reason)
+        decides = f"rank {draws.rank} of {count + 1}" if count else "controls"
+        return Verdict(question, value, decides, highest, p, reason)
 
     def _unrelated(self) -> Iterator[Verdict]:
         rows = _own(self.all_rows[self.all_rows.cases == "unrelated"])

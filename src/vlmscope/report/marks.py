@@ -203,7 +203,7 @@ def claims(folder: Folder, name: str, mark: Mark) -> list[Section]:
             label(row.claim),
             "shown" if row.shown else "not shown",
         )
-        rows.append((*words, rate, row.decided_by or None, other, row.question or None, row.reason or None))
+        rows.append((*words, rate, label(row.decided_by) or None, other, row.question or None, row.reason or None))
     columns = ("trial", "claim", "", "rate, 95 % interval", "decided by", "there", "question", "why not")
     strong = frozenset(number for number, shown in enumerate(found.shown) if shown)
     return [Table(mark.title or "What this shows", columns, tuple(rows), mark.says, CLAIMS_NOTE, strong)]

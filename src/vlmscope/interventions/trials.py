@@ -36,6 +36,7 @@ from vlmscope.transcoders.transcoder import SparseCode
 Features = Mapping[int, Tensor]  # layer -> [n] int64
 ANSWER_TOKENS = 6  # longest answer in mode "generate"
 WEAK = 0.5  # a control that moves less than this share of what its trial moves is none: it edits next to nothing
+FUTILE = 5  # after so many draws of matched features that are all refused no more are run
 COUNTED = 0.1  # of a trial's squared displacement: roles with less do not decide whether a control bites
 PER_CASE = ("ids", "inputs", "pngs", "texts", "target_texts")  # fields of a case set with one entry per case
 
@@ -216,14 +217,11 @@ def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0) -> pd.DataF
                 whole = trial.do.plan(scope, cases, setting.strength)
                 for local in setting.everywhere(scope.transcoders.layers, cases.batch.roles):
                     plan = local.restrict(whole, cases.batch.roles, scope.adapter.n_layers)
-                    done: pd.DataFrame | None = None
                     for table in _with_controls(scope, trial, cases, local, plan, seed):
-                        share = 1.0 if done is None else share_moved(table, done)
-                        if done is not None:
-                            name = f"{trial.operation}/{setting.name} {table.control.iloc[0]}"
-                            shares.setdefault(name, []).append(share)
-                        done = table if done is None else done
-                        tables.append(table.assign(moved=share, weak=share < WEAK))
+                        if control := table.control.iloc[0]:
+                            name = f"{trial.operation}/{setting.name} {control}"
+                            shares.setdefault(name, []).append(float(table.moved.iloc[0]))
+                        tables.append(table)
                         bar.update()
     refused = {name: [share for share in found if share < WEAK] for name, found in shares.items()}
     lines = [
@@ -244,7 +242,8 @@ def _with_controls(
     labels |= {key: getattr(setting, key) for key in ("mode", "positions", "layers", "strength", "limit")}
     labels |= {"cases": cases.name, "question": cases.question, "features": size, **cases.tags}
     norms: Norms = []
-    yield _run(scope, cases, setting, norms, plan).assign(**labels, control="", draw=0)
+    done = _run(scope, cases, setting, norms, plan)
+    yield done.assign(**labels, control="", draw=0, moved=1.0, weak=False)
     if not setting.matched + setting.random_direction:
         return
     few = cases.first(setting.draws_on)
@@ -257,11 +256,18 @@ def _with_controls(
     draws = control_draws(seed, setting.matched if edits or not plan else 0)
     subject = scope, trial.do, few, setting.strength, edits
     pools = matched_pools(*subject) if len(draws) else {}
-    for draw in draws:
-        control = matched_plan(*subject, pools, draw)
-        yield _run(scope, few, setting, [], control).assign(**labels, control="matched", draw=draw)
+    bites = 0
+    for number, draw in enumerate(draws):
+        if number == FUTILE and not bites:
+            break
+        table = _run(scope, few, setting, [], matched_plan(*subject, pools, draw))
+        moved = share_moved(table, done)
+        bites += moved >= WEAK
+        yield table.assign(**labels, control="matched", draw=draw, moved=moved, weak=moved < WEAK)
     for draw in control_draws(seed, setting.random_direction):
-        yield _run(scope, few, setting, norms, direction=draw).assign(**labels, control="random_direction", draw=draw)
+        table = _run(scope, few, setting, norms, direction=draw)
+        moved = share_moved(table, done)
+        yield table.assign(**labels, control="random_direction", draw=draw, moved=moved, weak=moved < WEAK)
 
 
 def _run(

@@ -13,7 +13,7 @@ from vlmscope.circuits.operations import Ablate, Carry, Shift, Toward
 from vlmscope.core.records import ROLES
 from vlmscope.interventions.edits import set_features
 from vlmscope.interventions.run import base_run, run_edited
-from vlmscope.interventions.trials import Cases, Setting, Trial, layer_range, run_trials
+from vlmscope.interventions.trials import FUTILE, Cases, Setting, Trial, layer_range, run_trials
 from vlmscope.metrics.rates import rates, share_rate, trial_metrics, worst
 from vlmscope.models.base import exact_float64
 from vlmscope.models.batching import make_batch
@@ -173,6 +173,8 @@ def test_controls_that_move_next_to_nothing_are_refused(cases: tuple[Scope, Case
     assert (
         capsys.readouterr().out.strip() == f"refused as controls, which must move 50% of what the trial moves: {said}"
     )
+    more = run_trials(scope, [Trial("off", do, [made], [Setting(matched=30)])])
+    assert more[more.control == "matched"].draw.nunique() == FUTILE  # the others would be refused too
     # By hand: the least over the roles that count.
     parts = {key: np.median(np.stack(rows.displacement_by_role), 0) for key, rows in table.groupby(["control", "draw"])}
     whole = parts["", 0]

@@ -28,7 +28,7 @@ from vlmscope.interventions import run
 from vlmscope.interventions.edits import LayerEdit
 from vlmscope.models.base import exact_float64
 from vlmscope.replacement import ReplacementModel, active_features, feature_table
-from vlmscope.transcoders.transcoder import Transcoder
+from vlmscope.transcoders.transcoder import SparseCode, Transcoder
 
 Fault = Callable[[Case], ReplacementModel]
 
@@ -234,8 +234,10 @@ def test_empty_and_infinite_weights_are_found(one_case: Case, value: float, wher
 def test_edits_that_act_on_generated_tokens_unasked_are_found(one_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     right = run.edit_changes
 
-    def wrong(transcoder: Transcoder, x: torch.Tensor, edit: LayerEdit, offset: int) -> list[torch.Tensor]:
-        return right(transcoder, x, edit, offset) if offset == 0 else [torch.full_like(x, 1e-3)]
+    def wrong(
+        transcoder: Transcoder, x: torch.Tensor, edit: LayerEdit, offset: int, code: SparseCode | None = None
+    ) -> list[torch.Tensor]:
+        return right(transcoder, x, edit, offset, code) if offset == 0 else [torch.full_like(x, 1e-3)]
 
     plain = generation(one_case.subject)
     monkeypatch.setattr(run, "edit_changes", wrong)

@@ -252,7 +252,8 @@ def draws_of(group: pd.DataFrame, measure: str, control: str | None = None) -> D
         keys = [column for column in CASE if column in group]
         same = pd.MultiIndex.from_frame(edit[keys]).isin(pd.MultiIndex.from_frame(rows[keys])) if keys else slice(None)
         return Draws(counted.to_numpy(float), tuple(counted.index), kind, "", float(edit[measure][same].mean()))
-    ratio = float(rows.moved.median()) if "moved" in rows else displacement_ratio(rows, edit)
+    # A draw may bite on some questions or cases and not on others: those where it does not are what refuses it.
+    ratio = float(rows.moved[weak].median()) if "moved" in rows else displacement_ratio(rows, edit)
     return Draws(np.empty(0), (), kind, f"control too weak: it moves {ratio:.2g} of what the edit does")
 
 

@@ -233,13 +233,17 @@ class Draws:
         return float(permutation_p(np.asarray(self.value), self.means)) if known else np.nan
 
 
+def deciding_control(group: pd.DataFrame) -> str:
+    """Matched draws, or random directions where none was drawn."""
+    return "matched" if (group.control == "matched").any() else "random_direction"
+
+
 def draws_of(group: pd.DataFrame, measure: str, control: str | None = None) -> Draws:
     """The draws of a control in rows of one trial; by default matched ones, or random directions where none was drawn.
 
     The control whose draws are the harder to tell from the trial decides, as it has the edit's own kind of content.
     """
-    kinds = set(group.control)
-    kind = control or ("matched" if "matched" in kinds else "random_direction")
+    kind = control or deciding_control(group)
     rows: Any = group[group.control == kind]
     edit: Any = group[group.control == ""]
     if rows.empty:
@@ -279,17 +283,19 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit") -> pd.Da
     """
     rows: dict[Any, dict[str, Any]] = {}
     table = table if "baseline" in by else without_baselines(table)
-    groupings = cast(Any, table.groupby(list(by), sort=False, dropna=False))  # pandas' own types are too wide
+    # The table is wide, and every selection of rows copies all its columns.
+    read = [*by, *CASE, measure, "control", "draw", "features", "weak", "moved", "displacement"]
+    narrow: Any = table[[column for column in dict.fromkeys(read) if column in table]]
+    groupings = cast(Any, narrow.groupby(list(by), sort=False, dropna=False))  # pandas' own types are too wide
     for key, group in groupings:
         done = group[group.control == ""]
         repeated = "case" in done and bool(done["case"].duplicated().any())
         rate = rate_of(done[measure].to_numpy(), done["case"].astype(str) if repeated else None)
         row = {"value": rate.value, "ci_low": rate.ci_low, "ci_high": rate.ci_high, "cases": rate.cases}
         row["edited"] = int(done.features.max())
-        for control in CONTROLS:
-            means = draws_of(group, measure, control).means
-            row[control] = float(means.mean()) if len(means) else np.nan
-        draws = draws_of(group, measure)
+        drawn = {control: draws_of(group, measure, control) for control in CONTROLS}
+        row |= {name: float(each.means.mean()) if len(each.means) else np.nan for name, each in drawn.items()}
+        draws = drawn[deciding_control(group)]
         row |= {"p": draws.p, "rank": draws.rank, "draws": len(draws.means)}
         unknown = "" if rate.value == rate.value else "not measured"
         rows[key if len(by) > 1 else key[0]] = row | {"reason": draws.reason or unknown}

@@ -200,7 +200,8 @@ def numbers_of(headline: Mapping[str, HeadlineConfig], metrics: Mapping[str, flo
         rate = None if value is None or low is None or high is None else Rate(value, low, high, 0, control)
         # Shown in per cent if value and range lie within 0 and 1, and its name or an interval marks it as a share.
         base = metric.removesuffix("_control")
-        named = _with_suffix(base, "_ci_low") in metrics or base.rpartition("/")[2].endswith(_SHARES)
+        whole, _, last = base.rpartition("/")  # of a question or a baseline, the trial's interval says it
+        named = any(_with_suffix(name, "_ci_low") in metrics for name in (base, whole)) or last.endswith(_SHARES)
         share = named and target.low >= 0 and target.high <= 1 and (value is None or 0 <= value <= 1)
         numbers.append(Number(metric, target.says, value, target.low, target.high, target.holds(value), share, rate))
     return tuple(numbers)

@@ -79,6 +79,7 @@ METRICS: dict[str, float | None] = {
     "a/flip_rate": 0.5, "a/flip_rate_ci_low": 0.4, "a/flip_rate_ci_high": 0.6, "a/flip_rate_control": 0.01,
     "layers/x/layer_03": 0.2, "layers/x_ci_low/layer_03": 0.1, "layers/x_ci_high/layer_03": 0.3,
     "a/features": 781.0, "a/gap": -0.3, "a/undefined": None, "a/kl": 0.4,
+    "a/flip_rate/without": 0.02,
 }  # fmt: skip
 
 
@@ -99,6 +100,7 @@ def test_a_rate_has_its_interval_and_its_control() -> None:
     ("metric", "low", "high", "share", "holds"),
     [
         ("a/flip_rate_control", 0.0, 0.05, True, True),
+        ("a/flip_rate/without", 0.0, 0.05, True, True),  # a baseline, or a question, of a rate
         ("a/features", 700.0, 800.0, False, True),
         ("a/features", 0.0, 700.0, False, False),
         ("a/gap", -1.0, 0.0, False, True),

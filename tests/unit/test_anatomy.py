@@ -16,7 +16,6 @@ from vlmscope.analyses.anatomy import (
     influence_rows,
     measured,
     metrics_of,
-    wilson,
 )
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.config.catalog import asset
@@ -148,11 +147,6 @@ def test_the_figure_has_a_line_for_each_question(made: pd.DataFrame, tmp_path) -
         with Image.open(draw_anatomy(table, tmp_path / "anatomy.png")) as image:
             sizes.append(image.size)
     assert sizes[0][0] == sizes[1][0] and sizes[0][1] < sizes[1][1]
-
-
-def test_the_interval_is_wilsons() -> None:
-    assert wilson(np.array([1.0] * 8 + [0.0] * 2)) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson(np.ones(10)) == pytest.approx((0.7225, 1.0), abs=1e-4)
 
 
 def test_one_case_has_no_mean(vlm) -> None:

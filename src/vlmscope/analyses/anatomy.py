@@ -40,6 +40,7 @@ from vlmscope.core.graph import NodeKind
 from vlmscope.core.records import ROLES
 from vlmscope.data.inputs import Side, orrery_questions
 from vlmscope.interventions.ablation import BLOCKS, METHODS, Ablation, divergence, outcomes
+from vlmscope.metrics.dictionary import wilson_interval
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch, make_batch
 from vlmscope.models.loading import VLM
@@ -124,10 +125,12 @@ def measured(vlm: VLM, cases: CaseSet, chosen: Sequence[Ablation], seed: int = 0
         values = values[~np.isnan(values)]
         if not len(values):
             return
-        low, high = (None, None) if measure == "kl" else wilson(values)
+        share, low, high = float(values.mean()), None, None
+        if measure != "kl":
+            low, high = map(float, wilson_interval(np.asarray(share), np.asarray(len(values))))
         place = {"layers": "all" if layers == whole else layers, "positions": role or "all"}
         what = {"question": cases.name, "cases": len(values), "blocks": blocks, "method": method, **place}
-        rows.append({**what, "measure": measure, "value": float(values.mean()), "ci_low": low, "ci_high": high})
+        rows.append({**what, "measure": measure, "value": share, "ci_low": low, "ci_high": high})
 
     def hits(tokens: np.ndarray) -> np.ndarray:
         shares = [token in begins for token, begins in zip(tokens.tolist(), right, strict=True)]
@@ -148,13 +151,6 @@ def measured(vlm: VLM, cases: CaseSet, chosen: Sequence[Ablation], seed: int = 0
         add(blocks, "same", np.where(result.top < 0, np.nan, (result.top == top).astype(float)), *where)
         add(blocks, "kl", result.kl, *where)
     return rows
-
-
-def wilson(values: np.ndarray) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of n cases (Wilson 1927)."""
-    n, share, z = len(values), float(values.mean()), 1.959964
-    centre, spread = share + z * z / (2 * n), z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return float((centre - spread) / (1 + z * z / n)), float((centre + spread) / (1 + z * z / n))
 
 
 def influence_rows(scope: Scope, cases: CaseSet, graphs: int, config: AttributionConfig) -> list[dict[str, Any]]:

@@ -21,9 +21,9 @@ by a bias. With the convention `bias="fold"` influence, pruning and all scores a
 feature was left out.
 
 Pruning keeps the ends, the tokens, and the smallest set of nodes that reaches a share of the total influence. On the
-matrix of these nodes, normalised anew, an edge scores `A_hat_ij (I_i + w_i)`; the smallest set of edges that reaches a
-share is kept. Then features, errors, biases and left-out nodes without an outgoing edge, and features without an
-incoming one, are dropped until nothing changes.
+matrix of these nodes, with rows normalised again, an edge scores `A_hat_ij (I_i + w_i)`; the smallest set of edges that
+reaches a share is kept. Then features, errors, biases and left-out nodes without an outgoing edge, and features
+without an incoming one, are dropped until nothing changes.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def absolute_rows(graph: AttributionGraph, rows: np.ndarray) -> sparse.csr_matri
 def take_rows(graph: AttributionGraph, values: np.ndarray, rows: np.ndarray) -> sparse.csr_matrix:
     """Ascending rows of the graph with `values [E]` for weights, `[rows, N]`, read-only.
 
-    Only these rows are read, so that edges may lie in a file.
+    Only these rows are read, so that edges can be stored in a file.
     """
     first, last = rows[0], rows[-1]
     stretch = slice(graph.indptr[first], graph.indptr[last + 1])

@@ -122,7 +122,7 @@ class HeadlineConfig:
             )
 
     def holds(self, value: float | None) -> bool:
-        """Whether a measured value lies in the range; None and NaN do not."""
+        """Whether a measured value is in the range; None and NaN are not."""
         return value is not None and self.low <= value <= self.high
 
 

@@ -181,7 +181,7 @@ class Reproduced:
 
     @property
     def holds(self) -> bool:
-        """Whether it ran and every number lies in its range."""
+        """Whether it ran and every number is in its range."""
         return not self.problem and all(number.holds for number in self.numbers)
 
 

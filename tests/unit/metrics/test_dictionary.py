@@ -158,9 +158,9 @@ def test_the_interval_covers_the_truth() -> None:
 
 
 def test_wilson_against_known_numbers() -> None:
-    low, high = wilson_interval(np.array([0.0, 0.5, 1.0]), np.array([10, 10, 10]))
-    np.testing.assert_allclose(low, [0.0, 0.2366, 0.7225], atol=1e-4)
-    np.testing.assert_allclose(high, [0.2775, 0.7634, 1.0], atol=1e-4)
+    low, high = wilson_interval(np.array([0.0, 0.5, 0.8, 1.0]), np.array([10, 10, 10, 10]))
+    np.testing.assert_allclose(low, [0.0, 0.2366, 0.4902, 0.7225], atol=1e-4)
+    np.testing.assert_allclose(high, [0.2775, 0.7634, 0.9433, 1.0], atol=1e-4)
 
 
 def pairwise(embeddings: np.ndarray, activations: np.ndarray) -> float:

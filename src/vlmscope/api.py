@@ -4,18 +4,23 @@ import vlmscope
 
 scope = vlmscope.load("orrery")                           # the shipped model and its transcoders, also without a name
 scope = vlmscope.load("org/vlm", "me/set", revision=commit, transcoder_revision=commit)   # folders or hub ids
-traced = vlmscope.trace(scope, "what planet is this ?", ["mars.png"])
+traced = vlmscope.trace(scope, "what planet is this ?", "mars.png")
 traced.top_features(5)                                    # rows: feature, label, influence, place, ...
-traced.to_frame()                                         # the kept nodes as a pandas frame
+traced.to_frame(), traced.to_networkx()                   # the kept nodes as a pandas frame, the graph for networkx
 traced.plot()                                             # a picture of the graph
 traced.save("outputs/my_trace")                           # the files of task=trace
 both = vlmscope.compare(traced, "outputs/trace/earth", names=("mars", "earth"))
-maps = vlmscope.where(scope, "what planet is this ?", ["mars.png"], ["L5/709"])   # maps over the picture
-answer = vlmscope.steer(scope, "what planet is this ?", ["mars.png"], {"L6/512": 8.0})
+changed = vlmscope.steer(scope, "what planet is this ?", "mars.png", {"L5/709": 0.0})
+changed.before, changed.after, changed.controls           # answers and next tokens, next to what chance would do
+vlmscope.where(scope, "what planet is this ?", "mars.png", ["L5/709"]).plot()       # maps over the picture
+vlmscope.study(scope, "what planet is this ?", pictures, ["L5/709"]).plot()         # where the feature fires most
+
+Pictures are paths, PIL images or uint8 arrays, one or a list of them. All results show themselves in a notebook.
 """
 
 from __future__ import annotations
 
+import builtins
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -25,24 +30,27 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from PIL import Image
 
+from vlmscope.analyses.edits import EditResult, Fixed, modes_of, run_edit
+from vlmscope.attention import WhereMaps
 from vlmscope.attribution.config import AttributionConfig, WhereConfig
 from vlmscope.attribution.trace import Trace
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, check_choice
 from vlmscope.core.records import FeatureId
+from vlmscope.core.results import MODES, FeatureExample, html_table, text_table
 from vlmscope.features.config import StudyConfig
-from vlmscope.scope import Picture, Scope, opened
+from vlmscope.scope import Pictures, Scope, opened, picture_list
 
 if TYPE_CHECKING:
+    import networkx as nx
     import pandas as pd
 
-    from vlmscope.attention import WhereMaps
     from vlmscope.attribution.influence import RankedFeature
     from vlmscope.core.graph import AggregateGraph, GraphComparison, PrunedGraph
     from vlmscope.core.maps import PictureMap
-    from vlmscope.core.results import FeatureExample
     from vlmscope.features.study_files import StudyFolder
 
 Graph: TypeAlias = "Trace | PrunedGraph | str | Path"  # a path is a run folder or a graph.safetensors
+Feature: TypeAlias = str | FeatureId  # "L5/709"
 T = TypeVar("T")
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -76,6 +84,19 @@ def _settings(config: type[T], given: Mapping[str, Any]) -> T:
         if name not in known:
             raise UserError(f"no setting {name!r}; {suggestion(name, known)} (help() shows all)")
     return config(**given)
+
+
+def _feature(name: Feature) -> FeatureId:
+    return name if isinstance(name, FeatureId) else FeatureId.parse(name)
+
+
+def _picture(draw: Callable[[Path], object], path: str | Path | None) -> Image.Image:
+    """What `draw` writes to a PNG file, as a picture; the file stays if `path` is given."""
+    with TemporaryDirectory() as folder:
+        file = Path(path or Path(folder) / "figure.png")
+        draw(file)
+        with Image.open(file) as picture:
+            return picture.copy()
 
 
 def load(
@@ -162,11 +183,29 @@ class TraceResult(Trace):
         from vlmscope.data.images import for_figures
         from vlmscope.report.graph_figure import attribution_graph
 
-        with TemporaryDirectory() as folder:
-            file = Path(path or Path(folder) / "graph.png")
-            attribution_graph(self.pruned, file, for_figures(self.pictures), labels=self.labels)
-            with Image.open(file) as picture:
-                return picture.copy()
+        shown = for_figures(self.pictures)
+        return _picture(lambda file: attribution_graph(self.pruned, file, shown, labels=self.labels), path)
+
+    def show(self) -> None:
+        """Show the graph: below a notebook's cell, else in the system's viewer of pictures."""
+        show = getattr(builtins, "display", Image.Image.show)  # IPython adds `display`
+        show(self.plot())
+
+    def to_networkx(self) -> nx.DiGraph:
+        """The pruned graph: nodes with the columns of `to_frame`, edges with their `weight`, from source to target."""
+        import networkx as nx
+
+        from vlmscope.attribution.export import node_id
+
+        graph, network = self.graph, nx.DiGraph(prompt=self.graph.prompt)
+        for row in self.to_frame().to_dict("records"):
+            network.add_node(row.pop("id"), **row)
+        kept = self.pruned.edge_mask.nonzero()[0]
+        ends = zip(
+            graph.indices[kept].tolist(), graph.targets_of(kept).tolist(), graph.weights[kept].tolist(), strict=True
+        )
+        network.add_weighted_edges_from((node_id(graph, s), node_id(graph, t), weight) for s, t, weight in ends)
+        return network
 
     def save(self, folder: str | Path) -> Path:
         """Write graph.json, graph.safetensors, figures/graph.png and, if there are maps, patches.safetensors."""
@@ -189,7 +228,7 @@ class TraceResult(Trace):
 
 
 @_takes(AttributionConfig)
-def trace(scope: Scope, prompt: str, images: Sequence[Picture] = (), **settings: Any) -> TraceResult:
+def trace(scope: Scope, prompt: str, images: Pictures = (), **settings: Any) -> TraceResult:
     """The attribution graph of a prompt, whole and pruned.
 
     `settings` are those of `attribution=` (docs/attribution.md). `labels` names features, from the folder of a labelled
@@ -203,7 +242,7 @@ def trace(scope: Scope, prompt: str, images: Sequence[Picture] = (), **settings:
     from vlmscope.features.labels import labels_for
 
     config = _settings(AttributionConfig, settings)
-    pictures = tuple(opened(image) for image in images)
+    pictures = tuple(map(opened, picture_list(images)))
     if config.patches and not pictures:
         raise UserError("patches=True needs a picture; give images=[path or PIL image]")
     labels = {}
@@ -253,63 +292,137 @@ def _graph(graph: Graph) -> PrunedGraph:
 def steer(
     scope: Scope,
     prompt: str,
-    images: Sequence[Picture],
-    features: Mapping[str, float],
+    images: Pictures,
+    features: Mapping[Feature, float],
     positions: Sequence[int] | None = None,
+    *,
+    mode: str = "free",
+    controls: int = 5,
     max_new_tokens: int = 24,
-) -> str:
-    """The answer when features are set to fixed activations, "L<layer>/<index>" -> activation (0 ablates).
+    seed: int = 0,
+) -> EditResult:
+    """What features do that are set to fixed activations, "L<layer>/<index>" -> activation (0 ablates).
 
     They are set in the prompt and in every generated token; with `positions` only at these positions of the prompt.
+    `mode` is free (nothing else frozen), frozen_attention, direct or all; each of `controls` draws of every control
+    takes one forward more.
+
+    Returns:
+        A result that prints as the answer, with `.before`, `.after`, `.controls` and `.to_frame()`.
 
     Raises:
-        UserError: an id that cannot be read, or a feature or position that does not exist.
+        UserError: an id that cannot be read, or a feature, position or mode that does not exist.
     """
     from vlmscope.interventions.edits import steer_plan
-    from vlmscope.interventions.run import generate_edited
 
+    runs = _runs(mode, controls, max_new_tokens, seed)
     inputs = scope.inputs(prompt, images)
-    values = {FeatureId.parse(text): value for text, value in features.items()}
-    plan = steer_plan(scope, values, len(inputs), positions)
-    return generate_edited(scope, inputs, plan, max_new_tokens)
+    if not features:
+        raise UserError('no features; give some with their values, such as {"L5/709": 0.0}')
+    plan = steer_plan(scope, {_feature(name): value for name, value in features.items()}, len(inputs), positions)
+    return run_edit("steer", scope, inputs, Fixed(plan), **runs)
 
 
 def patch(
     scope: Scope,
     prompt: str,
-    images: Sequence[Picture],
-    donor_images: Sequence[Picture],
-    features: Sequence[str],
+    images: Pictures,
+    donor_images: Pictures,
+    features: Sequence[Feature],
     strength: float = 1.0,
+    *,
+    mode: str = "free",
+    controls: int = 5,
     max_new_tokens: int = 24,
-) -> str:
-    """The answer when features get their activations on other pictures, position by position.
+    seed: int = 0,
+    donor_prompt: str | None = None,
+) -> EditResult:
+    """What features do that get their activations on other pictures (and with another prompt), position by position.
+
+    Returns:
+        As `steer`.
 
     Raises:
         UserError: as `steer`, or the two prompts do not align.
     """
-    from vlmscope.interventions.edits import by_layer, donor_activations, patch_plan
-    from vlmscope.interventions.run import generate_edited
+    from vlmscope.circuits.operations import Carry
+    from vlmscope.interventions.edits import by_layer
 
-    inputs, donor = scope.inputs(prompt, images), scope.inputs(prompt, donor_images)
+    runs = _runs(mode, controls, max_new_tokens, seed)
+    donor_prompt = prompt if donor_prompt is None else donor_prompt
+    inputs, donor = scope.inputs(prompt, images), scope.inputs(donor_prompt, donor_images)
     scope.batch([inputs, donor])  # refuses prompts that do not align
-    chosen = by_layer(scope.transcoders, map(FeatureId.parse, features))
-    carried = donor_activations(scope, scope.batch([donor]), chosen)
-    plan = patch_plan(carried, inputs.roles, strength)
-    return generate_edited(scope, inputs, plan, max_new_tokens)
+    if not features:
+        raise UserError('no features; give some, such as ["L5/709"]')
+    carry = Carry(by_layer(scope.transcoders, map(_feature, features)))
+    return run_edit("patch", scope, inputs, carry, **runs, donors=scope.batch([donor]), strength=strength)
+
+
+def _runs(mode: str, controls: int, max_new_tokens: int, seed: int) -> dict[str, Any]:
+    """Arguments of `run_edit`, checked."""
+    check_choice("mode", mode, (*MODES, "all"))
+    for name, value, least in (("controls", controls, 0), ("max_new_tokens", max_new_tokens, 1)):
+        if value < least:
+            raise UserError(f"{name}={value}: it must be at least {least}")
+    return {"modes": modes_of(mode), "controls": controls, "new_tokens": max_new_tokens, "seed": seed}
+
+
+@dataclass(frozen=True, repr=False)
+class WhereResult(WhereMaps):
+    """Maps of features over the pictures of one prompt, and what draws them."""
+
+    pictures: tuple[Image.Image, ...] = ()
+
+    def plot(self, path: str | Path | None = None) -> Image.Image:
+        """A row per feature and picture, each map as heat over the picture; written to `path` (.png) too if given."""
+        from vlmscope.data.images import for_figures
+        from vlmscope.report.pictures import feature_maps
+
+        named, shown = {str(feature): maps for feature, maps in self.maps.items()}, for_figures(self.pictures)
+        return _picture(lambda file: feature_maps(named, shown, file), path)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per feature, picture, kind of map and patch: its box, as fractions of the picture, and its value."""
+        import pandas as pd
+
+        rows = [
+            {"feature": str(feature), "picture": number, "kind": kind, **box._asdict(), "value": float(value)}
+            for feature, kinds in self.maps.items()
+            for kind, records in kinds.items()
+            for number, record in enumerate(records)
+            for tile in record.tiles
+            for box, value in zip(tile.boxes, tile.values.ravel(), strict=True)
+        ]
+        return pd.DataFrame(rows)
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        frame = self.to_frame()
+        rows = [("feature", "map", "strongest in picture", "from the left", "from the top")]
+        groups: Any = frame.groupby(["feature", "kind"], sort=False)
+        for (feature, kind), part in groups:
+            best = part.loc[part.value.idxmax()]
+            across, down = (f"{(best[a] + best[b]) / 2:.0%}" for a, b in (("left", "right"), ("top", "bottom")))
+            rows.append((str(feature), str(kind), str(best.picture + 1), across, down))
+        return rows
+
+    def __repr__(self) -> str:
+        return f"Where features look\n{text_table(self._rows())}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), "Where features look")
 
 
 @_takes(WhereConfig, inspect.Parameter("top", inspect.Parameter.KEYWORD_ONLY, default=3, annotation="int"))
 def where(
-    scope: Scope, prompt: str, images: Sequence[Picture], features: Sequence[str] = (), **settings: Any
-) -> WhereMaps:
+    scope: Scope, prompt: str, images: Pictures, features: Sequence[Feature] = (), **settings: Any
+) -> WhereResult:
     """Maps of features over the pictures: rollout, similarity, attribution to patches, activation (docs/where.md).
 
     `features` are ids such as `L6/512`; without any, the `top` (3) with most activation on the soft tokens. `settings`
     are those of `WhereConfig`, and `top`.
 
     Returns:
-        Maps, such as `.maps[FeatureId(6, 512)]["vision_path"][0].tiles[0].values`, and activations by position.
+        Maps that `.plot()` draws, with `.to_frame()`; `.maps[FeatureId(6, 512)]["vision_path"][0]` is one.
 
     Raises:
         UserError: the model or the prompt has no picture, or a feature is not active on it.
@@ -317,33 +430,70 @@ def where(
     from vlmscope.attention import where_maps
     from vlmscope.features.readouts import image_features
 
-    if not images:
+    pictures = tuple(map(opened, picture_list(images)))
+    if not pictures:
         raise UserError("there is no picture to look at; give images=[path or PIL image]")
-    top, inputs = settings.pop("top", 3), scope.inputs(prompt, images)
-    chosen = [FeatureId.parse(feature) for feature in features]
+    top, inputs = settings.pop("top", 3), scope.inputs(prompt, pictures)
+    config = _settings(WhereConfig, settings)
+    chosen = list(map(_feature, features))
     if not chosen:
         chosen = [readout.feature for readout in image_features(scope, scope.batch([inputs]), top)]
     if not chosen:
         raise UserError("no feature is active on the soft tokens of this prompt; choose other transcoders")
-    return where_maps(scope, inputs, chosen, _settings(WhereConfig, settings), AttributionConfig())
+    found = where_maps(scope, inputs, chosen, config, AttributionConfig())
+    return WhereResult(**vars(found), pictures=pictures)
 
 
-def study(
-    scope: Scope, prompt: str, images: Sequence[Picture], features: Sequence[str], count: int = 6
-) -> dict[str, tuple[FeatureExample, ...]]:
-    """The pictures on which each feature is most active, with the activation of every soft token and word."""
+class StudyResult(dict[str, tuple[FeatureExample, ...]]):
+    """Feature -> the examples on which it is most active, strongest first; a notebook shows them as a table."""
+
+    def plot(self, path: str | Path | None = None, columns: int = 6) -> Image.Image:
+        """A row per feature: its pictures with where it fires; written to `path` (.png) too if given."""
+        from vlmscope.report.pictures import FeatureRow, feature_sheet
+
+        rows = [FeatureRow(name, f"{len(found)} examples", found) for name, found in self.items()]
+        return _picture(lambda file: feature_sheet(rows, file, columns=columns), path)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per feature and example: its rank, activation and caption."""
+        import pandas as pd
+
+        rows = [
+            {"feature": name, "rank": rank, "activation": example.activation, "caption": example.caption}
+            for name, found in self.items()
+            for rank, example in enumerate(found)
+        ]
+        return pd.DataFrame(rows, columns=["feature", "rank", "activation", "caption"])
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        shown = [(name, ", ".join(f"{e.caption} ({e.activation:.2f})" for e in found)) for name, found in self.items()]
+        return [("feature", "most active on"), *shown]
+
+    def __repr__(self) -> str:
+        return text_table(self._rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), "Examples")
+
+
+def study(scope: Scope, prompt: str, images: Pictures, features: Sequence[Feature], count: int = 6) -> StudyResult:
+    """The pictures on which each feature is most active, with the activation of every soft token and word.
+
+    `.plot()` draws them as heat over each picture. For all features and much data: `study_data`.
+    """
     from vlmscope.data.images import png_bytes
     from vlmscope.features.study import CaptionedPrompt, top_examples
     from vlmscope.interventions.edits import by_layer
 
-    names = [f"picture {n}" if isinstance(image, Image.Image) else str(image) for n, image in enumerate(images)]
+    given = picture_list(images)
+    names = [str(image) if isinstance(image, str | Path) else f"picture {n}" for n, image in enumerate(given)]
     items = [
         CaptionedPrompt(scope.vlm.prepare(prompt, [picture]), name, png_bytes(picture, 256))
-        for picture, name in zip(map(opened, images), names, strict=True)  # one large picture at a time
+        for picture, name in zip(map(opened, given), names, strict=True)  # one large picture at a time
     ]
-    chosen = by_layer(scope.transcoders, map(FeatureId.parse, features))
+    chosen = by_layer(scope.transcoders, map(_feature, features))
     ids = [FeatureId(layer, index) for layer, indices in chosen.items() for index in indices.tolist()]
-    return {str(feature): examples for feature, examples in top_examples(scope, ids, items, count).items()}
+    return StudyResult({str(feature): found for feature, found in top_examples(scope, ids, items, count).items()})
 
 
 @_takes(StudyConfig)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from vlmscope.activations import mlp_inputs
+from vlmscope.core.errors import UserError
 from vlmscope.core.records import as_rgb
 from vlmscope.data.images import open_image
 from vlmscope.models.base import Adapter, ModelInputs
@@ -19,7 +21,8 @@ from vlmscope.models.batching import InputBatch, make_batch
 from vlmscope.models.loading import VLM
 from vlmscope.transcoders.transcoder import TranscoderSet
 
-Picture: TypeAlias = str | Path | Image.Image
+Picture: TypeAlias = str | Path | Image.Image | np.ndarray  # an array: uint8, [H, W] grey or [H, W, 3 or 4]
+Pictures: TypeAlias = Picture | Sequence[Picture] | None
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,9 @@ class Scope:
         """The family's adapter around the Hugging Face model."""
         return self.vlm.adapter
 
-    def inputs(self, prompt: str, images: Sequence[Picture] = ()) -> ModelInputs:
-        """One user turn, ready for the model; pictures are paths or PIL images."""
-        return self.vlm.prepare(prompt, [opened(image) for image in images])
+    def inputs(self, prompt: str, images: Pictures = ()) -> ModelInputs:
+        """One user turn, ready for the model; pictures are paths, PIL images or arrays, one or a list."""
+        return self.vlm.prepare(prompt, [opened(image) for image in picture_list(images)])
 
     def batch(self, inputs: Sequence[ModelInputs]) -> InputBatch:
         """Prompts of equal length and equal positions of pictures as one batch."""
@@ -55,6 +58,27 @@ class Scope:
         return self.adapter.next_logits(batch.tensors)
 
 
+def picture_list(images: Pictures) -> list[Picture]:
+    """One picture, several or none as a list; an array of four dimensions is several."""
+    if images is None:
+        return []
+    single = isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
+    return [images] if single else list(images)  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
 def opened(picture: Picture) -> Image.Image:
-    """A picture in RGB, from a path or a PIL image."""
+    """A picture in RGB.
+
+    Raises:
+        UserError: a file that is no picture, or an array of another type or shape.
+    """
+    if isinstance(picture, np.ndarray):
+        shape = "x".join(map(str, picture.shape))
+        if picture.dtype != np.uint8 or not (picture.ndim == 2 or picture.ndim == 3 and picture.shape[2] in (3, 4)):
+            raise UserError(
+                f"a picture is an array of {shape} {picture.dtype}; give uint8 values 0 to 255, height x width x 3"
+            )
+        picture = Image.fromarray(picture)
+    if not isinstance(picture, str | Path | Image.Image):
+        raise UserError(f"a picture is a {type(picture).__name__}; give a path, a PIL image or a numpy array")
     return as_rgb(picture) if isinstance(picture, Image.Image) else open_image(picture)

@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from PIL import Image
 
 import vlmscope
-from vlmscope.attribution.export import load_graph
+from vlmscope.attribution.export import load_graph, node_id
 from vlmscope.attribution.influence import top_features
 from vlmscope.config.catalog import asset
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
+from vlmscope.core.records import FeatureId
+from vlmscope.interventions.edits import steer_plan
+from vlmscope.interventions.run import generate_edited, run_edited
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.transcoders.formats import save_set
 from vlmscope.transcoders.transcoder import random_set, set_weight
@@ -116,9 +120,57 @@ def test_a_wrong_setting_is_one_line_with_the_nearest_name(orrery: Any, call: st
         getattr(vlmscope, call)(orrery, "what is this ?", [tiny_image(0).resize((64, 64))], **{wrong: 3})
 
 
+MARS, QUESTION = Path(asset("pictures/mars.png")), "what planet is this ?"
+
+
+def test_pictures_are_paths_pictures_or_arrays_one_or_several(orrery: Any) -> None:
+    with Image.open(MARS) as opened:
+        picture = opened.convert("RGB")
+    expected = orrery.inputs(QUESTION, [MARS]).tensors["pixel_values"]
+    for given in (MARS, str(MARS), picture, np.asarray(picture), [picture], np.asarray(picture)[None]):
+        assert (orrery.inputs(QUESTION, given).tensors["pixel_values"] == expected).all()
+    assert len(orrery.inputs("what is this ?", None).sizes) == 0
+    for wrong in (np.zeros((4, 4)), np.zeros((4, 4, 5), np.uint8), 3.0):
+        with pytest.raises(UserError, match="a picture is a"):
+            orrery.inputs(QUESTION, [wrong])
+
+
+@pytest.mark.parametrize("mode", ["free", "all"])
+def test_an_edit_tells_before_after_and_its_controls(orrery: Any, mode: str) -> None:
+    """The probabilities are those of edited runs, made one by one; the answer is the generated one."""
+    inputs, wide = orrery.inputs(QUESTION, MARS), {FeatureId(6, index): 30.0 for index in range(40)}
+    result = vlmscope.steer(orrery, QUESTION, MARS, wide, mode=mode, controls=2, max_new_tokens=3)
+    plan = steer_plan(orrery, wide, len(inputs))
+    batch = orrery.batch([inputs])
+    for side, edits in (("before", {}), ("after", plan)):
+        expected = run_edited(orrery, batch, edits)[0].softmax(-1)
+        said = getattr(result, side)
+        assert [p for _, p in said.top] == pytest.approx(expected.topk(5).values.tolist(), abs=1e-6)
+        assert said.answer == generate_edited(orrery, inputs, edits, 3)
+    assert str(result) == result.after.answer and result.after.answer in repr(result)
+    assert [(each.name, each.draws) for each in result.controls] == [("matched", 2), ("random_direction", 2)]
+    frame = result.to_frame()
+    assert list(frame["mode"].unique()) == (["free"] if mode == "free" else ["direct", "frozen_attention", "free"])
+    assert len(frame) == (5 if mode == "free" else 11)
+    assert "other features" in result._repr_html_()
+
+
+def test_a_patch_with_itself_changes_nothing(orrery: Any) -> None:
+    result = vlmscope.patch(orrery, QUESTION, MARS, MARS, ["L5/709", "L4/1802"], controls=1, max_new_tokens=3)
+    assert dict(result.before.top) == pytest.approx(dict(result.after.top)) and result.before.answer == str(result)
+    for call, says in (
+        (lambda: vlmscope.steer(orrery, QUESTION, MARS, {"L5/709": 0}, mode="fre"), "did you mean 'free'"),
+        (lambda: vlmscope.steer(orrery, QUESTION, MARS, {}), "no features"),
+        (lambda: vlmscope.steer(orrery, QUESTION, MARS, {"L5-709": 0}), "not a feature id"),
+        (lambda: vlmscope.patch(orrery, QUESTION, MARS, MARS, ["L99/1"]), "the transcoders have layers"),
+        (lambda: vlmscope.patch(orrery, QUESTION, MARS, MARS, ["L5/1"], controls=-1), "at least 0"),
+    ):
+        with pytest.raises(UserError, match=says):
+            call()
+
+
 def test_a_trace_shows_its_features_and_saves_the_files_of_the_task(orrery: Any, tmp_path: Path) -> None:
-    picture = Path(asset("pictures/mars.png"))
-    traced = vlmscope.trace(orrery, "what planet is this ?", [picture], max_nodes=300, patches=True)
+    traced = vlmscope.trace(orrery, QUESTION, MARS, max_nodes=300, patches=True)
     best = traced.top_features(3)
     assert [row.feature for row in best] == list(top_features(traced.graph, 3))
     assert 0 < best[2].share <= best[0].share < 1 and best[0].place
@@ -128,6 +180,14 @@ def test_a_trace_shows_its_features_and_saves_the_files_of_the_task(orrery: Any,
     assert len(frame) == traced.pruned.n_nodes and frame.influence.is_monotonic_decreasing
     assert set(frame[frame.kind == "token"].place) >= {"picture, top left", "'planet' at 22"}
     assert str(best[0].feature) in repr(traced) and str(best[0].feature) in traced._repr_html_()
+    network = traced.to_networkx()
+    assert (len(network), network.size()) == (traced.pruned.n_nodes, traced.pruned.n_edges)
+    end = max(network, key=lambda node: network.nodes[node]["kind"] == "logit")
+    assert network.in_degree(end) and not network.out_degree(end)
+    row = int(np.flatnonzero([node_id(traced.graph, n) == end for n in range(traced.graph.n_nodes)])[0])
+    sources, weights = traced.graph.incoming(row)
+    known = {node_id(traced.graph, source): weight for source, weight in zip(sources.tolist(), weights, strict=True)}
+    assert all(known[source] == edge["weight"] for source, _, edge in network.in_edges(end, data=True))
     folder = traced.save(tmp_path / "saved")
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == {"graph.json", "graph.safetensors", "patches.safetensors", "figures/graph.png"}
@@ -149,8 +209,22 @@ def test_where_features_look() -> None:
     name = str(next(iter(found.maps)))
     again = vlmscope.where(scope, "what is this ?", [picture], [name], pool="mean")
     assert list(map(str, again.maps)) == [name]
+    frame = again.to_frame()
+    values = again.maps[FeatureId.parse(name)]["activation"][0].tiles[0].values
+    assert frame[frame.kind == "activation"].value.tolist() == values.ravel().tolist()
+    assert name in repr(again) and again.plot().width > again.plot().height > 100
     with pytest.raises(UserError, match="no picture"):
         vlmscope.where(scope, "what is this ?", [])
+
+
+def test_examples_of_a_feature_are_drawn(orrery: Any, tmp_path: Path) -> None:
+    pictures = [MARS, Path(asset("pictures/earth.png"))]
+    (feature,) = vlmscope.where(orrery, QUESTION, MARS, top=1).maps
+    found = vlmscope.study(orrery, QUESTION, pictures, [feature])
+    frame = found.to_frame()
+    assert frame.activation.is_monotonic_decreasing and set(frame.caption) <= set(map(str, pictures))
+    assert found.plot(tmp_path / "sheet.png").width > 500 and (tmp_path / "sheet.png").is_file()
+    assert "png" in repr(found) and "PNG" not in repr(found)  # names of pictures, not their bytes
 
 
 def test_a_scope_runs_the_model_as_hugging_face_does(saved: Path, tmp_path: Path) -> None:

@@ -1,17 +1,18 @@
-"""Shared by `task=steer` and `task=patch`: which features, and running, printing and writing down a plan's effects."""
+"""`task=steer`, `task=patch` and the Python API: which features, and what an edit of them does to a prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from vlmscope.core.errors import UserError, check_choice, check_least
 from vlmscope.core.records import FeatureId
-from vlmscope.core.results import MODES
+from vlmscope.core.results import MODES, html_table, text_table
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor
 
     from vlmscope.circuits.circuit import Circuit
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from vlmscope.scope import Scope
 
 TOP = 5  # next tokens that are shown
-SAYS = {"control": "random features, as many, of the same layers, changed as much",
+SAYS = {"matched": "random features, as many, of the same layers, changed as much",
         "random_direction": "random directions of the same norm"}  # fmt: skip
+
+SHORT = {"matched": "other features", "random_direction": "a random direction"}
 
 
 @dataclass
@@ -51,9 +54,14 @@ class EditConfig:
         check_least("task", self, top=1, controls=0, new_tokens=1)
 
     @property
-    def modes(self) -> tuple[str, ...]:
-        """The modes to run, the strongest last."""
-        return MODES if self.mode == "all" else (self.mode,)
+    def runs(self) -> dict[str, Any]:
+        """Arguments of `run_edit`."""
+        return {"modes": modes_of(self.mode), "controls": self.controls, "new_tokens": self.new_tokens}
+
+
+def modes_of(mode: str) -> tuple[str, ...]:
+    """The modes to run, the strongest last; "all" means all three."""
+    return MODES if mode == "all" else (mode,)
 
 
 @dataclass(frozen=True)
@@ -124,70 +132,209 @@ class Fixed:
         return self.edits
 
 
-def report_edit(
+class Said(NamedTuple):
+    """What a model says to a prompt."""
+
+    answer: str  # greedy, in mode free; else the most probable next token
+    top: tuple[tuple[str, float], ...]  # the most probable next tokens with their probabilities
+
+
+class Control(NamedTuple):
+    """Draws of one control in one mode."""
+
+    name: str  # matched or random_direction
+    draws: int
+    refused: int  # of them, since they move less than `trials.WEAK` of what the edit moves
+    kl: float  # mean, of the next token from the unedited run, in nats
+    changed: float  # share whose most probable next token is another than before
+    says: tuple[tuple[str, int], ...]  # their most probable next tokens, with the number of draws
+
+
+@dataclass(frozen=True, repr=False)
+class EditResult:
+    """What an edit of features does to one prompt, in one or several modes, next to its controls.
+
+    Attributes:
+        features: those edited.
+        active: how many of them are active in the prompt or its donor.
+        runs: a row per mode, control ("" for the edit itself) and draw: `says`, `kl`, `changed`, `moved`, `refused`.
+        tokens: mode -> rows `token`, `before`, `after`, probabilities of the most probable next tokens of either run.
+        answers: greedy, before and after, of mode free.
+    """
+
+    name: str
+    prompt: str
+    features: tuple[FeatureId, ...]
+    active: int
+    runs: pd.DataFrame
+    tokens: Mapping[str, Sequence[Mapping[str, Any]]]
+    answers: tuple[str, str] | None = None
+
+    @property
+    def mode(self) -> str:
+        """The strongest mode, which `before`, `after` and `controls` are of."""
+        return list(self.tokens)[-1]
+
+    @property
+    def before(self) -> Said:
+        """Without the edit."""
+        return self._said("before", 0)
+
+    @property
+    def after(self) -> Said:
+        """Under the edit."""
+        return self._said("after", 1)
+
+    def _said(self, side: str, number: int) -> Said:
+        rows = sorted(self.tokens[self.mode], key=lambda row: -row[side])
+        top = tuple((row["token"], row[side]) for row in rows[:TOP])
+        return Said(self.answers[number] if self.answers else top[0][0].strip(), top)
+
+    @property
+    def controls(self) -> tuple[Control, ...]:
+        """As many features that are changed as much, and random directions of the same norm (mode free)."""
+        return self.controls_in(self.mode)
+
+    def controls_in(self, mode: str) -> tuple[Control, ...]:
+        """The controls of one mode."""
+        rows = self.runs[(self.runs["mode"] == mode) & (self.runs.control != "")]
+        return tuple(
+            Control(
+                str(name),
+                len(part),
+                int(part.refused.sum()),
+                float(part.kl.mean()),
+                float(part.changed.mean()),
+                tuple((str(word), int(count)) for word, count in part.says.value_counts().items()),
+            )
+            for name, part in rows.groupby("control", sort=False)
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """`runs`: the edit and every draw of its controls, a row each."""
+        return self.runs.copy()
+
+    def metrics(self) -> dict[str, float]:
+        """`<name>/<mode>/kl`, `<name>/<mode>/top1_changed`, each with `_control` (matched features) and, in free mode,
+        `_random_direction`; `<name>/features` and how many of them are active, `<name>/features_active`.
+        """
+        metrics = {
+            f"{self.name}/features": float(len(self.features)),
+            f"{self.name}/features_active": float(self.active),
+        }
+        for mode in self.tokens:
+            metrics |= self.effects(mode)
+        return metrics
+
+    def effects(self, mode: str) -> dict[str, float]:
+        """The metrics of one mode."""
+        effects: dict[str, float] = {}
+        of_mode: Any = self.runs[self.runs["mode"] == mode].groupby("control")[["kl", "changed"]].mean()
+        for control, row in of_mode.iterrows():
+            suffix = {"": "", "matched": "_control"}.get(control, f"_{control}")
+            effects |= {f"{self.name}/{mode}/kl{suffix}": float(row.kl)}
+            effects |= {f"{self.name}/{mode}/top1_changed{suffix}": float(row.changed)}
+        return effects
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        rows = [("", "before", "after"), ("answer", self.before.answer, self.after.answer)]
+        rows += [(f"p({row['token']!r})", f"{row['before']:.3f}", f"{row['after']:.3f}") for row in self._shown()]
+        for each in self.controls:
+            words = ", ".join(f"{word.strip()} ({count})" for word, count in each.says[:3])
+            weak = f"; {each.refused} refused, which hardly move" if each.refused else ""
+            says = f"{words}; changed {each.changed:.0%}{weak}"
+            rows.append((f"{each.draws} draws of {SHORT[each.name]}", "", says))
+        return rows
+
+    def _shown(self) -> Sequence[Mapping[str, Any]]:
+        """The tokens, the most probable ones after the edit first."""
+        return sorted(self.tokens[self.mode], key=lambda row: -max(row["before"], row["after"]))[:TOP]
+
+    def _title(self) -> str:
+        names = ", ".join(map(str, self.features[:6])) + ", ..." * (len(self.features) > 6)
+        return f"{self.name} {names} in {self.prompt!r}"
+
+    def __str__(self) -> str:
+        return self.after.answer
+
+    def __repr__(self) -> str:
+        return f"{self._title()}\n{text_table(self._rows())}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), self._title())
+
+
+def run_edit(
     name: str,
     scope: Scope,
     inputs: ModelInputs,
     do: Operation,
-    task: EditConfig,
-    run_dir: Path,
+    modes: Sequence[str] = ("free",),
+    controls: int = 5,
+    new_tokens: int = 24,
     seed: int = 0,
     donors: InputBatch | None = None,
     strength: float = 1.0,
-) -> dict[str, float]:
-    """Run an operation on one prompt in the chosen modes, print it, and write `<run_dir>/<name>.json`.
+) -> EditResult:
+    """Run an operation on one prompt, next to its controls.
 
     Args:
         name: 'steer' or 'patch', the first part of the metrics' names.
         scope, inputs, do: the model with its transcoders, the prompt, and what is done to it.
-        task: the options.
-        run_dir: where the file is written.
+        modes: the strengths of intervention, the strongest last.
+        controls: how often each control is drawn.
+        new_tokens: length of generated answers, at most.
         seed: of the controls.
         donors: the prompt that activations are carried from, where some are.
         strength: of the operation.
-
-    Returns:
-        `<name>/<mode>/kl`, `<name>/<mode>/top1_changed`, each with `_control` (matched features) and, in free mode,
-        `_random_direction`; `<name>/features` and how many of them are active in the prompt or its
-        donor, `<name>/features_active`.
     """
     from vlmscope.circuits.cases import bystanders
-    from vlmscope.core.artifacts import write_json
     from vlmscope.interventions.controls import used_by_role
     from vlmscope.interventions.run import base_run, generate_edited, run_edited
     from vlmscope.interventions.trials import Setting, Trial, run_trials
+    from vlmscope.models.base import token_strings
 
     cases = bystanders(scope, "prompt", inputs.prompt, [inputs], ["prompt"])
-    cases = replace(cases, base=base_run(scope, cases.batch, task.modes), donors=donors)
+    cases = replace(cases, base=base_run(scope, cases.batch, modes), donors=donors)
     plan = do.plan(scope, cases, strength)
     used = {layer: used_by_role(scope, cases, layer) for layer in plan}
     active = sum(int(used[layer][:, edit.features.tolist()].any(0).sum()) for layer, edit in plan.items())
-    size = sum(len(edit.features) for edit in plan.values())
-    metrics = {f"{name}/features": float(size), f"{name}/features_active": float(active)}
-    print(f"{size} features in {len(plan)} layers, {active} of them active there")
-    named = [str(FeatureId(layer, index)) for layer, edit in plan.items() for index in edit.features.tolist()]
-    written: dict[str, Any] = {"prompt": inputs.prompt, "features": named, "modes": {}}
-    settings = [Setting(mode, mode, strength=strength, matched=task.controls,
-                        random_direction=task.controls * (mode == "free")) for mode in task.modes]  # fmt: skip
+    features = [FeatureId(layer, index) for layer, edit in plan.items() for index in edit.features.tolist()]
+    settings = [Setting(mode, mode, strength=strength, matched=controls, random_direction=controls * (mode == "free"))
+                for mode in modes]  # fmt: skip
     table = run_trials(scope, [Trial(name, do, [cases], settings)], seed)
-    for mode in task.modes:
-        effects: dict[str, float] = {}
-        of_mode: Any = table[table["mode"] == mode].groupby("control")[["kl", "changed"]].mean()
-        for control, row in of_mode.iterrows():
-            suffix = {"": "", "matched": "_control"}.get(control, f"_{control}")
-            effects |= {f"{name}/{mode}/kl{suffix}": float(row.kl)}
-            effects |= {f"{name}/{mode}/top1_changed{suffix}": float(row.changed)}
+    runs = table[["mode", "control", "draw", "kl", "changed", "moved"]].assign(refused=table.weak)
+    runs.insert(3, "says", token_strings(scope.vlm.tokenizer, table.said))
+    tokens = {}
+    for mode in modes:
         logits = run_edited(scope, cases.batch, plan, mode, cases.base)
-        tokens = top_tokens(scope.vlm.tokenizer, cases.base.logits[0], logits[0])
-        print(*described(f"{name}/{mode}", effects, task.controls), *token_lines(tokens), sep="\n")
-        metrics |= effects
-        written["modes"][mode] = {"metrics": effects, "next_token": tokens}
-    if "free" in task.modes:
-        before, after = (generate_edited(scope, inputs, edits, task.new_tokens) for edits in (None, plan))
+        tokens[mode] = top_tokens(scope.vlm.tokenizer, cases.base.logits[0], logits[0])
+    answers = None
+    if "free" in modes:
+        before, after = (generate_edited(scope, inputs, edits, new_tokens) for edits in (None, plan))
+        answers = before, after
+    return EditResult(name, inputs.prompt, tuple(features), active, runs, tokens, answers)
+
+
+def report_edit(result: EditResult, run_dir: Path) -> dict[str, float]:
+    """Print the result of an edit, write `<run_dir>/<name>.json`, and return its metrics."""
+    from vlmscope.core.artifacts import write_json
+
+    name, layers = result.name, len({feature.layer for feature in result.features})
+    print(f"{len(result.features)} features in {layers} layers, {result.active} of them active there")
+    written: dict[str, Any] = {"prompt": result.prompt, "features": [*map(str, result.features)], "modes": {}}
+    for mode, tokens in result.tokens.items():
+        effects, controls = result.effects(mode), result.controls_in(mode)
+        draws = max((each.draws for each in controls), default=0)
+        print(*described(f"{name}/{mode}", effects, draws), *token_lines(tokens), sep="\n")
+        more = [each._asdict() for each in controls]
+        written["modes"][mode] = {"metrics": effects, "next_token": tokens, "controls": more}
+    if result.answers is not None:
+        before, after = result.answers
         print(f"answer before: {before}\nanswer after:  {after}")
         written["answer"] = {"before": before, "after": after}
     write_json(run_dir / f"{name}.json", written)
-    return metrics
+    return result.metrics()
 
 
 def described(root: str, effects: dict[str, float], draws: int) -> list[str]:
@@ -195,7 +342,8 @@ def described(root: str, effects: dict[str, float], draws: int) -> list[str]:
     changed = "changes" if effects[f"{root}/top1_changed"] else "stays"
     mode = root.rpartition("/")[2]
     lines = [f"\n{mode}: KL {effects[f'{root}/kl']:.3g} nats, the most probable next token {changed}"]
-    for suffix, words in SAYS.items():
+    for control, words in SAYS.items():
+        suffix = "control" if control == "matched" else control
         if f"{root}/kl_{suffix}" in effects:
             kl, moved = effects[f"{root}/kl_{suffix}"], effects[f"{root}/top1_changed_{suffix}"]
             lines.append(f"  {words} ({draws} draws): KL {kl:.3g} nats, changed {moved:.0%}")
@@ -212,7 +360,7 @@ def top_tokens(tokenizer: Any, before: Tensor, after: Tensor) -> list[dict[str, 
     return [{"token": token, "before": float(p[i]), "after": float(q[i])} for token, i in named]
 
 
-def token_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+def token_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """`top_tokens` as a table."""
     lines = [f"  {'next token':<16} {'p before':>9} {'p after':>9}"]
     return lines + [f"  {row['token']!r:<16} {row['before']:>9.4f} {row['after']:>9.4f}" for row in rows]

@@ -12,6 +12,10 @@ class UserError(Exception):
     are `assert`s or other exceptions, which show a traceback.
     """
 
+    def _render_traceback_(self) -> list[str]:
+        """The one line that IPython shows in a notebook."""
+        return [f"error: {self}"]
+
 
 class BadPicture(UserError):
     """A file that cannot be decoded; nothing was computed from it, so work can resume once it is repaired."""

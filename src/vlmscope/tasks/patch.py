@@ -27,7 +27,7 @@ class Config(EditConfig):
 
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Patch `prompt=` on `image=` with the activations of the donor run."""
-    from vlmscope.analyses.edits import chosen_features, report_edit
+    from vlmscope.analyses.edits import chosen_features, report_edit, run_edit
     from vlmscope.circuits.operations import Carry
     from vlmscope.config.wiring import load_model, load_scope, user_pictures
     from vlmscope.data.images import open_images
@@ -50,4 +50,5 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     scope = load_scope(cfg, vlm, context.overrides)
     chosen.check_fits(scope)
     carry, donors = Carry(by_layer(scope.transcoders, chosen.features), nodes=chosen.nodes), scope.batch([donor])
-    return report_edit("patch", scope, inputs, carry, task, context.run_dir, cfg.seed, donors, task.strength)
+    more = {"seed": cfg.seed, "donors": donors, "strength": task.strength}
+    return report_edit(run_edit("patch", scope, inputs, carry, **more, **task.runs), context.run_dir)

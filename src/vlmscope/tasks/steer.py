@@ -27,7 +27,7 @@ class Config(EditConfig):
 
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Steer `prompt=` on `image=` (none for text alone)."""
-    from vlmscope.analyses.edits import Fixed, chosen_features, report_edit
+    from vlmscope.analyses.edits import Fixed, chosen_features, report_edit, run_edit
     from vlmscope.circuits.circuit import at_supernodes
     from vlmscope.config.wiring import load_model, load_scope, user_pictures
     from vlmscope.interventions.edits import steer_plan
@@ -45,4 +45,5 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     chosen.check_fits(scope)
     plan = steer_plan(scope, values, len(inputs), task.positions)
     plan = at_supernodes(plan, chosen.nodes, scope.batch([inputs]).places)
-    return report_edit("steer", scope, inputs, Fixed(plan), task, context.run_dir, cfg.seed)
+    result = run_edit("steer", scope, inputs, Fixed(plan), seed=cfg.seed, **task.runs)
+    return report_edit(result, context.run_dir)

@@ -10,7 +10,7 @@ export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-browser lint types imports viewer ui clean
+.PHONY: help install demo test test-slow test-browser lint types imports viewer mlflow ui clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,8 +55,10 @@ imports: $(STAMP) ## import-linter: the direction of imports
 viewer: ## Build the page of the workbench from viewer/ (needs Node.js; its built files are shipped)
 	cd viewer && npm ci --no-audit --no-fund && npm run build
 
-ui: $(STAMP) ## The MLflow UI on this clone's runs, at http://127.0.0.1:5000
+mlflow: $(STAMP) ## MLflow's pages on this clone's runs, at http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db --host 127.0.0.1 --port 5000
+
+ui: mlflow ## The same
 
 clean: ## Remove the environment and caches; never outputs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info

@@ -44,8 +44,8 @@ Keys
 
 Examples
 {examples}
-Each run writes config.yaml, metrics.json and its artifacts into its folder and prints that folder last; `make ui` shows
-all runs in MLflow. Set HYDRA_FULL_ERROR=1 to see the traceback of a configuration error.
+Each run writes config.yaml, metrics.json and its artifacts into its folder and prints that folder last; `make mlflow`
+shows all runs. Set HYDRA_FULL_ERROR=1 to see the traceback of a configuration error.
 """
 
 

@@ -18,6 +18,7 @@ from vlmscope.config.resolve import CONFIG_ERRORS, one_line
 from vlmscope.core.errors import UserError
 from vlmscope.data.config import SourceConfig
 from vlmscope.tasks import registry
+from vlmscope.tracking.client import to_params
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted(catalog.options("experiment"))
@@ -224,3 +225,19 @@ def test_the_commands_of_the_documents_compose() -> None:
             words = [word for word in shlex.split(command, comments=True) if "=" in word]
             sweep = command.startswith("-m ")  # of which the first job is composed
             composed(*(word.partition(",")[0] if sweep else word for word in words))
+
+
+def test_mlflow_gets_the_settings_that_decide_a_result_and_no_others() -> None:
+    cfg = composed("experiment=expansion_sweep", "transcoder.expansion_factor=4")
+    params = to_params(registry.load("train_transcoders").parameters(cfg))
+    assert {"transcoder.expansion_factor": "4", "transcoder.k": "16", "optim.lr": "0.003"}.items() <= params.items()
+    groups = {key.partition(".")[0] for key in params}
+    assert groups == {"task", "model", "data", "transcoder", "optim", "trainer", "seed"}
+    assert {key for key in params if key.startswith("trainer")} == {
+        "trainer.max_steps", "trainer.seed", "trainer.precision",
+    }  # fmt: skip
+    cfg = composed("task=trace", "prompt=what ?", "attribution.max_nodes=300")
+    params = to_params(registry.load("trace").parameters(cfg))
+    assert params["attribution.max_nodes"] == "300" and params["prompt"] == "what ?"
+    assert sum(key.startswith("attribution") for key in params) == 1  # defaults of what only tunes a task are left out
+    assert not any(key.startswith(("trainer", "tracking", "report")) for key in params)

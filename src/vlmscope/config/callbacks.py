@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,21 @@ from vlmscope.config.schema import TrackingConfig
 from vlmscope.core.artifacts import read_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.launch import place_of
-from vlmscope.core.results import read_jobs, write_table
+from vlmscope.core.results import SweepJob, job_rows, read_jobs, table_columns, text_table, write_table
 from vlmscope.tracking import sweep
 
+_MOST = 6  # metrics in the printed table of a sweep
+_FIRST = ("val/fvu", "val/fvu_text", "val/fvu_image", "val/l0", "val/dead_frac", "val/ce_delta")
 
-def summarise(folder: Path) -> list[Path]:
-    """Write `sweep.csv` and, for transcoders, `figures/sweep.png` into a sweep's folder; return the written files.
+
+def summarise(folder: Path) -> tuple[list[SweepJob], list[Path]]:
+    """The jobs of a sweep, and the files written of them: `sweep.csv` and, for transcoders, `figures/sweep.png`.
 
     A failed job is a row without numbers. Other folders are ignored.
     """
     paths = sorted(folder.glob(f"*/{OVERRIDES}"), key=_number)
     if not paths:
-        return []
+        return [], []
     jobs = read_jobs({path.parent: job_settings(read_yaml(path)) for path in paths})
     table = folder / "sweep.csv"
     write_table(jobs, table)
@@ -34,7 +38,21 @@ def summarise(folder: Path) -> list[Path]:
         from vlmscope.report.figures import sweep_overview
 
         written.append(sweep_overview(jobs, folder / "figures" / "sweep.png"))
-    return written
+    return jobs, written
+
+
+def printed(jobs: Sequence[SweepJob]) -> str:
+    """The table of a sweep for the console: settings, status, and the first of its metrics."""
+    columns, rows = table_columns(jobs), job_rows(jobs)
+    settings = columns[: columns.index("status") + 1]
+    measured = next((job.metrics for job in jobs if job.metrics), {})  # in the order of metrics.json
+    headline = [name for name in _FIRST if name in measured] or list(measured)
+    names = [*settings, *headline[:_MOST]]
+
+    def cell(value: str | float | None) -> str:
+        return "" if value is None else value if isinstance(value, str) else f"{value:.4g}"
+
+    return text_table([names, *([cell(row.get(name)) for name in names] for row in rows)])
 
 
 def _number(path: Path) -> tuple[int, str]:
@@ -76,5 +94,10 @@ class SweepParent(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write and log the table of all jobs, then print the folder of the sweep."""
         folder = Path(config.hydra.sweep.dir).resolve()
-        sweep.log_to_parent(summarise(folder), folder)
+        jobs, files = summarise(folder)
+        link = sweep.log_to_parent(jobs, files, folder) if jobs else ""
+        if jobs:
+            print(f"\n{printed(jobs)}")
+        if link:
+            print(f"MLflow: {link}")
         print(folder, flush=True)

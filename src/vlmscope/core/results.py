@@ -213,15 +213,28 @@ def read_jobs(settings: Mapping[Path, Sequence[str]]) -> list[SweepJob]:
     return jobs
 
 
-def write_table(jobs: Sequence[SweepJob], path: Path) -> None:
-    """Write a CSV file with one row per job: settings, status, and every metric that any job has."""
-    names = sorted({name for job in jobs for name in job.metrics or {}})
-    out = io.StringIO()
-    writer = csv.DictWriter(out, ["settings", "status", *names], restval="", lineterminator="\n")
-    writer.writeheader()
+def job_rows(jobs: Sequence[SweepJob]) -> list[dict[str, str | float]]:
+    """One row per job: each setting in a column of its own, status, and the job's metrics."""
+    rows = []
     for job in jobs:
-        status = "failed" if job.metrics is None else "finished"
-        writer.writerow({"settings": ", ".join(job.settings), "status": status, **(job.metrics or {})})
+        settings = [text.partition("=") for text in job.settings]
+        row: dict[str, str | float] = {key: value if equals else "true" for key, equals, value in settings}
+        rows.append(row | {"status": "failed" if job.metrics is None else "finished"} | dict(job.metrics or {}))
+    return rows
+
+
+def table_columns(jobs: Sequence[SweepJob]) -> list[str]:
+    """The columns of `job_rows`: settings, status, then every metric that any job has, sorted."""
+    keys = dict.fromkeys(text.partition("=")[0] for job in jobs for text in job.settings)
+    return [*keys, "status", *sorted({name for job in jobs for name in job.metrics or {}})]
+
+
+def write_table(jobs: Sequence[SweepJob], path: Path) -> None:
+    """Write `job_rows` as a CSV file."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, table_columns(jobs), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(job_rows(jobs))
     write_text(path, out.getvalue())
 
 

@@ -230,22 +230,28 @@ def _recorded_run(cfg: Any, app_cfg: AppConfig, task: Task, own_cfg: AppConfig, 
     study = run_label(cfg, hydra.runtime.choices)
     if not in_sweep:
         parent, study = sweep.starter() or (parent, study)
-    info = RunInfo(study, name, resolved, overrides, parent)
+    tags = {"task": task.name, "experiment": study}
+    if in_sweep:
+        tags["sweep"] = Path(hydra.sweep.dir).name
+    info = RunInfo(study, name, task.parameters(app_cfg), overrides, parent, tags)
     resume = app_cfg.trainer.resume or task.resumes
     with _log_file(run_dir), open_run(app_cfg.tracking, run_dir, info, resume=resume) as tracked:
         try:
             metrics = task.run(own_cfg, replace(context, tracked=tracked, job=name if in_sweep else ""))
         except CheckFailed as failed:
             # Inside the tracked run, which is to end as FAILED, with all that was measured.
-            _record(failed.metrics, tracked, run_dir)
+            _record(failed.metrics, tracked, run_dir, in_sweep)
             raise
-        _record(metrics, tracked, run_dir)
+        _record(metrics, tracked, run_dir, in_sweep)
 
 
-def _record(metrics: Mapping[str, float], tracked: TrackedRun, run_dir: Path) -> None:
+def _record(metrics: Mapping[str, float], tracked: TrackedRun, run_dir: Path, in_sweep: bool) -> None:
     """Write and log the metrics of a task, and print its folder."""
-    tracked.log_metrics(metrics)
+    tracked.log_results(metrics)
     # JSON has no NaN or infinity: such a value becomes null.
     write_json(run_dir / "metrics.json", {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()})
     tracked.log_artifacts(run_dir)
+    link = "" if in_sweep else tracked.link()  # a sweep ends with its own
+    if link:
+        print(f"MLflow: {link}")
     print(run_dir, flush=True)

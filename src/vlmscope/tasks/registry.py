@@ -2,8 +2,8 @@
 
 import ast
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,12 @@ OPTIONAL = (
     "association", "circuit", "circuit_spec", "pairs", "images", "query", "analyses", "analysis", "report", "headline",
     "paper", "figure",
 )  # fmt: skip
+
+# Settings on which no result depends: where a run is recorded, and how it is shown and judged.
+_SHOWN = ("tracking", "report", "headline", "paper", "figure", "name", "reproduce", "prompt_file", "prompt_name")
+_FREE = {"trainer": {"checkpoint_every", "log_every", "val_every", "threads", "resume", "per_host", "rank_timeout"}}
+_WHOLE = ("task", "model", "transcoder", "optim", "trainer")  # of these, defaults are parameters too
+_NOTHING = (None, {}, [], "")
 
 SUBJECTS = {"intervention": "circuit", "interchange": "pairs", "discovery": "pairs"}  # groups that say nothing alone
 
@@ -68,6 +74,37 @@ class Task(NamedTuple):
         unused = {key for key in OPTIONAL if key not in self.uses or getattr(app, key) in (None, {}, [])}
         unused |= {key for key, subject in SUBJECTS.items() if subject in unused} | {"limits"}  # which were applied
         return {key: value for key, value in asdict(app).items() if key not in unused}
+
+    def parameters(self, app: AppConfig) -> dict[str, Any]:
+        """The settings that decide this run's result, for MLflow, where runs are compared; config.yaml has all.
+
+        A setting without a value is left out, and so is the default of a group that only tunes the task.
+        """
+        unused = {*_SHOWN, *(() if "optim" in self.uses else ("trainer",))}  # the trainer's only where one trains
+        kept = {}
+        for key in self.settings(app).keys() - unused:
+            value = chosen(getattr(app, key), key in _WHOLE)
+            if key in _FREE:
+                value = {name: item for name, item in value.items() if name not in _FREE[key]}
+            if value not in _NOTHING:
+                kept[key] = value
+        return kept
+
+
+def chosen(value: Any, whole: bool) -> Any:
+    """Settings as plain mappings without empty values; and, unless `whole`, without those that equal their default."""
+    if isinstance(value, Mapping):
+        inner = {key: chosen(item, whole) for key, item in value.items()}
+        return {key: item for key, item in inner.items() if item not in _NOTHING}
+    if not is_dataclass(value):
+        return value
+    kept = {}
+    for item in fields(value):
+        own = getattr(value, item.name)
+        default = item.default_factory() if item.default_factory is not MISSING else item.default
+        if whole or own != default:
+            kept[item.name] = chosen(own, whole)
+    return {key: item for key, item in kept.items() if item not in _NOTHING}
 
 
 @cache

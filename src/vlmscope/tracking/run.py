@@ -1,6 +1,7 @@
 """Tracked runs, to which tasks log: in an MLflow store, or nowhere."""
 
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmscope.core.artifacts import write_text
 from vlmscope.core.errors import UserError
+from vlmscope.core.launch import program
 from vlmscope.tracking import client as provenance
 from vlmscope.tracking.client import (
     MAX_VALUE,
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _ID_FILE = ".mlflow_run_id"
 _PARAMS_AT_ONCE = 100  # MLflow's limits for one request
-_POINTS_AT_ONCE = 1000
+POINTS_AT_ONCE = 1000
+_OF_LAYER = re.compile(r"(?:layers/)?(?P<name>.+)/layer_(?P<number>\d+)")
+_BY_LAYER = "by_layer/"  # before the name of a metric whose step is the layer
 _PAUSE = 30.0  # seconds after a failure in which the store is left alone
 
 
@@ -49,7 +53,7 @@ class TrackingConfig:
 class RunInfo:
     """Description of a run before it starts.
 
-    `experiment` is its study, `params` the resolved configuration, `parent_id` the run of its sweep.
+    `experiment` is its study, `params` the settings that decide its result, `parent_id` the run of its sweep.
     """
 
     experiment: str
@@ -68,8 +72,15 @@ class TrackedRun:
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log numbers at a training step, by default the latest that this run logged (0 before any)."""
 
+    def log_results(self, metrics: Mapping[str, float]) -> None:
+        """Log the final numbers. Those of layers, `layers/fvu/layer_07`, become one curve by layer: `by_layer/fvu`."""
+
     def log_artifacts(self, path: str | Path) -> None:
         """Copy a file, or all files below a folder, into the run's artifacts. Hidden files are left out."""
+
+    def link(self) -> str:
+        """The address of the run in MLflow's user interface; "" where there is none."""
+        return ""
 
     def lightning_logger(self) -> "Logger":
         """A logger for a Lightning Trainer that writes into this run and never ends it."""
@@ -105,6 +116,19 @@ class MlflowRun(TrackedRun):
         self._step = max(self._step, step or 0)
         self._points.extend((clean_key(key), float(value), now, step) for key, value in metrics.items())
         self._write()
+
+    def log_results(self, metrics: Mapping[str, float]) -> None:
+        now, rest = int(time.time() * 1000), {}
+        for key, value in metrics.items():
+            layer = _OF_LAYER.fullmatch(key)
+            if layer is None:
+                rest[key] = value
+            else:
+                self._points.append((clean_key(_BY_LAYER + layer["name"]), float(value), now, int(layer["number"])))
+        self.log_metrics(rest)
+
+    def link(self) -> str:
+        return "" if self.run_id is None else run_link(self._uri, self.run_id)
 
     def log_artifacts(self, path: str | Path) -> None:
         """Copy a file, or every visible file below a folder, keeping subfolders.
@@ -161,7 +185,7 @@ class MlflowRun(TrackedRun):
         while self._points:
             entries = [
                 Metric(key, value, now, self._step if step is None else step)
-                for key, value, now, step in self._points[:_POINTS_AT_ONCE]
+                for key, value, now, step in self._points[:POINTS_AT_ONCE]
             ]
             client.log_batch(self.run_id, metrics=entries)
             del self._points[: len(entries)]
@@ -228,8 +252,22 @@ def _existing_run(client: "MlflowClient", run_dir: Path) -> "Run | None":
 
 def _latest_step(client: "MlflowClient", run_id: str) -> int:
     """The latest step of a resumed run, which may have nothing left to train."""
-    names = client.get_run(run_id).data.metrics
+    names = [name for name in client.get_run(run_id).data.metrics if not name.startswith(_BY_LAYER)]
     return max((entry.step for name in names for entry in client.get_metric_history(run_id, name)), default=0)
+
+
+def run_link(uri: str, run_id: str) -> str:
+    """The address of a run: on its tracking server, or in the user interface of a local store; "" if it is locked."""
+    try:
+        experiment = patiently(uri, lambda: open_client(uri).get_run(run_id).info.experiment_id, WAIT)
+    except (Unreachable, UserError):
+        return ""
+    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    address = f"{server}/#/experiments/{experiment}/runs/{run_id}"
+    if uri.startswith("http"):
+        return address
+    make = uri == TrackingConfig.uri and program() == "python run.py"
+    return f"{address} (first: {'make mlflow' if make else f'mlflow ui --backend-store-uri {clean_text(uri)}'})"
 
 
 def start_run(

@@ -4,12 +4,14 @@ jobs, and runs that another run starts in other processes."""
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vlmscope.core.errors import UserError
-from vlmscope.tracking.client import PATIENCE, WAIT, Unreachable, check_store, open_client, patiently
-from vlmscope.tracking.run import RunInfo, TrackingConfig, copy_artifact, start_run
+from vlmscope.core.results import SweepJob, job_rows, table_columns
+from vlmscope.tracking.client import PATIENCE, WAIT, Unreachable, check_store, clean_key, open_client, patiently
+from vlmscope.tracking.run import POINTS_AT_ONCE, RunInfo, TrackingConfig, copy_artifact, run_link, start_run
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ def open_parent(config: TrackingConfig, sweep_dir: str | Path, experiment: str, 
     uri, folder = config.uri, Path(sweep_dir)
     folder.mkdir(parents=True, exist_ok=True)
     check_store(uri)
-    info = RunInfo(experiment, folder.name, overrides=overrides, tags={"sweep": "true"})
+    info = RunInfo(experiment, folder.name, overrides=overrides, tags={"experiment": experiment, "sweep": folder.name})
     try:
         parent = patiently(uri, lambda: start_run(open_client(uri), uri, folder, info, resume=True), PATIENCE)
     except Unreachable as error:
@@ -91,15 +93,39 @@ def job_name(settings: Sequence[str], fallback: str) -> str:
     return ", ".join(short)[:200] or fallback
 
 
-def log_to_parent(files: Sequence[Path], root: Path) -> None:
-    """Copy files below `root` into the parent run's artifacts, keeping subfolders; without a parent, do nothing."""
+def log_to_parent(jobs: Sequence[SweepJob], files: Sequence[Path], root: Path) -> str:
+    """Log a sweep into its parent run, and return the address of that run; without a parent, do nothing.
 
-    def copy(uri: str) -> None:
-        client = open_client(uri)
+    `files` below `root` become artifacts, with their subfolders. The table of all jobs becomes an MLflow table, and
+    each metric a curve: over the swept setting if that is one whole number, else over the job's number.
+    """
+    whole = [name for name in table_columns(jobs) if not name.startswith("layers/")]
+    rows = job_rows(jobs)
+    table = {"columns": whole, "data": [[row.get(name) for name in whole] for row in rows]}
+    keys = whole[: whole.index("status")]
+    values = [str(row.get(keys[0])) for row in rows] if len(keys) == 1 else []
+    steps = [int(text) for text in values] if values and all(map(str.isdigit, values)) else list(range(len(jobs)))
+
+    def log(uri: str) -> None:
+        from mlflow.entities import Metric
+
+        client, now = open_client(uri), int(time.time() * 1000)
         for file in files:
             copy_artifact(client, parent_id(), file, file.relative_to(root).parent.as_posix())
+        # Not `log_table`, which appends to the table of an earlier run of this sweep.
+        client.log_text(parent_id(), json.dumps(table), "sweep.json")
+        client.set_tag(parent_id(), "mlflow.loggedArtifacts", json.dumps([{"path": "sweep.json", "type": "table"}]))
+        points = [
+            Metric(clean_key(name), float(value), now, step)
+            for job, step in zip(jobs, steps, strict=True)
+            for name, value in (job.metrics or {}).items()
+            if name in whole
+        ]
+        for start in range(0, len(points), POINTS_AT_ONCE):
+            client.log_batch(parent_id(), metrics=points[start : start + POINTS_AT_ONCE])
 
-    _at_the_end(copy, "the sweep's table and figure", PATIENCE)
+    _at_the_end(log, "the sweep's table and figure", PATIENCE)
+    return run_link(os.environ[_URI], parent_id()) if _URI in os.environ else ""
 
 
 def close_parent(*, killed: bool = False, failed: bool = False) -> None:

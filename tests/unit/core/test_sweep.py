@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from vlmscope.config.callbacks import summarise
+from vlmscope.config.callbacks import printed, summarise
 from vlmscope.config.catalog import job_settings
 from vlmscope.core.artifacts import write_json, write_yaml
 from vlmscope.core.results import SweepJob, read_jobs, write_table
@@ -19,7 +19,10 @@ def test_a_job_is_named_by_what_differs_and_a_failed_one_is_a_row(tmp_path: Path
     assert [job.group for job in jobs] == ["k=4", "k=8"]  # seeds are repetitions
     write_table(jobs, tmp_path / "t.csv")
     rows = list(csv.reader((tmp_path / "t.csv").read_text().splitlines()))
-    assert rows == [["settings", "status", "val/fvu"], ["k=4", "failed", ""], ["k=8, seed=1", "finished", "0.5"]]
+    assert rows == [["k", "seed", "status", "val/fvu"], ["4", "", "failed", ""], ["8", "1", "finished", "0.5"]]
+    assert [line.split() for line in printed(jobs).splitlines()] == [
+        ["k", "seed", "status", "val/fvu"], ["4", "failed"], ["8", "1", "finished", "0.5"],
+    ]  # fmt: skip
 
 
 def test_jobs_stand_in_their_order_and_other_tasks_get_no_figure(tmp_path: Path) -> None:
@@ -27,7 +30,8 @@ def test_jobs_stand_in_their_order_and_other_tasks_get_no_figure(tmp_path: Path)
         write_yaml(tmp_path / str(number) / "overrides.yaml", [f"seed={number}"])
         write_json(tmp_path / str(number) / "metrics.json", {"val/fvu": float(number)})
     (tmp_path / "figures").mkdir()
-    assert summarise(tmp_path) == [tmp_path / "sweep.csv"]
+    jobs, files = summarise(tmp_path)
+    assert (len(jobs), files) == (3, [tmp_path / "sweep.csv"])
     rows = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
-    assert [row["settings"] for row in rows] == ["seed=0", "seed=2", "seed=10"]
-    assert summarise(tmp_path / "figures") == []
+    assert [row["seed"] for row in rows] == ["0", "2", "10"]
+    assert summarise(tmp_path / "figures") == ([], [])

@@ -1,5 +1,6 @@
 """Status, resume, sweeps, limits: against a real MLflow store in SQLite."""
 
+import json
 import os
 import sqlite3
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from vlmscope.core.errors import UserError
+from vlmscope.core.results import SweepJob
 from vlmscope.tracking import RunInfo, TrackedRun, TrackingConfig, open_run, sweep
 from vlmscope.tracking import run as tracked_run
 from vlmscope.tracking.client import MAX_KEY, MAX_VALUE, open_client, to_params
@@ -124,6 +126,41 @@ def test_a_resumed_run_goes_on_and_a_new_one_does_not(config, tmp_path) -> None:
     assert found.data.tags["changed.b"] == "3"
     with open_run(config, run_dir, RunInfo("resume", "r")) as third:
         assert third.run_id != first.run_id
+
+
+def test_final_numbers_of_layers_are_a_curve_by_layer(config, tmp_path) -> None:
+    run_dir, client = folder(tmp_path), open_client(config.uri)
+    numbers = {"val/fvu": 0.5, "layers/fvu/layer_00": 0.25, "layers/fvu/layer_11": 0.75}
+    for resume in (False, True):
+        with open_run(config, run_dir, RunInfo("layers", "r"), resume=resume) as run:
+            run.log_metrics({"train/loss": 1.0}, step=4)
+            run.log_results(numbers)
+            assert f"/runs/{run.run_id} (first: mlflow ui" in run.link()
+
+    def points(name: str) -> list[tuple[int, float]]:
+        return [(point.step, point.value) for point in client.get_metric_history(str(run.run_id), name)]
+
+    assert points("by_layer/fvu")[:2] == [(0, 0.25), (11, 0.75)]
+    assert points("val/fvu")[-1] == (4, 0.5)  # not at the step of the last layer
+
+
+def test_a_sweep_shows_its_jobs_as_a_table_and_as_curves_over_what_was_swept(config, tmp_path) -> None:
+    parent = sweep.open_parent(config, tmp_path / "sweep", "tables", ["k=4,16"])
+    jobs = [
+        SweepJob(("k=4",), {"val/fvu": 0.5, "layers/fvu/layer_00": 0.4}),
+        SweepJob(("k=8",), None),
+        SweepJob(("k=16",), {"val/fvu": 0.25, "layers/fvu/layer_00": 0.2}),
+    ]
+    for _ in range(2):  # a sweep that is run again replaces its table
+        assert f"/runs/{parent}" in sweep.log_to_parent(jobs, [], tmp_path / "sweep")
+    sweep.close_parent()
+    client = open_client(config.uri)
+    history = client.get_metric_history(parent, "val/fvu")
+    assert {(point.step, point.value) for point in history} == {(4, 0.5), (16, 0.25)}
+    table = json.loads(Path(client.download_artifacts(parent, "sweep.json")).read_text())
+    assert table["columns"] == ["k", "status", "val/fvu"]
+    assert table["data"] == [["4", "finished", 0.5], ["8", "failed", None], ["16", "finished", 0.25]]
+    assert client.get_run(parent).data.tags["sweep"] == "sweep"
 
 
 @pytest.mark.parametrize(

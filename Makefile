@@ -58,7 +58,8 @@ viewer: ## Build the page of the workbench from viewer/ (needs Node.js; its buil
 mlflow: $(STAMP) ## MLflow's pages on this clone's runs, at http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db --host 127.0.0.1 --port 5000
 
-ui: mlflow ## The same
+ui: $(STAMP) ## The workbench on this clone's runs, at http://127.0.0.1:8600
+	$(BIN)/python run.py task=serve
 
 clean: ## Remove the environment and caches; never outputs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info

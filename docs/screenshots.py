@@ -8,7 +8,7 @@ or of the summary page of task=reproduce:
     python run.py task=reproduce hydra.run.dir=/my/reproduction
     python docs/screenshots.py --summary /my/reproduction/summary.html
 
-The first are what `make ui` shows. Needs the `dev` extra and Chromium (Debian: apt-get install chromium).
+The first are what `make mlflow` shows. Needs the `dev` extra and Chromium (Debian: apt-get install chromium).
 """
 
 import argparse

@@ -44,8 +44,8 @@ Keys
 
 Examples
 {examples}
-Each run writes config.yaml, metrics.json and its artifacts into its folder and prints that folder last; `make mlflow`
-shows all runs. Set HYDRA_FULL_ERROR=1 to see the traceback of a configuration error.
+Each run writes config.yaml, metrics.json and its artifacts into its folder and prints that folder last; {program} serve
+shows all runs in the browser. Set HYDRA_FULL_ERROR=1 to see the traceback of a configuration error.
 """
 
 
@@ -236,6 +236,8 @@ def _stopped_by_signals() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`, by default the process's own, and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["serve"]:
+        argv[0] = "task=serve"
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # prints a folder's name with the bytes that it has
     if not argv or {"-h", "--help"} & set(argv):

@@ -1,0 +1,128 @@
+"""The workbench's web application: routes over run folders, and the server that runs it."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from vlmscope.core.errors import UserError
+from vlmscope.viewer import graphs
+from vlmscope.viewer.runs import Runs
+from vlmscope.viewer.safety import FILE_POLICY, Guard, Refused, is_loopback
+
+STATIC = Path(__file__).parent / "static"
+_NOT_BUILT = """<!doctype html><html lang="en"><meta charset="utf-8"><title>vlmscope workbench</title>
+<h1>The workbench's page is not built</h1>
+<p>Its server runs. Build the page once with <code>make viewer</code> (needs Node.js 20 or later and npm), then reload.
+An installed wheel has it built.</p></html>"""
+
+
+def create_app(root: Path, host: str = "127.0.0.1", token: str | None = None) -> Any:
+    """The application over the run folders in `root`, as an ASGI callable."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    runs = Runs(root)
+
+    @app.exception_handler(UserError)
+    async def refuse(request: Request, error: UserError) -> Response:
+        return JSONResponse({"error": str(error)}, error.status if isinstance(error, Refused) else 400)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        return JSONResponse({"error": str(error.detail)}, error.status_code)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return JSONResponse({"error": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"}, 422)
+
+    # Routes are plain functions, which run in threads: they read files.
+    @app.get("/api/runs")
+    def listed() -> Response:
+        return JSONResponse(runs.listed())
+
+    @app.get("/api/fvu")
+    def fvu() -> Response:
+        return JSONResponse(runs.fvu())
+
+    @app.get("/api/runs/{name:path}/file")
+    def run_file(name: str, path: str) -> Response:
+        return _file(runs.file(name, path))
+
+    @app.get("/api/runs/{name:path}")
+    def run(name: str) -> Response:
+        return JSONResponse(runs.details(name))
+
+    @app.get("/files/{path:path}")
+    def file_below(path: str) -> Response:
+        return _file(runs.file_below(path))
+
+    @app.get("/api/example")
+    def example() -> Response:
+        return FileResponse(graphs.graph_file(runs, graphs.EXAMPLE), media_type="application/json")
+
+    @app.get("/api/graphs/{name:path}")
+    def graph(name: str) -> Response:
+        return FileResponse(graphs.graph_file(runs, name), media_type="application/json")
+
+    if (STATIC / "index.html").is_file():
+        app.mount("/", StaticFiles(directory=STATIC, html=True))
+    else:
+
+        @app.get("/")
+        def not_built() -> Response:
+            return HTMLResponse(_NOT_BUILT)
+
+    app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=4)
+    return Guard(app, host, token)
+
+
+def _file(path: Path) -> Response:
+    """A file of a run. Pages may run their own scripts, in an origin of their own."""
+    return FileResponse(path, headers={"content-security-policy": FILE_POLICY})
+
+
+def serve(root: Path, host: str, port: int, asked: bool) -> None:
+    """Serve until Ctrl-C. Port 0, or a port in use that the user did not ask for, becomes a free one.
+
+    Raises:
+        UserError: the address cannot be used.
+    """
+    import uvicorn
+
+    token = None if is_loopback(host) else secrets.token_urlsafe(24)
+    listener = _listen(host, port, asked)
+    place = f"[{host}]" if ":" in host else host
+    address = f"http://{place}:{listener.getsockname()[1]}/" + (f"?token={token}" if token else "")
+    print(f"workbench on {root}: {address} (Ctrl-C ends it)", flush=True)
+    config = uvicorn.Config(
+        create_app(root, host, token), log_level="warning", access_log=False, server_header=False, lifespan="off"
+    )
+    with listener:
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(host: str, port: int, asked: bool) -> socket.socket:
+    """A listening socket, made here so that a port in use is one clear line."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for candidate in dict.fromkeys([port] if asked else [port, 0]):
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, candidate))
+            listener.listen(128)
+        except OSError as error:
+            listener.close()
+            reason = error.strerror
+            continue
+        return listener
+    raise UserError(f"cannot listen on {host}:{port}: {reason}; choose another task.port or task.host")

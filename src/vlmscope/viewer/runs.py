@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Runs:
         """All runs, the newest first."""
         found = [self._run(folder, names) for folder, names in self._folders()]
         self._known = {run.id: self._known[run.id] for run in found}
-        return sorted(found, key=lambda run: -run.body["started"])
+        return sorted(found, key=lambda run: run.body["started"], reverse=True)
 
     def listed(self) -> list[dict[str, Any]]:
         """The entries of the list."""
@@ -94,7 +95,7 @@ class Runs:
             "command": shlex.join([*shlex.split(program()), *overrides]),
             "files": files,
             "graphs": graphs,
-            "by_layer": by_layer(run.metrics),
+            "fvu_by_layer": list(by_layer(run.metrics).get("fvu", {}).values()),
         }
 
     def file(self, name: str, path: str) -> Path:
@@ -111,14 +112,18 @@ class Runs:
         return _plain_file(file, path)
 
     def fvu(self) -> list[dict[str, Any]]:
-        """Runs that measured FVU: by layer, with the expansion factor of their transcoders where the run says it."""
+        """Runs that measured FVU (training, evaluation): of all layers together and by layer."""
         rows = []
         for run in self.all():
-            layers = {name: values for name, values in by_layer(run.metrics).items() if "fvu" in name}
-            whole = {name: value for name, value in run.metrics.items() if "/" in name and name.endswith("/fvu")}
+            layers, metrics = by_layer(run.metrics).get("fvu", {}), run.metrics
+            whole = next((name for name in metrics if re.fullmatch(r"(val|test|eval)/fvu", name)), None)
             if layers or whole:
-                factor = _expansion(self.root / run.id / CONFIG)
-                rows.append({"id": run.id, "expansion_factor": factor, "fvu": whole, "by_layer": layers})
+                of = (whole or "val/fvu").partition("/")[0]
+                row = {key: run.body[key] for key in ("id", "started")}
+                row |= {"name": run.body["experiment"] or run.body["task"]}
+                row |= {"expansion": _expansion(self.root / run.id / CONFIG), "fvu_by_layer": list(layers.values())}
+                row |= {"fvu": metrics.get(f"{of}/fvu"), "l0": metrics.get(f"{of}/l0")}
+                rows.append({**row, "dead": metrics.get(f"{of}/dead_frac")})
         return rows
 
     def _folders(self) -> Iterator[tuple[Path, frozenset[str]]]:
@@ -153,12 +158,12 @@ class Runs:
         return known[1]
 
 
-def by_layer(metrics: dict[str, float | None]) -> dict[str, dict[str, float | None]]:
-    """Metrics of layers, `layers/<name>/layer_<ll>`, as name -> layer -> value."""
-    found: dict[str, dict[str, float | None]] = {}
-    for key, value in metrics.items():
+def by_layer(metrics: dict[str, float | None]) -> dict[str, dict[int, float | None]]:
+    """Metrics of layers, `layers/<name>/layer_<ll>`, as name -> layer -> value, layers ascending."""
+    found: dict[str, dict[int, float | None]] = {}
+    for key in sorted(metrics):
         if match := _LAYER.fullmatch(key):
-            found.setdefault(match["name"], {})[str(int(match["layer"]))] = value
+            found.setdefault(match["name"], {})[int(match["layer"])] = metrics[key]
     return found
 
 
@@ -189,8 +194,8 @@ def _summary(folder: Path, name: str, names: frozenset[str]) -> tuple[dict[str, 
     return {
         "id": name,
         "task": task[1] if task else "",
-        "experiment": experiment,
-        "started": started,
+        "experiment": experiment or None,
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="milliseconds"),
         "seconds": ended - started if ended >= started else None,
         "metrics": {key: metrics[key] for key in shown[:_SHOWN]},
         "has": has,

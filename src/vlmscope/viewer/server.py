@@ -48,11 +48,11 @@ def create_app(root: Path, host: str = "127.0.0.1", token: str | None = None) ->
     # Routes are plain functions, which run in threads: they read files.
     @app.get("/api/runs")
     def listed() -> Response:
-        return JSONResponse(runs.listed())
+        return JSONResponse({"root": str(root), "runs": runs.listed()})
 
     @app.get("/api/fvu")
     def fvu() -> Response:
-        return JSONResponse(runs.fvu())
+        return JSONResponse({"runs": runs.fvu()})
 
     @app.get("/api/runs/{name:path}/file")
     def run_file(name: str, path: str) -> Response:

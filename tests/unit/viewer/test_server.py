@@ -31,7 +31,7 @@ def run_folder(root: Path, name: str, task: str = "trace", metrics: dict | None 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     root = tmp_path / "outputs"
-    metrics = {"graph/replacement_score": 0.9, "layers/val_fvu/layer_03": 0.25, "broken": None}
+    metrics = {"graph/replacement_score": 0.9, "layers/fvu/layer_03": 0.25, "val/fvu": 0.5, "broken": None}
     first = run_folder(root, "trace/first", metrics=metrics, overrides=["prompt=a 'b'"])
     (first / "graph.json").write_text('{"nodes": [], "links": []}')
     (first / "report.html").write_text("<script>alert(1)</script>")
@@ -46,7 +46,7 @@ def client(root: Path) -> TestClient:
 
 
 def test_runs_are_listed_newest_first_with_what_they_have(client: TestClient) -> None:
-    second, first = client.get("/api/runs").json()
+    second, first = client.get("/api/runs").json()["runs"]
     assert (first["id"], first["task"], first["status"]) == ("trace/first", "trace", "done")
     assert (second["id"], second["task"], second["status"]) == ("study/second", "study", "failed")
     assert first["metrics"]["graph/replacement_score"] == 0.9
@@ -56,18 +56,19 @@ def test_runs_are_listed_newest_first_with_what_they_have(client: TestClient) ->
 def test_a_run_that_changed_is_read_again(client: TestClient, root: Path) -> None:
     client.get("/api/runs")
     (root / "study/second/metrics.json").write_text('{"study/items": 3}')
-    assert client.get("/api/runs").json()[0]["metrics"] == {"study/items": 3}
+    assert client.get("/api/runs").json()["runs"][0]["metrics"] == {"study/items": 3}
 
 
 def test_the_details_of_a_run(client: TestClient) -> None:
     body = client.get("/api/runs/trace/first").json()
-    assert body["by_layer"] == {"val_fvu": {"3": 0.25}}
+    assert body["fvu_by_layer"] == [0.25]
     assert body["command"].endswith("""task=trace 'prompt=a '"'"'b'"'"''""")
     assert body["graphs"] == ["trace/first"]
     assert {file["path"] for file in body["files"]} == {
         "config.yaml", "graph.json", "metrics.json", "overrides.yaml", "report.html",
     }  # fmt: skip
-    assert client.get("/api/fvu").json()[0]["by_layer"] == {"val_fvu": {"3": 0.25}}
+    (row,) = client.get("/api/fvu").json()["runs"]
+    assert (row["id"], row["fvu"], row["fvu_by_layer"], row["l0"]) == ("trace/first", 0.5, [0.25], None)
 
 
 def test_a_page_of_a_run_can_reach_nothing_of_the_workbench(client: TestClient) -> None:

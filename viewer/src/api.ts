@@ -17,6 +17,7 @@ export interface Run {
   id: string;
   task: string;
   experiment: string | null;
+  title: string; // what tells it from others, such as the prompt and answer of a trace; may be empty
   started: string | null; // ISO 8601
   seconds: number | null;
   status: "done" | "failed" | "running" | "unknown";

@@ -2,7 +2,7 @@ import "./features.css";
 import { useEffect, useState } from "preact/hooks";
 import { api, type FeatureQuery, type FeatureRow, type FindResult, type Study } from "../api";
 import { href, reason, replaceAddress, say, type Route } from "../state";
-import { useJob } from "../try/jobs";
+import { Work } from "../try/jobs";
 import { Stack } from "../ui/charts";
 import { Command } from "../ui/command";
 import { Button, Field, Slider } from "../ui/controls";
@@ -15,6 +15,7 @@ import { Empty, Progress } from "../ui/parts";
 import { FeaturePanel } from "./FeaturePanel";
 import { allStudies } from "./studies";
 
+const work = new Work();
 const STEP = 60; // cards that are added at a time
 const DENSITIES: Record<string, { words: string; min: string; max: string }> = {
   "": { words: "any density", min: "", max: "" },
@@ -51,7 +52,6 @@ function Browser({ study, studies, query }: { study: Study; studies: Study[]; qu
     replaceAddress("features", study.id, next);
   };
 
-  const work = useJob();
   const [asked, setAsked] = useState<{ url: string; name: string } | null>(null);
   const findPicture = async (file: File) => {
     const shown = URL.createObjectURL(file);
@@ -65,7 +65,7 @@ function Browser({ study, studies, query }: { study: Study; studies: Study[]; qu
     }
   };
   const dragging = usePictureDrop(findPicture);
-  const found = asked && work.job?.status === "done" ? (work.job.result as FindResult).rows : null;
+  const found = asked && work.job.value?.status === "done" ? (work.job.value.result as FindResult).rows : null;
 
   const settled = useSettled(JSON.stringify(filters));
   const density = DENSITIES[filters.density] ?? DENSITIES[""]!;
@@ -99,20 +99,20 @@ function Browser({ study, studies, query }: { study: Study; studies: Study[]; qu
         <Choice name="Order" value={filters.sort} options={Object.entries(SORTS)} onChange={(sort) => change({ sort })} />
         {studies.length > 1 && <Choice name="Study" value={study.id} options={studies.map((one) => [one.id, one.name])} onChange={(id) => replaceAddress("features", id)} />}
       </div>
-      <div class="results" aria-busy={busy || work.busy}>
+      <div class="results" aria-busy={busy || work.busy.value}>
         <div class="result-line" role="status">
           {asked ? (
             <>
               <img class="asked-picture" src={asked.url} alt={asked.name} />
-              <span>{found ? <><b>{count(found.length)} features</b> are active on your picture and rarely so strong elsewhere</> : (work.job?.progress.text ?? "Which features fire on it?")}</span>
-              {work.busy && <Button small icon="stop" onClick={work.cancel}>Cancel</Button>}
-              <Button small icon="close" onClick={() => (work.busy && work.cancel(), setAsked(null))}>Back to all</Button>
+              <span>{found ? <><b>{count(found.length)} features</b> are active on your picture and rarely so strong elsewhere</> : (work.job.value?.progress.text ?? "Which features fire on it?")}</span>
+              {work.busy.value && <Button small icon="stop" onClick={() => work.cancel()}>Cancel</Button>}
+              <Button small icon="close" onClick={() => (work.busy.value && work.cancel(), setAsked(null))}>Back to all</Button>
             </>
           ) : (
             data && <span><b>{count(data.total)}</b> of {count(study.layers.reduce((sum, { features }) => sum + features, 0))} features of {study.model}, on {count(study.items)} inputs</span>
           )}
         </div>
-        {asked && work.busy && <Progress fraction={work.job?.progress.fraction ?? null} text="looking for features" />}
+        {asked && work.busy.value && <Progress fraction={work.job.value?.progress.fraction ?? null} text="looking for features" />}
         {error && <Empty icon="warn" title="The study could not be read"><p>{error}</p></Empty>}
         {!asked && data && !rows.length && <Empty icon="search" title="No feature fits"><p>Other words, or fewer filters.</p></Empty>}
         {(!asked || found) && (

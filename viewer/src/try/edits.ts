@@ -2,6 +2,7 @@
 import { signal } from "@preact/signals";
 import type { Edit } from "../api";
 import { parts } from "../features/studies";
+import type { GraphFile } from "../graph/parse";
 import { say } from "../state";
 
 export interface Member {
@@ -76,25 +77,17 @@ export function flattened(groups: EditGroup[], layers: { from: number; to: numbe
   return [...all.values()];
 }
 
-interface GraphFile {
-  nodes?: { node_id: string; feature_type: string; activation?: number | null; influence?: number | null }[];
-}
-
 /** Features of a graph, the most influential first, with their largest activation. */
-export function featuresOf(graph: unknown): Member[] {
+export function featuresOf(graph: GraphFile): Member[] {
   const found = new Map<string, Member>();
-  const nodes = ((graph as GraphFile).nodes ?? []).filter((node) => node.feature_type === "cross layer transcoder");
-  // A node's influence in these files is the share that all nodes up to it make up: the lower, the stronger it is.
-  for (const node of [...nodes].sort((a, b) => (a.influence ?? 1) - (b.influence ?? 1))) {
-    const [layer, index] = node.node_id.split("_");
-    const feature = `L${layer}/${index}`;
-    found.set(feature, { feature, own: Math.max(found.get(feature)?.own ?? 0, node.activation ?? 0) });
-  }
+  const nodes = graph.nodes.filter((node) => node.kind === "feature" && node.feature.startsWith("L"));
+  for (const { feature, activation } of [...nodes].sort((a, b) => (a.cumulative ?? 1) - (b.cumulative ?? 1)))
+    found.set(feature, { feature, own: Math.max(found.get(feature)?.own ?? 0, activation ?? 0) });
   return [...found.values()];
 }
 
 /** Suppress the strongest features of one graph and raise those of another; what both have is left alone. */
-export function exchange(from: unknown, to: unknown, names: [string, string], most = 20, strength = 3): void {
+export function exchange(from: GraphFile, to: GraphFile, names: [string, string], most = 20, strength = 3): void {
   const [first, second] = [featuresOf(from), featuresOf(to)];
   const has = (members: Member[]) => new Set(members.map((member) => member.feature));
   const [inFirst, inSecond] = [has(first), has(second)];

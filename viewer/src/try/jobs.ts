@@ -1,48 +1,50 @@
-import { useEffect, useRef, useState } from "preact/hooks";
+import { signal } from "@preact/signals";
 import { api, type Job, type JobRequest } from "../api";
 import { reason, say } from "../state";
 
-export interface Work {
-  job: Job | null; // the last one started
-  busy: boolean;
-  start: (request: JobRequest) => Promise<Job | null>; // resolves when it has ended
-  cancel: () => void;
-}
+/** One job of the worker at a time: started, followed until it ends, cancelled. It goes on when its page is left. */
+export class Work {
+  readonly job = signal<Job | null>(null);
+  readonly busy = signal(false);
+  private id = "";
 
-/** One job of the worker at a time: started, followed, cancelled. A page that is left behind stops asking. */
-export function useJob(): Work {
-  const [job, set] = useState<Job | null>(null);
-  const [busy, setBusy] = useState(false);
-  const alive = useRef(true);
-  const id = useRef("");
-  useEffect(() => () => void (alive.current = false), []);
-
-  const start = async (request: JobRequest): Promise<Job | null> => {
-    setBusy(true);
-    set(null);
+  /** Resolves when the job has ended; null when it could not be started or followed, or another one took its place. */
+  async start(request: JobRequest): Promise<Job | null> {
+    this.job.value = null;
+    this.busy.value = true;
+    const mine = `starting ${Math.random()}`;
+    this.id = mine;
     try {
-      const started = await api.start(request);
-      id.current = started.id;
-      for (let wait = 150; alive.current; wait = Math.min(wait * 1.3, 800)) {
-        const now = await api.job(started.id);
-        if (!alive.current || id.current !== started.id) return null;
-        set(now);
-        if (now.status !== "queued" && now.status !== "running") {
-          if (now.status === "failed") say(now.error || "The job failed", { error: true });
-          return now;
+      const { id } = await api.start(request);
+      if (this.id !== mine) {
+        await api.cancel(id);
+        return null;
+      }
+      this.id = id;
+      for (let wait = 150; this.id === id; wait = Math.min(wait * 1.3, 800)) {
+        const job = await api.job(id);
+        if (this.id !== id) return null;
+        this.job.value = job;
+        if (job.status !== "queued" && job.status !== "running") {
+          if (job.status === "failed") say(job.error || "The job failed.", { error: true });
+          return job;
         }
         await new Promise((resolve) => setTimeout(resolve, wait));
       }
-      return null;
     } catch (error) {
       say(reason(error), { error: true });
-      return null;
     } finally {
-      if (alive.current) setBusy(false);
+      if (this.id === mine || this.id === this.job.value?.id || this.job.value === null) this.busy.value = false;
     }
-  };
-  const cancel = () => {
-    if (id.current) api.cancel(id.current).catch((error) => say(reason(error), { error: true }));
-  };
-  return { job, busy, start, cancel };
+    return null;
+  }
+
+  /** Stop the job; `start` then resolves with the cancelled one. */
+  async cancel(): Promise<void> {
+    const id = this.id;
+    if (id.startsWith("starting")) {
+      this.id = "";
+      this.busy.value = false;
+    } else if (id && this.busy.value) await api.cancel(id).catch((error) => say(reason(error), { error: true }));
+  }
 }

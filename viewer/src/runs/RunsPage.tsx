@@ -115,7 +115,7 @@ function List({ runs, open, root, onOpen }: { runs: Run[]; open: string; root: s
                   {run.has.graph && <input type="checkbox" aria-label={`Compare the graph of ${run.id}`} checked={picked.value.includes(run.id)} onChange={() => pick(run.id)} />}
                 </td>
                 <td class="name">
-                  <b>{run.title || run.experiment || words(run.task)}</b>
+                  <b>{nameOf(run)}</b>
                   {run.status !== "done" && <span class={`chip status ${run.status}`}>{run.status}</span>}
                   <span class="mono quiet">{run.id}</span>
                 </td>
@@ -132,6 +132,9 @@ function List({ runs, open, root, onOpen }: { runs: Run[]; open: string; root: s
     </div>
   );
 }
+
+/** What a reader calls it: the prompt of a trace, else the experiment or the task. */
+export const nameOf = (run: Run): string => run.title || words(run.experiment || run.task || "run");
 
 /** Where a run leads: each link is a page that shows that part of it. */
 function Links({ run, big = false }: { run: Run; big?: boolean }) {
@@ -160,7 +163,7 @@ function Detail({ id }: { id: string }) {
   return (
     <div class="run-detail">
       <header>
-        <h2>{data.title || data.experiment || words(data.task)}</h2>
+        <h2>{nameOf(data)}</h2>
         <p class="mono quiet">{data.id}</p>
         <p class="soft">{[`task ${words(data.task)}`, when(data.started), duration(data.seconds), data.status].filter(Boolean).join(" · ")}</p>
         <Links run={data} big />

@@ -22,7 +22,7 @@ export function Transcoders() {
         <Command text="python run.py -m experiment=expansion_sweep transcoder.expansion_factor=4,16" />
       </Empty>
     );
-  const drawn = data.runs.filter((run) => !hidden.value.has(run.id) && run.fvu_by_layer.length).slice(0, MOST);
+  const drawn = data.runs.filter((run) => !hidden.value.has(run.id) && run.fvu_by_layer.length).slice(0, MOST).sort((a, b) => (a.expansion ?? 0) - (b.expansion ?? 0));
   const series = new Map(drawn.map((run, n) => [run.id, n]));
   const most = Math.max(...data.runs.flatMap((run) => run.fvu_by_layer), 1e-9);
   const byFactor = data.runs.filter((run) => run.expansion !== null && run.fvu !== null);

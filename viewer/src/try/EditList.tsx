@@ -2,6 +2,7 @@ import { useSignal } from "@preact/signals";
 import { api } from "../api";
 import { isFeature } from "../features/studies";
 import { parse } from "../graph/parse";
+import { nameOf } from "../runs/RunsPage";
 import { reason, say } from "../state";
 import { Button, Field } from "../ui/controls";
 import { count, token as shownToken } from "../ui/format";
@@ -192,7 +193,7 @@ function ChooseGraph({ onClose }: { onClose: () => void }) {
           {runs.map((run) => (
             <li key={run.id}>
               <button type="button" onClick={() => void choose(run.id)}>
-                <b>{run.title || run.experiment || run.task}</b>
+                <b>{nameOf(run)}</b>
                 <span class="mono hint">{run.id}</span>
               </button>
             </li>

@@ -187,12 +187,14 @@ def _run_hydra(argv: Sequence[str], failures: _Failures) -> None:
 
     from vlmscope.config.callbacks import SweepRefused
     from vlmscope.config.catalog import conf_dir, register
+    from vlmscope.config.own import adopt
     from vlmscope.config.resolve import CONFIG_ERRORS, one_line, quote_arguments
     from vlmscope.tasks import registry
 
     configs = registry.configs()
     arguments = quote_arguments(_checked(argv), configs)
     register(configs)
+    arguments = adopt(arguments)
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job(failures))
     try:

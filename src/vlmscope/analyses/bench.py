@@ -100,17 +100,18 @@ class Bench:
     def concept_pictures(
         self, concept: str, split: str, count: int, seed: int | None = None, purpose: str = ""
     ) -> list[Image.Image]:
-        """Pictures of a concept: the user's own, `images.<concept>` to test on, `images.<concept>_train` to find
-        features on and `_val` to settle strengths on (at most `count`), else Orrery's. Without a `seed` the circuit's
-        is taken; `purpose` is for `pictures.json`.
+        """At most `count` pictures of a concept: the user's own, `images.<concept>` to test on,
+        `images.<concept>_train` to find features on and `_val` to settle strengths on, else Orrery's. Without a `seed`
+        the circuit's is taken; `purpose` is for `pictures.json`.
         """
         key = concept if split == "test" else f"{concept}_{split}"
         files = self.cfg.images.get(key)
         if files:
-            shown = open_images(files if split == "test" else files[:count])
+            shown = open_images(files[:count])
         elif concept not in PLANETS:
             raise UserError(
-                f"no pictures of {concept}: give images.{key}=[...], or choose a planet: {', '.join(PLANETS)}"
+                f"no pictures of {concept}: give images.{key}=[...] or a folder, or choose a planet: "
+                f"{', '.join(PLANETS)}"
             )
         else:
             seed = self.circuit_config.seed if seed is None else seed

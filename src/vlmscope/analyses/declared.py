@@ -218,9 +218,12 @@ def unrelated_cases(bench: Bench) -> Sequence[Cases]:
 def from_matrix(bench: Bench) -> Declared:
     """Pictures of every ordered pair of concepts; means and graphs are computed once per concept, for all circuits."""
     config, count = bench.circuit_config, bench.cfg.intervention.pictures
-    cases = matrix_cases(bench.scope, config, bench.concept_pictures, count, modes_of(bench))
+    pictures = cache(bench.concept_pictures)
+    cases = matrix_cases(bench.scope, config, pictures, count, modes_of(bench))
     for subset in cases["test"]:
-        bench.metrics[f"base/{subset.question}/{subset.tags['recipient']}/accuracy"] = subset.batch.size / count
+        recipient = subset.tags["recipient"]
+        shown = len(pictures(recipient, "test", count))
+        bench.metrics[f"base/{subset.question}/{recipient}/accuracy"] = subset.batch.size / shown
     bench.metrics |= priors(config)
     train, prompts = training(bench)
     batches = concept_batches(bench.scope, train, prompts)

@@ -69,8 +69,11 @@ def reproducible(folders: Sequence[Path]) -> dict[str, Path]:
     return {path.stem: path for path in files if (read_yaml(path) or {}).get("reproduce") is True}
 
 
+OWN = "own"  # the group of experiments outside the clone (`config.own`), below `experiment`
+
+
 def _run_label(*names: Any) -> str:
-    return next(str(name) for name in names if name not in (None, "", "null", "None"))
+    return next(str(name) for name in names if name not in (None, "", "null", "None")).removeprefix(f"{OWN}/")
 
 
 def run_label(cfg: DictConfig, choices: Mapping[str, Any]) -> str:

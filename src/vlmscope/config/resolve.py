@@ -33,6 +33,7 @@ from omegaconf.grammar_parser import parse
 
 from vlmscope.circuits.config import CircuitSpecConfig
 from vlmscope.config.catalog import conf_dir, options
+from vlmscope.config.own import own_files
 from vlmscope.config.schema import AppConfig, RandomTranscodersConfig, TranscoderSetConfig
 from vlmscope.core.artifacts import read_text, read_yaml
 from vlmscope.core.errors import UserError
@@ -298,7 +299,12 @@ def _sweeps(argv: Sequence[str]) -> bool:
         argument.lstrip("+").partition("=") for argument in argv if argument.startswith(("experiment=", "sweep="))
     ]
     # Options outside conf/ (--config-dir) are left to Hydra, which refuses commas if it is not a sweep.
-    files = [conf_dir() / group / f"{option}.yaml" for group, _, option in chosen if option]
+    files = [
+        file
+        for group, _, option in chosen
+        for file in own_files(f"{group}={option}") or [conf_dir() / group / f"{option}.yaml"]
+        if option
+    ]
     multirun = [not file.is_file() or "MULTIRUN" in file.read_text(encoding="utf-8") for file in files]
     return any(multirun) or "hydra.mode=MULTIRUN" in argv
 
@@ -424,6 +430,10 @@ def to_app_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> AppConfig:
     app = OmegaConf.to_object(cfg)
     assert isinstance(app, AppConfig), type(app)
     app.image = _image_list(app.image)
+    if app.images:
+        from vlmscope.data.inputs import pictures_of_folders
+
+        app.images = pictures_of_folders(app.images)
     app.prompt = _prompt(app, overrides)
     return app
 

@@ -132,11 +132,12 @@ class AppConfig:
 
     `image` is a path or a list of paths on the command line, and a list of paths (or None) in a task. In a task,
     `prompt` holds the text of `prompt_file`, or of the prompt in `prompts` named by `prompt_name`. `query` is the text
-    that task=find searches for. `images` names the user's picture sets, `association` sets of concepts
-    (conf/cross_modal/). `task` and `transcoder` hold the dataclass (or mapping) of the chosen option.
+    that task=find searches for. `images` names the user's picture sets (files or folders), `association` sets of
+    concepts (conf/cross_modal/). `task` and `transcoder` hold the dataclass (or mapping) of the chosen option.
     Field metadata add what types cannot express (config/resolve.py): `verbatim` text, never parsed, and `paths`.
     `analyses` are general analyses (docs/experiments.md) with their settings; `analysis` holds the settings of
     `experiments/<name>.py`. Their own classes check them.
+    `experiment_file` is the file of an experiment outside the clone (config/own.py).
     `limits` lower settings where a run has them (`debug=fast`): dotted key, with `*` for any key -> maximum (for a
     list, number of entries), or null to delete the key.
     task=reproduce runs experiments with `reproduce`, checks the metrics in `headline` against their ranges, and shows
@@ -161,6 +162,7 @@ class AppConfig:
     report: dict[str, MarkConfig] = field(default_factory=dict)
     analyses: dict[str, dict[str, Any]] = field(default_factory=dict)
     analysis: dict[str, Any] = field(default_factory=dict)
+    experiment_file: str | None = None
     circuit: CircuitConfig | None = None
     circuit_spec: CircuitSpecConfig | None = None
     association: dict[str, CrossModalConfig] = field(default_factory=dict)

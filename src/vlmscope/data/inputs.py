@@ -230,6 +230,42 @@ class UsedPictures:
             write_json(run / PICTURES, {"chosen": self.chosen, "tested": self.tested})
 
 
+def pictures_of_folders(images: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The user's `images:` with every folder replaced by its pictures, in the order of their names.
+
+    `images.<concept>` may be one folder for everything: its folders `train`, `val` and `test` if it has these, else of
+    its pictures every second one tests and the others choose (`images.<concept>_train`).
+
+    Raises:
+        UserError: a folder without pictures, or with a single one to be divided.
+    """
+    found = {name: [file for path in paths for file in _pictures_at(path)] for name, paths in images.items()}
+    for name, paths in images.items():
+        alone = len(paths) == 1 and Path(paths[0]).is_dir() and not name.endswith(("_train", "_val"))
+        if not alone or f"{name}_train" in images:
+            continue
+        folder, files = Path(paths[0]), found[name]
+        splits = {split: folder / split for split in ("train", "val", "test") if (folder / split).is_dir()}
+        if splits:
+            keys = {"train": f"{name}_train", "val": f"{name}_val", "test": name}
+            found |= {keys[split]: _pictures_at(path) for split, path in splits.items()}
+        elif len(files) < 2:
+            raise UserError(f"images.{name}={folder}: one picture cannot both choose and test; give at least two")
+        else:
+            found |= {f"{name}_train": files[1::2], name: files[::2]}
+    return found
+
+
+def _pictures_at(path: str | Path) -> list[str]:
+    """The pictures of a folder, or the file itself."""
+    if not Path(path).is_dir():
+        return [str(path)]
+    files = sorted(str(file) for file in Path(path).iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    if not files and not (Path(path) / "test").is_dir():
+        raise UserError(f"{path}: no pictures in this folder; it needs {', '.join(sorted(PICTURE_SUFFIXES))} files")
+    return files
+
+
 def check_own_pictures(images: Mapping[str, Sequence[str]]) -> None:
     """Refuse the user's `images:` if a file cannot be opened, or if one has the pixels of a picture to choose on
     (`images.<concept>_train`, `_val`) and of one to test on.
@@ -240,6 +276,7 @@ def check_own_pictures(images: Mapping[str, Sequence[str]]) -> None:
         used.add(not name.endswith(("_train", "_val")), f"images.{name}", keys)
 
 
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 GROUP = 8  # rows that make a question of their own
 OTHERS = "other"  # the question of all other rows
 

@@ -76,7 +76,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     check_own_pictures(cfg.images)
     chosen = HydraConfig.get().runtime.choices.get("experiment")  # `name=` may call the run something else
-    module = own_analysis(cfg.name if chosen in (None, "null") else chosen)
+    module = own_analysis(cfg.name if chosen in (None, "null") else chosen, cfg.experiment_file)
     settings = checked_settings(getattr(module, "Settings", None), cfg.analysis, "analysis")
     analyses = [general_analysis(name, given) for name, given in cfg.analyses.items()]
     analyses += [] if module is None else [module]
@@ -112,18 +112,21 @@ def general_analysis(name: str, given: Mapping[str, Any]) -> Any:
     return checked_settings(locate(ANALYSES[name]), given, f"analyses.{name}")
 
 
-def own_analysis(name: str | None) -> Any:
-    """The module `experiments/<name>.py`, its functions named as the methods of `ANALYSES`; None without one.
+def own_analysis(name: str | None, experiment_file: str | None = None) -> Any:
+    """The module `experiments/<name>.py`, or that next to an experiment outside the clone, its functions named as the
+    methods of `ANALYSES`; None without one.
 
     `check(config)` refuses settings before anything is loaded, `declare(bench) -> Declared` gives trials other cases or
     features, `trials(bench, declared)` adds some, and `analyse(bench) -> metrics` is for what no trial measures.
     """
     from vlmscope.config.catalog import conf_dir
+    from vlmscope.config.own import module_file
 
-    path = conf_dir() / "experiment" / f"{name}.py"
-    if not path.is_file():
+    shipped = conf_dir() / "experiment" / f"{name}.py"
+    path = shipped if experiment_file is None else module_file(experiment_file)
+    if path is None or not path.is_file():
         return None
-    spec = importlib.util.spec_from_file_location(f"experiments_{name}", path)
+    spec = importlib.util.spec_from_file_location(f"experiments_{path.stem}", path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

@@ -218,7 +218,9 @@ class TraceResult(Trace):
         if self.maps:
             extra = {"patches": write_target_maps(folder / "patches.safetensors", self.maps, self.settings)}
         model = str(self.graph.meta["model"])
-        write_graph_json(folder / "graph.json", self.pruned, folder.resolve().name, model, self.labels, extra)
+        write_graph_json(
+            folder / "graph.json", self.pruned, folder.resolve().name, model, self.labels, extra, self.pictures
+        )
         self.plot(folder / "figures" / "graph.png")
         return folder
 

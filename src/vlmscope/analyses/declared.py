@@ -140,8 +140,10 @@ def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, Ro
     circuit, pruned = labelled(circuit, bench.labels), traces[0].pruned
     save_circuit(circuit, folder / "circuits" / "_".join(config.concepts))
     save_graph(folder / "graph.safetensors", pruned)
-    write_graph_json(folder / "graph.json", pruned, folder.name, bench.vlm.name, bench.labels)
-    items, image = evidence_items(bench), np.asarray(train[config.concepts[0]][0])
+    picture = train[config.concepts[0]][0]
+    named = (folder.name, bench.vlm.name, bench.labels)
+    write_graph_json(folder / "graph.json", pruned, *named, pictures=[picture])
+    items, image = evidence_items(bench), np.asarray(picture)
     nodes = described(bench.scope, circuit, lambda features: top_examples(bench.scope, features, items))
     write_evidence(folder / "evidence.parquet", nodes)
     draw_diagram(folder / "figures" / "circuit.png", nodes, direct_edges([pruned.graph], nodes), image, MIN_SHARE)

@@ -2,8 +2,9 @@
 
 `graph.safetensors` holds a graph, whole and pruned, bit for bit; `comparison.safetensors` and `aggregate.safetensors`
 hold merged graphs. `graph.json` is valid against the schema of Neuronpedia's and circuit-tracer's viewers; what the
-schema lacks is in extra keys: `vlmscope` at the top, `modality`, `patch` and shares at nodes and links. A link's weight
-is the first graph's minus the second's in a comparison, and the mean in an aggregate. String ids exist only here.
+schema lacks is in extra keys: `vlmscope` at the top (with the pictures), `modality`, `patch` and shares at nodes and
+links. A link's weight is the first graph's minus the second's in a comparison, and the mean in an aggregate. String ids
+exist only here.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from vlmscope.attribution.edges import cumulative_share
 from vlmscope.attribution.influence import scores
+from vlmscope.attribution.storage import cumulative_share
 from vlmscope.core.artifacts import built_from, load_tensors, save_tensors, write_text
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import (
@@ -33,6 +35,7 @@ from vlmscope.core.graph import (
     PrunedGraph,
 )
 from vlmscope.core.records import FeatureId, PatchBox
+from vlmscope.data.images import embedded
 
 _LOG = logging.getLogger(__name__)
 
@@ -203,11 +206,17 @@ def merged_ids(merged: Merged) -> list[str]:
 
 
 def graph_to_json(
-    pruned: PrunedGraph, slug: str, scan: str, labels: Labels = None, extra: Mapping[str, Any] | None = None
+    pruned: PrunedGraph,
+    slug: str,
+    scan: str,
+    labels: Labels = None,
+    extra: Mapping[str, Any] | None = None,
+    pictures: Sequence[Image.Image] = (),
 ) -> dict[str, Any]:
     """The pruned graph as the viewers' JSON; kept edges become links with exactly their weights.
 
-    `slug` is the graph's name, `scan` the model's; `extra` joins the values under the key `vlmscope`.
+    `slug` is the graph's name, `scan` the model's; `extra` joins the values under the key `vlmscope`, small copies of
+    the prompt's `pictures` among them.
     """
     graph, table = pruned.graph, pruned.graph.nodes
     names = {node: node_id(graph, node) for node in np.flatnonzero(pruned.node_mask).tolist()}
@@ -251,6 +260,7 @@ def graph_to_json(
         "n_edges_unpruned": graph.n_edges,
         "target": str(graph.meta.get("target", "logits")),
         "target_weights": [float(weight) for weight in graph.end_weights],
+        "pictures": [embedded(picture) for picture in pictures],
         **(extra or {}),
     }
     return _body(metadata, nodes, links, details)
@@ -392,13 +402,14 @@ def write_graph_json(
     scan: str,
     labels: Labels = None,
     extra: Mapping[str, Any] | None = None,
+    pictures: Sequence[Image.Image] = (),
 ) -> float:
     """Write `graph_to_json`, atomically; returns its size in megabytes (10^6 bytes).
 
     A file too large for an upload to Neuronpedia is written too, with a warning.
     """
     advice = "attribution.edge_threshold, attribution.node_threshold or attribution.max_nodes lower"
-    return _write(path, graph_to_json(pruned, slug, scan, labels, extra), advice)
+    return _write(path, graph_to_json(pruned, slug, scan, labels, extra, pictures), advice)
 
 
 def write_merged_json(path: str | Path, merged: Merged, slug: str, labels: Labels = None) -> float:

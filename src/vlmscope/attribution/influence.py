@@ -35,7 +35,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
-from vlmscope.attribution.edges import MEMORY, Memory, cumulative_share, find_cut, smallest_set
+from vlmscope.attribution.storage import MEMORY, Memory, cumulative_share, find_cut, smallest_set
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import ENDS, AttributionGraph, GraphScores, NodeKind, PrunedGraph
 from vlmscope.core.records import FeatureId
@@ -175,6 +175,31 @@ def scores(graph: AttributionGraph, bias: str = "node", flows: Sequence[np.ndarr
         replacement_no_bias=replacement_no_bias,
         completeness_no_bias=completeness_no_bias,
     )
+
+
+class SubgraphScores(NamedTuple):
+    """`GraphScores` of the part of a graph that someone pinned."""
+
+    replacement: float
+    completeness: float
+
+
+def subgraph_scores(graph: AttributionGraph, pinned: np.ndarray) -> SubgraphScores:
+    """Scores of a graph in which all features but the `pinned [N]` count as errors, as in Neuronpedia's viewer.
+
+    Influence goes down from the ends through pinned features alone; what arrives at another feature is unexplained.
+    With all features pinned these are the scores of the graph. Biases keep the convention "node".
+    """
+    weights, kind, flow = logit_weights(graph), graph.nodes.kind, np.zeros(graph.n_nodes)
+    inside = np.isin(kind, ENDS) | ((kind == NodeKind.FEATURE) & pinned)
+    for rows in reversed(list(row_blocks(graph, rows_of(graph, inside), by_level=True))):
+        edges = absolute_rows(graph, rows)
+        sums = np.asarray(edges.sum(1)).ravel()
+        flow += ((flow[rows] + weights[rows]) / np.where(sums > 0, sums, np.inf)) @ edges
+    unknown = np.isin(kind, (NodeKind.ERROR, NodeKind.LEFT_OUT)) | ((kind == NodeKind.FEATURE) & ~inside)
+    token, unexplained = float(flow[kind == NodeKind.TOKEN].sum()), float(flow[unknown].sum())
+    known, total = token + unexplained, float(flow.sum() + weights.sum())
+    return SubgraphScores(token / known if known else 0.0, 1.0 - unexplained / total if total else 0.0)
 
 
 def _both_flows(graph: AttributionGraph, bias: str) -> tuple[np.ndarray, np.ndarray]:

@@ -17,8 +17,8 @@ import torch
 
 from vlmscope.attribution.adjoint import CACHE_BYTES, SourceVectors
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.attribution.edges import MEMORY, Disk, Memory
 from vlmscope.attribution.influence import BLOCK
+from vlmscope.attribution.storage import MEMORY, Disk, Memory
 from vlmscope.attribution.targets import Targets
 from vlmscope.core.errors import UserError
 from vlmscope.replacement import ReplacementModel

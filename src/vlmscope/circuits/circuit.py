@@ -22,24 +22,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
 
-from vlmscope.attribution.influence import influence
+from vlmscope.attribution.influence import SubgraphScores, influence, subgraph_scores
+from vlmscope.circuits.circuit_file import CIRCUIT, LEVELS, READ, VERSION, circuit_body, read_node, write_circuit
 from vlmscope.circuits.config import ANSWER_PREFIX, BIASES, ERRORS, OTHER, SOFT, TEXT
-from vlmscope.core.artifacts import built_from, load_tensors, read_yaml, save_tensors, write_yaml
+from vlmscope.core.artifacts import built_from, load_tensors, read_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.core.records import FeatureId, PatchBox, Places, Positions
-from vlmscope.core.results import CircuitEdge, CircuitFeature, Supernode
+from vlmscope.core.records import FeatureId, Places
+from vlmscope.core.results import CircuitEdge, Supernode
 from vlmscope.interventions.edits import Gate, LayerEdit, Plan, features_at, merge, position_mask, set_features
-
-VERSION = 2
-_READ = (1, VERSION)  # version 1 had neither positions nor edges
 
 
 @dataclass(frozen=True)
@@ -117,36 +114,14 @@ def with_labels(node: Supernode, labels: Mapping[FeatureId, str]) -> Supernode:
 
 def save_circuit(circuit: Circuit, folder: Path) -> None:
     """Write `circuit.yaml` and `levels.safetensors` into `folder`."""
-    body: dict[str, Any] = {"version": VERSION}
-    if circuit.model:
-        body["model"] = circuit.model
-    if circuit.n_features:
-        body["n_features"] = {int(layer): int(width) for layer, width in circuit.n_features.items()}
-    body["supernodes"] = {name: _node_body(node) for name, node in circuit.supernodes.items()}
-    if circuit.edges:
-        body["edges"] = [vars(edge) for edge in circuit.edges]
-    write_yaml(folder / "circuit.yaml", body)
     arrays: dict[str, np.ndarray] = {
         f"{name}.{role}.{layer}": (values.float() if values.dtype.itemsize < 4 else values).numpy(force=True)
         for name, roles in circuit.levels.items()
         for role, layers in roles.items()
         for layer, values in layers.items()
     }
-    save_tensors(folder / "levels.safetensors", arrays, {"version": "1"})
-
-
-def _node_body(node: Supernode) -> dict[str, Any]:
-    body: dict[str, Any] = {"chosen": node.chosen} if node.chosen else {}
-    if node.positions is not None:
-        box = node.positions.box
-        body["positions"] = {"roles": list(node.positions.roles)}
-        body["positions"] |= {} if box is None else {"box": [float(x) for x in box]}
-    body["features"] = [
-        {"feature": str(m.feature), "role": m.role, "contrast": m.contrast, "influence": m.influence}
-        | ({"label": m.label} if m.label else {})
-        for m in node.features
-    ]
-    return body
+    body = circuit_body(circuit.supernodes, circuit.edges, circuit.model, circuit.n_features)
+    write_circuit(folder, body, arrays)
 
 
 def load_circuit(folder: Path) -> Circuit:
@@ -155,39 +130,23 @@ def load_circuit(folder: Path) -> Circuit:
     Raises:
         UserError: a file is missing or is not a circuit, or was written by a later version.
     """
-    path = folder / "circuit.yaml"
+    path = folder / CIRCUIT
     body = read_yaml(path)
     if not isinstance(body, dict) or not isinstance(body.get("supernodes"), dict):
         raise UserError(f"{path} is not a circuit: it has no supernodes")
-    if body.get("version") not in _READ:
+    if body.get("version") not in READ:
         raise UserError(f"{path} has version {body.get('version')}, this program reads {VERSION}; find it anew")
     with built_from(path, "circuit", "find it again"):
-        supernodes = {str(name): _node(str(name), stored) for name, stored in body["supernodes"].items()}
+        supernodes = {str(name): read_node(str(name), stored) for name, stored in body["supernodes"].items()}
         edges = tuple(CircuitEdge(**edge) for edge in body.get("edges", ()))
     levels: dict[str, dict[str, dict[int, Tensor]]] = {}
-    tensors = folder / "levels.safetensors"
+    tensors = folder / LEVELS
     arrays, _ = load_tensors(tensors)
     with built_from(tensors, "circuit", "find it again"):
         for key, values in arrays.items():
             name, role, layer = key.rsplit(".", 2)
             levels.setdefault(name, {}).setdefault(role, {})[int(layer)] = torch.from_numpy(values)
     return Circuit(supernodes, levels, edges, str(body.get("model", "")), body.get("n_features"))
-
-
-def _node(name: str, stored: Any) -> Supernode:
-    """A supernode of the file; in version 1 it was the list of its features."""
-    body: dict[str, Any] = {"features": stored} if isinstance(stored, list) else stored
-    members = tuple(
-        CircuitFeature(
-            FeatureId.parse(m["feature"]), m["role"], m["contrast"], m["influence"], label=str(m.get("label", ""))
-        )
-        for m in body["features"]
-    )
-    positions = None
-    if (places := body.get("positions")) is not None:
-        box = places.get("box")
-        positions = Positions(tuple(places["roles"]), None if box is None else PatchBox(*map(float, box)))
-    return Supernode(name, members, positions, body.get("chosen", ""))
 
 
 def steer_plan(
@@ -361,7 +320,8 @@ def circuit_metrics(circuit: Circuit, graphs: Sequence[AttributionGraph]) -> dic
     """Sizes, edges, and how much of the graphs the circuit holds.
 
     `circuit/influence_share` is the members' part of all features' influence on the most probable answer, mean over
-    the graphs; `circuit/<name>/active_frac` the share of a supernode's features that are active in some graph.
+    the graphs; `circuit/replacement_score` and `circuit/completeness_score` are the means of `subgraph_scores` with its
+    members pinned; `circuit/<name>/active_frac` is the share of a supernode's features that are active in some graph.
     """
     nodes = circuit.supernodes
     metrics = {
@@ -371,6 +331,7 @@ def circuit_metrics(circuit: Circuit, graphs: Sequence[AttributionGraph]) -> dic
         "circuit/edges": float(sum(edge.source in nodes and edge.source != edge.target for edge in circuit.edges)),
     }
     shares: list[float] = []
+    subgraphs: list[SubgraphScores] = []
     active: dict[str, set[FeatureId]] = {name: set() for name in nodes}
     for graph in graphs:
         weights = np.zeros(graph.n_nodes)
@@ -378,7 +339,9 @@ def circuit_metrics(circuit: Circuit, graphs: Sequence[AttributionGraph]) -> dic
         flow = influence(graph, weights).nodes
         masks = {name: supernode_mask(graph, node) for name, node in nodes.items()}
         total = float(flow[graph.nodes.of(NodeKind.FEATURE)].sum()) or 1.0
-        shares.append(float(flow[np.any(list(masks.values()), axis=0)].sum()) / total)
+        pinned = np.any(list(masks.values()), axis=0)
+        shares.append(float(flow[pinned].sum()) / total)
+        subgraphs.append(subgraph_scores(graph, pinned))
         for name, mask in masks.items():
             active[name] |= {graph.nodes.feature_id(place) for place in np.flatnonzero(mask).tolist()}
     for name, node in nodes.items():
@@ -386,4 +349,8 @@ def circuit_metrics(circuit: Circuit, graphs: Sequence[AttributionGraph]) -> dic
         metrics[f"{key}/features"] = float(len(node.features))
         if graphs:
             metrics[f"{key}/active_frac"] = len(active[name]) / max(len(node.features), 1)
-    return metrics if not shares else metrics | {"circuit/influence_share": float(np.mean(shares))}
+    if not shares:
+        return metrics
+    means = SubgraphScores(*np.mean(subgraphs, axis=0).tolist())._asdict()
+    scores = {f"circuit/{name}_score": value for name, value in means.items()}
+    return metrics | scores | {"circuit/influence_share": float(np.mean(shares))}

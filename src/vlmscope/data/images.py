@@ -6,6 +6,7 @@ several pages give their first frame.
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 import warnings
@@ -21,6 +22,8 @@ from vlmscope.core.errors import BadPicture, UserError
 from vlmscope.core.records import as_rgb, check_mode
 
 MAX_PIXELS = 100_000_000  # larger pictures are refused before decoding, which would take gigabytes
+EMBEDDED_SIDE = 512  # pixels of the longer side of a picture within a file
+_SMALL_FILE = 1 << 15  # bytes of a picture that is embedded exactly
 FIGURE_SIDE = 2048  # pixels of the longer side, as many as figures can show
 
 
@@ -119,6 +122,29 @@ def png_bytes(image: Image.Image | np.ndarray, side: int | None = None) -> bytes
     """Optimised PNG bytes of a picture or uint8 [H, W, 3], shrunk to at most `side` pixels per side."""
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     return _png(picture if side is None else _shrunk(picture, side), optimize=True)
+
+
+def jpeg_bytes(image: Image.Image, side: int, quality: int) -> tuple[bytes, int, int]:
+    """A picture of at most `side` pixels an edge as JPEG, with its width and height."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=quality, optimize=True)
+    return buffer.getvalue(), small.width, small.height
+
+
+def data_uri(picture: bytes) -> str:
+    """PNG or JPEG bytes as a `data:` address; anything else is a `ValueError`."""
+    for kind, start in (("png", b"\x89PNG\r\n\x1a\n"), ("jpeg", b"\xff\xd8\xff")):
+        if picture.startswith(start):
+            return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
+    raise ValueError("not a PNG or JPEG picture")
+
+
+def embedded(picture: Image.Image) -> str:
+    """A picture as a `data:` address, at most `EMBEDDED_SIDE` pixels a side: as PNG, or as JPEG if that is large."""
+    exact = png_bytes(picture, EMBEDDED_SIDE)
+    return data_uri(exact if len(exact) <= _SMALL_FILE else jpeg_bytes(picture, EMBEDDED_SIDE, 85)[0])
 
 
 def encode_png(image: np.ndarray) -> bytes:

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from vlmscope.core.maps import PictureMap
 from vlmscope.core.records import PatchBox
 from vlmscope.core.results import FeatureExample
-from vlmscope.data.images import png_bytes
+from vlmscope.data.images import data_uri, jpeg_bytes, png_bytes  # noqa: F401
 from vlmscope.report.style import INK, MUTED, NEGATIVE, POSITIVE, drawing
 
 SIDE = 128  # pixels
@@ -47,28 +47,11 @@ class TokenSpan(NamedTuple):
 _GAP = TokenSpan("…", 0.0, 0.0, False)
 
 
-def jpeg_bytes(image: Image.Image, side: int, quality: int) -> tuple[bytes, int, int]:
-    """A picture of at most `side` pixels an edge as JPEG, with its width and height."""
-    small = image.convert("RGB")
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=quality, optimize=True)
-    return buffer.getvalue(), small.width, small.height
-
-
 def thumbnail(image: Image.Image) -> tuple[bytes, int, int]:
     """A picture of at most `SIDE` pixels an edge: a small one exactly, as PNG, else JPEG; with its width and height."""
     if max(image.size) <= SIDE:
         return png_bytes(image), image.width, image.height
     return jpeg_bytes(image, SIDE, 82)
-
-
-def data_uri(picture: bytes) -> str:
-    """PNG or JPEG bytes as a `data:` address; anything else is a `ValueError`."""
-    for kind, start in (("png", b"\x89PNG\r\n\x1a\n"), ("jpeg", b"\xff\xd8\xff")):
-        if picture.startswith(start):
-            return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
-    raise ValueError("not a PNG or JPEG picture")
 
 
 def size(picture: bytes) -> tuple[int, int]:

@@ -122,14 +122,12 @@ def _graphs(cfg: AppConfig, context: RunContext, sides: tuple[_Side, _Side]) -> 
 
         vlm = load_model(cfg)
         # Both are prepared before either is traced, so that a mistake in the second costs nothing.
-        inputs = {
-            name: vlm.prepare(side.prompt, open_images(side.images))
-            for name, side in zip(_FOLDERS, sides, strict=True)
-            if not side.file
-        }
+        by_name = {name: side for name, side in zip(_FOLDERS, sides, strict=True) if not side.file}
+        inputs = {name: vlm.prepare(side.prompt, open_images(side.images)) for name, side in by_name.items()}
         scope = load_scope(cfg, vlm, context.overrides)
         for name, prepared in inputs.items():
             graphs[name] = trace(scope, prepared, cfg.attribution, context.run_dir).pruned
             save_graph(context.run_dir / name / "graph.safetensors", graphs[name])
-            write_graph_json(context.run_dir / name / "graph.json", graphs[name], name, vlm.name)
+            path, pictures = context.run_dir / name / "graph.json", open_images(by_name[name].images)
+            write_graph_json(path, graphs[name], name, vlm.name, pictures=pictures)
     return [graphs[name] for name in _FOLDERS]

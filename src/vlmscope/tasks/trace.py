@@ -109,7 +109,8 @@ def _trace_into(
         whole = sum(abs(m.from_patches) + sum(map(abs, m.remainder.values())) for m in answer)
         metrics["graph/patch_residual"] = max(m.residual for m in maps)
         metrics["graph/patch_share"] = sum(m.from_patches for m in answer) / (whole or 1.0)
-    size = write_graph_json(folder / "graph.json", pruned, name or folder.name, scope.vlm.name, labels, extra)
+    named = (name or folder.name, scope.vlm.name, labels)
+    size = write_graph_json(folder / "graph.json", pruned, *named, extra, pictures)
     metrics["graph/json_mb"] = size
     if cfg.task.figure:
         attribution_graph(pruned, folder / "figures" / "graph.png", for_figures(pictures), labels=labels)

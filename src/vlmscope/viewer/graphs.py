@@ -1,15 +1,45 @@
-"""Graphs of the workbench: `graph.json` of run folders, and the bundled example."""
+"""Graphs of the workbench: their files, what users add to them, the scores of a pinned part, and circuits made of it.
+
+Annotations are `annotations.json` next to a graph. Each save names the version that it started from, so that a second
+tab learns of the first one's changes instead of undoing them. A graph file of another program has no
+`graph.safetensors`; then scores are of the pruned graph that its `graph.json` holds.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vlmscope.core.artifacts import shipped
+import numpy as np
+
+from vlmscope.core.artifacts import read_json, shipped, write_json
+from vlmscope.core.errors import UserError
 from vlmscope.viewer.runs import GRAPH, Runs
 from vlmscope.viewer.safety import Refused, inside
 
+if TYPE_CHECKING:
+    from vlmscope.core.graph import AttributionGraph
+
 EXAMPLE = "example"  # id of the graph that comes with vlmscope
-MOST_BYTES = 200 << 20  # of a graph file that is sent
+ANNOTATIONS, EXACT, WORKBENCH = "annotations.json", "graph.safetensors", "workbench"
+MOST_BYTES = 200 << 20  # of a graph file
+_MOST = 20_000  # pins, members of supernodes, or labels
+_LONGEST = 20_000  # characters of a text
+_SAVING = threading.Lock()
+_NAME = re.compile(r"[\w][\w .-]{0,60}")
+_KINDS = {
+    "embedding": 0,
+    "cross layer transcoder": 1,
+    "transcoder": 1,
+    "mlp reconstruction error": 2,
+    "bias": 3,
+    "logit": 4,
+    "left out features": 5,
+}  # numbers of `NodeKind`
 
 
 def example_folder() -> Path:
@@ -17,19 +47,288 @@ def example_folder() -> Path:
     return shipped("assets/example_graph")
 
 
-def graph_folder(runs: Runs, name: str) -> Path:
-    """The folder of a graph by its id: a run, or a folder in it such as `rows/<id>`."""
-    folder = example_folder() if name == EXAMPLE else inside(runs.root, name)
-    if not (folder / GRAPH).is_file():
-        raise Refused(f"{name[:200]} has no {GRAPH}", 404)
-    return folder
-
-
 def graph_file(runs: Runs, name: str) -> Path:
-    """The `graph.json` of an id."""
-    folder = graph_folder(runs, name)
-    path = folder / GRAPH if name == EXAMPLE else inside(runs.root, f"{name}/{GRAPH}")
-    if path.stat().st_size > MOST_BYTES:
-        size = path.stat().st_size / 1e6
-        raise Refused(f"{name}/{GRAPH} has {size:.0f} MB, too large; trace with fewer attribution.max_nodes", 413)
+    """The `graph.json` of an id: a run, or a folder in it such as `rows/<id>`."""
+    path = example_folder() / GRAPH if name == EXAMPLE else inside(runs.root, f"{name}/{GRAPH}")
+    if not path.is_file():
+        raise Refused(f"{name[:200]} has no {GRAPH}", 404)
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise Refused(f"{name}/{GRAPH} has {size / 1e6:.0f} MB, too large; trace with fewer attribution.max_nodes", 413)
     return path
+
+
+def read_graph(runs: Runs, name: str) -> dict[str, Any]:
+    """The parsed `graph.json` of an id; one that lacks nodes or links is refused."""
+    path = graph_file(runs, name)
+    body = read_json(path)
+    if not isinstance(body, dict) or not all(isinstance(body.get(key), list) for key in ("nodes", "links")):
+        raise Refused(f"{name}/{GRAPH} is no graph: it has no nodes and links", 422)
+    return body
+
+
+# ---- what users add
+
+
+def annotations_file(runs: Runs, name: str) -> Path:
+    """Where the annotations of a graph are kept; those of the bundled example below the root, which can be written."""
+    if name == EXAMPLE:
+        return runs.root / WORKBENCH / EXAMPLE / ANNOTATIONS
+    return graph_file(runs, name).with_name(ANNOTATIONS)
+
+
+def annotations(runs: Runs, name: str) -> dict[str, Any]:
+    """What was saved; before the first save, what the graph's own file says is pinned."""
+    path = annotations_file(runs, name)
+    if path.is_symlink():
+        raise Refused(f"{name}/{ANNOTATIONS} is a link; remove it", 409)
+    if path.is_file():
+        return checked(read_json(path), name)
+    return from_neuronpedia(read_graph(runs, name))
+
+
+def save_annotations(runs: Runs, name: str, version: str, body: Any) -> dict[str, Any]:
+    """Save what a page sends, if it started from the version that is stored, and return it with its new version.
+
+    Raises:
+        Stale: another page saved since.
+    """
+    if not version.strip('"').isdigit():
+        raise Refused("If-Match must name the version that was edited", 428)
+    new = checked(body, "the annotations")
+    with _SAVING:
+        stored = annotations(runs, name)
+        if int(version.strip('"')) != stored["version"]:
+            raise Stale(stored)
+        new["version"] = stored["version"] + 1
+        write_json(annotations_file(runs, name), new)
+    return new
+
+
+class Stale(Refused):
+    """A save that started from another version than the one stored, `current`."""
+
+    def __init__(self, current: Mapping[str, Any]) -> None:
+        super().__init__("another page has saved annotations of this graph since; merge and save again", 409)
+        self.current = current
+
+
+def checked(body: Any, name: str) -> dict[str, Any]:
+    """Annotations with exactly the known keys; anything of another shape or size is refused."""
+    try:
+        pinned, labels = _texts(body.get("pinned", [])), body.get("labels", {})
+        nodes = [
+            {"id": _text(node["id"]), "name": _text(node["name"]), "members": _texts(node["members"])}
+            for node in body.get("supernodes", [])
+        ]
+        labels = {_text(key): _text(value) for key, value in labels.items()}
+        version, notes = body.get("version", 0), _text(body.get("notes", ""))
+        if not isinstance(version, int) or version < 0 or len(labels) > _MOST:
+            raise ValueError
+        if sum(1 + len(node["members"]) for node in nodes) > _MOST:
+            raise ValueError
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise Refused(f"{name}: not annotations of a graph, or too many", 422) from error
+    return {"version": version, "pinned": pinned, "supernodes": nodes, "labels": labels, "notes": notes}
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > _LONGEST:
+        raise ValueError
+    return value
+
+
+def _texts(values: Any) -> list[str]:
+    if not isinstance(values, list) or len(values) > _MOST:
+        raise ValueError
+    return list(dict.fromkeys(map(_text, values)))
+
+
+def from_neuronpedia(graph: Mapping[str, Any]) -> dict[str, Any]:
+    """Annotations of version 0 from a graph file's `qParams`: pins and supernodes, `[name, node, ...]` each."""
+    view = graph.get("qParams")
+    view = view if isinstance(view, dict) else {}
+    known = {node.get("node_id") for node in graph["nodes"] if isinstance(node, dict)}
+    groups = [group for group in view.get("supernodes") or [] if isinstance(group, list) and len(group) > 1]
+    nodes = [
+        {"id": f"n{number}", "name": str(group[0]), "members": [str(member) for member in group[1:] if member in known]}
+        for number, group in enumerate(groups[:_MOST])
+    ]
+    pinned = [str(pin) for pin in view.get("pinnedIds") or [] if pin in known]
+    return checked({"pinned": pinned, "supernodes": [node for node in nodes if node["members"]]}, "qParams")
+
+
+def to_neuronpedia(runs: Runs, name: str) -> dict[str, Any]:
+    """The graph with its annotations where Neuronpedia and circuit-tracer look for them: `qParams` and `clerp`."""
+    graph, added = read_graph(runs, name), annotations(runs, name)
+    groups = [[node["name"], *node["members"]] for node in added["supernodes"]]
+    view = graph.get("qParams")
+    view = {**(view if isinstance(view, dict) else {}), "pinnedIds": added["pinned"], "supernodes": groups}
+    nodes = [
+        {**node, "clerp": added["labels"].get(feature_of(node) or str(node.get("node_id")), node.get("clerp", ""))}
+        for node in graph["nodes"]
+    ]
+    return {**graph, "qParams": view, "nodes": nodes}
+
+
+def feature_of(node: Mapping[str, Any]) -> str | None:
+    """The name `L<layer>/<index>` of a feature's node, whose id is `<layer>_<index>_<position>`; None for others."""
+    if _KINDS.get(str(node.get("feature_type"))) != 1:
+        return None
+    found = re.match(r"(\d+)_(\d+)_", str(node.get("node_id")))
+    return f"L{int(found[1])}/{int(found[2])}" if found else None
+
+
+# ---- a pinned part
+
+
+def score(runs: Runs, name: str, pinned: Any) -> dict[str, Any]:
+    """Replacement and completeness score of the pinned features (docs/graphs.md), of the whole graph where it is kept.
+
+    `of` says of which graph: "whole", or "pruned" for one that has only its `graph.json`.
+    """
+    from vlmscope.attribution.influence import subgraph_scores
+
+    try:
+        pins = set(_texts(pinned))
+    except ValueError as error:
+        raise Refused("pinned must be a list of nodes' ids", 422) from error
+    file = graph_file(runs, name).with_name(EXACT)
+    if name != EXAMPLE and file.is_file():
+        inside(runs.root, f"{name}/{EXACT}")  # no link out of the root
+        graph, ids, of = *_exact(file), "whole"
+    else:
+        graph, ids, of = *from_json(read_graph(runs, name)), "pruned"
+    mask = np.array([one in pins for one in ids])
+    return {**subgraph_scores(graph, mask)._asdict(), "of": of}
+
+
+_LAST: dict[Path, tuple[int, AttributionGraph, list[str]]] = {}  # the graph that was read last: a user pins many nodes
+
+
+def _exact(file: Path) -> tuple[AttributionGraph, list[str]]:
+    """A whole graph and the ids of its nodes; the last one is kept."""
+    from vlmscope.attribution.export import load_graph, node_id
+
+    time = file.stat().st_mtime_ns
+    if (known := _LAST.get(file)) is None or known[0] != time:
+        graph = load_graph(file).graph
+        _LAST.clear()
+        _LAST[file] = known = time, graph, [node_id(graph, node) for node in range(graph.n_nodes)]
+    return known[1], known[2]
+
+
+def from_json(body: Mapping[str, Any]) -> tuple[AttributionGraph, list[str]]:
+    """The pruned graph that a file of any program holds, without texts, and the ids of its nodes in its order.
+
+    Raises:
+        Refused: the file has other shapes than the schema says, or its links run in a circle.
+    """
+    from vlmscope.core.graph import AttributionGraph, NodeKind, NodeTable
+
+    try:
+        rows = []
+        for node in body["nodes"]:
+            kind = _KINDS[str(node["feature_type"])]
+            layer = -1 if str(node["layer"]) == "E" else int(node["layer"])
+            rows.append((kind == NodeKind.LOGIT, layer, kind, str(node["node_id"]), float(node.get("token_prob") or 0)))
+        # A bias is a source of its own layer's features, an error of the next layer's.
+        order = {NodeKind.BIAS: 0, NodeKind.FEATURE: 1}
+        rows.sort(key=lambda row: (row[0], row[1], order.get(NodeKind(row[2]), 2)))
+        number = {row[3]: place for place, row in enumerate(rows)}
+        links = [
+            (number[str(link["target"])], number[str(link["source"])], float(link["weight"])) for link in body["links"]
+        ]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise Refused(
+            f"the graph's nodes and links cannot be read ({type(error).__name__}: {str(error)[:80]})", 422
+        ) from error
+    links.sort(key=lambda link: link[:2])
+    targets, sources = (np.array([link[side] for link in links], dtype=np.int64) for side in (0, 1))
+    weights = np.array([link[2] for link in links], dtype=np.float64)
+    if (sources >= targets).any() or not np.isfinite(weights).all():
+        raise Refused("the graph's links do not all run from earlier to later layers", 422)
+    kinds = np.array([row[2] for row in rows], dtype=np.int8)
+    count, ends = len(rows), int((kinds == NodeKind.LOGIT).sum())
+    zeros = np.zeros(count)
+    probabilities = np.array([row[4] for row in rows if row[0]], dtype=np.float64)
+    table = NodeTable(kinds, np.array([row[1] for row in rows], np.int16), zeros.astype(np.int32), zeros.astype(int),
+                      zeros, zeros)  # fmt: skip
+    graph = AttributionGraph(
+        nodes=table,
+        indptr=np.searchsorted(targets, np.arange(count + 1)),
+        indices=sources.astype(np.int32),
+        weights=weights,
+        residual=zeros,
+        left_out_mass=np.zeros((count, 0)),
+        logit_probabilities=probabilities if probabilities.any() else np.ones(ends),
+        logit_tokens=[""] * ends,
+        tokens=[""],
+        is_image=np.zeros(1, bool),
+        image_index=np.full(1, -1),
+        patch_boxes=[None],
+        roles=np.array([""]),
+        prompt="",
+    )
+    return graph, [row[3] for row in rows]
+
+
+def circuit(runs: Runs, name: str, body: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The circuit of a graph's supernodes, its YAML content and levels: each pinned feature outside of them is its own.
+
+    A supernode means the roles of the positions where its members stand in the graph; its levels are the activations
+    there, so that experiments can raise it.
+    """
+    from vlmscope.circuits.circuit_file import circuit_body
+    from vlmscope.core.records import FeatureId, Positions
+    from vlmscope.core.results import CircuitFeature, Supernode
+
+    graph, added = read_graph(runs, name), checked({**body, "labels": {}}, "the circuit")
+    nodes = {str(node.get("node_id")): node for node in graph["nodes"] if isinstance(node, dict)}
+    details = graph.get("vlmscope") if isinstance(graph.get("vlmscope"), dict) else {}
+    roles = [str(token.get("role", "")) for token in details.get("tokens", [])]
+    groups = {node["name"]: node["members"] for node in added["supernodes"]}
+    grouped = {member for members in groups.values() for member in members}
+    groups |= {feature_of(nodes[pin]) or pin: [pin] for pin in added["pinned"] if pin in nodes and pin not in grouped}
+    supernodes, levels = {}, {}
+    for title, members in groups.items():
+        values: dict[FeatureId, dict[str, list[float]]] = {}
+        for member in members:
+            node = nodes.get(member, {})
+            if (feature := feature_of(node)) is not None:
+                place = int(node.get("ctx_idx", 0))
+                role = roles[place] if place < len(roles) else ""
+                values.setdefault(FeatureId.parse(feature), {}).setdefault(role, []).append(
+                    node.get("activation") or 0.0
+                )
+        if not values:
+            continue
+        found = sorted({role for by_role in values.values() for role in by_role if role})
+        parts = [CircuitFeature(f, max(by, key=lambda r: max(by[r])), 0.0, 0.0) for f, by in values.items()]
+        supernodes[title] = Supernode(
+            title, tuple(parts), Positions(tuple(found)) if found else None, f"by hand, in the graph {name}"
+        )
+        for role in found:
+            for layer in sorted({feature.layer for feature in values}):
+                inside_layer = [by_role for feature, by_role in values.items() if feature.layer == layer]
+                means = [float(np.mean(by_role.get(role, [0.0]))) for by_role in inside_layer]
+                levels[f"{title}.graph:{role}.{layer}"] = np.array(means, dtype=np.float32)
+    if not supernodes:
+        raise Refused("nothing to save: pin features, or group some into a supernode", 422)
+    metadata = graph.get("metadata") if isinstance(graph.get("metadata"), dict) else {}
+    return circuit_body(supernodes, (), str(metadata.get("scan", ""))), levels
+
+
+def save_circuit(runs: Runs, name: str, title: str, body: Mapping[str, Any], levels: Mapping[str, np.ndarray]) -> Path:
+    """Write a circuit into `circuits/<title>/` next to its graph, and return that folder."""
+    from vlmscope.circuits.circuit_file import write_circuit
+
+    if _NAME.fullmatch(title) is None:
+        raise Refused("a circuit's name has letters, digits, spaces, '-', '_' or '.', at most 60 of them", 422)
+    base = (runs.root / WORKBENCH if name == EXAMPLE else graph_file(runs, name).parent) / "circuits"
+    if os.path.islink(base) or os.path.islink(base / title):
+        raise Refused(f"{base.name}/{title} is a link; remove it", 409)
+    if (base / title).exists():
+        raise UserError(f"there is a circuit called {title} already; choose another name")
+    write_circuit(base / title, body, levels)
+    return base / title

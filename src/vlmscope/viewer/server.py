@@ -5,16 +5,18 @@ from __future__ import annotations
 import secrets
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI
+import yaml
+from fastapi import Depends, FastAPI, Header
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
+from vlmscope.core.artifacts import parse_json
 from vlmscope.core.errors import UserError
 from vlmscope.viewer import graphs
 from vlmscope.viewer.runs import Runs
@@ -27,6 +29,17 @@ _NOT_BUILT = """<!doctype html><html lang="en"><meta charset="utf-8"><title>vlms
 An installed wheel has it built.</p></html>"""
 
 
+async def _body(request: Request) -> dict[str, Any]:
+    """The JSON object that a request sends."""
+    value = parse_json((await request.body()).decode("utf-8", "replace"))
+    if not isinstance(value, dict):
+        raise Refused("the request must be a JSON object", 422)
+    return value
+
+
+Body = Annotated[dict[str, Any], Depends(_body)]
+
+
 def create_app(root: Path, host: str = "127.0.0.1", token: str | None = None) -> Any:
     """The application over the run folders in `root`, as an ASGI callable."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
@@ -35,6 +48,10 @@ def create_app(root: Path, host: str = "127.0.0.1", token: str | None = None) ->
     @app.exception_handler(UserError)
     async def refuse(request: Request, error: UserError) -> Response:
         return JSONResponse({"error": str(error)}, error.status if isinstance(error, Refused) else 400)
+
+    @app.exception_handler(graphs.Stale)
+    async def stale(request: Request, error: graphs.Stale) -> Response:
+        return JSONResponse({"error": str(error), "current": error.current}, error.status)
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
@@ -69,6 +86,29 @@ def create_app(root: Path, host: str = "127.0.0.1", token: str | None = None) ->
     @app.get("/api/example")
     def example() -> Response:
         return FileResponse(graphs.graph_file(runs, graphs.EXAMPLE), media_type="application/json")
+
+    @app.get("/api/graphs/{name:path}/annotations")
+    def annotations(name: str) -> Response:
+        return JSONResponse(graphs.annotations(runs, name))
+
+    @app.put("/api/graphs/{name:path}/annotations")
+    def annotate(name: str, body: Body, if_match: Annotated[str, Header()] = "") -> Response:
+        return JSONResponse(graphs.save_annotations(runs, name, if_match, body))
+
+    @app.get("/api/graphs/{name:path}/neuronpedia")
+    def neuronpedia(name: str) -> Response:
+        return JSONResponse(graphs.to_neuronpedia(runs, name))
+
+    @app.post("/api/graphs/{name:path}/score")
+    def score(name: str, body: Body) -> Response:
+        return JSONResponse(graphs.score(runs, name, body.get("pinned")))
+
+    @app.post("/api/graphs/{name:path}/circuit")
+    def circuit(name: str, body: Body) -> Response:
+        content, levels = graphs.circuit(runs, name, body)
+        if (title := body.get("name")) is not None:
+            graphs.save_circuit(runs, name, str(title), content, levels)
+        return PlainTextResponse(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
 
     @app.get("/api/graphs/{name:path}")
     def graph(name: str) -> Response:

@@ -16,7 +16,6 @@ from tests.random_graphs import random_graph
 import vlmscope
 from vlmscope.attribution import export
 from vlmscope.attribution.compare import aggregate, compare, write_tables
-from vlmscope.attribution.edges import smallest_set
 from vlmscope.attribution.export import (
     graph_to_json,
     load_merged,
@@ -27,6 +26,7 @@ from vlmscope.attribution.export import (
     write_merged_json,
 )
 from vlmscope.attribution.influence import influence, logit_weights, prune
+from vlmscope.attribution.storage import smallest_set
 from vlmscope.attribution.trace import strongest_edges
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AggregateGraph, GraphComparison, NodeKind, PrunedGraph

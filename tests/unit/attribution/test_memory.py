@@ -16,10 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 from vlmscope.attribution import memory, trace
 from vlmscope.attribution.adjoint import Adjoint
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.attribution.edges import Disk, feature_chunks
+from vlmscope.attribution.edges import feature_chunks
 from vlmscope.attribution.export import load_graph, save_graph
 from vlmscope.attribution.influence import prune
 from vlmscope.attribution.memory import MemoryPlan, graph_costs, plan_memory
+from vlmscope.attribution.storage import Disk
 from vlmscope.attribution.targets import choose_targets
 from vlmscope.attribution.trace import attribute
 from vlmscope.config.catalog import asset

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from tests.random_graphs import random_graph
 
-from vlmscope.attribution import edges as shares
 from vlmscope.attribution import influence as influence_module
-from vlmscope.attribution.edges import smallest_set
+from vlmscope.attribution import storage as shares
 from vlmscope.attribution.influence import end_sources, influence, logit_weights, prune, scores, top_features
+from vlmscope.attribution.storage import smallest_set
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.core.records import FeatureId
 

@@ -30,6 +30,9 @@ SWEEPS = {
     "modality_mix": ["modality=text,mixed", "seed=1"],
     "sparsity_frontier": ["transcoder.activation=batchtopk,jumprelu", "transcoder.k=8"],
 }
+# Recipes of models whose weights a test cannot have run on a tiny one, and on Orrery's scenes.
+TINY = ["model=tiny", "model.device=cpu", "model.dtype=float32", "data=mix_orrery"]
+STAND_INS = {"gemma3_4b_transcoders": TINY, "gemma3_4b_transcoders_1gpu": TINY}
 CLOSE = {"rel_tol": 1e-3, "abs_tol": 1e-5}
 MACHINE_FACTS = ("seconds", "per_s", "_gb", "over_forward")  # in a metric's name: time and memory
 
@@ -88,7 +91,7 @@ def test_numbers(
 ) -> None:
     run_dir, kind = tmp_path / "run", "sweep" if name in SWEEPS else "run"
     where = [f"hydra.{kind}.dir={run_dir}", f"data.path={data}", "tracking=none", "trainer.threads=1"]
-    assert main([f"experiment={name}", "debug=fast", *SWEEPS.get(name, []), *where]) == 0
+    assert main([f"experiment={name}", "debug=fast", *SWEEPS.get(name, []), *STAND_INS.get(name, []), *where]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(run_dir)
     new, file = outcome(run_dir), FOLDER / f"{name}.json"
     old = json.loads(file.read_text()) if file.exists() else {"machine": None, "metrics": {}, "files": []}

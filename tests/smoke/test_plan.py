@@ -42,11 +42,11 @@ def test_settings_change_the_plan(tmp_path: Path) -> None:
     assert slow["plan/sweep/seconds"] > 100 * base["plan/sweep/seconds"]
 
 
-PAPER = ("model=gemma3_4b_it", "transcoder=arch", "transcoder.k=48")
+PAPER = ("model=gemma3_4b_it", "transcoder=arch", "transcoder.k=48", "task.tokens_per_batch=8192")
 
 
 def test_training_of_gemma_4b_is_planned_by_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = ("task.training.tokens=362000000", "task.training.images=216000", "task.training.steps_per_batch=1")
+    data = ("task.training.tokens=362000000", "task.training.images=216000", "task.steps_per_batch=1")
     metrics = plan(tmp_path / "run", *PAPER, *data)
     layer = 2 * 40960 * 2560 + 40960 + 2560
     assert metrics["plan/training/memory/weights"] == 5 * layer * 4
@@ -68,9 +68,9 @@ def test_what_does_not_fit_names_what_to_change(tmp_path: Path, capsys: pytest.C
     metrics = plan(tmp_path / "trace", "model=gemma3_27b_it", "task.device=a100")
     assert metrics["plan/memory/trace"] > 80e9
     assert "Tracing needs more than the 80.0 GB of a100" in capsys.readouterr().out
-    plan(tmp_path / "train", *PAPER, "transcoder.expansion_factor=32", "task.training.step_tokens=65536")
+    plan(tmp_path / "train", *PAPER[:-1], "transcoder.expansion_factor=32", "task.tokens_per_batch=65536")
     out = capsys.readouterr().out
-    assert "Training needs more than the 80.0 GB of h100: choose a smaller task.training.step_tokens" in out
+    assert "Training needs more than the 80.0 GB of h100: choose a smaller task.tokens_per_batch" in out
 
 
 def test_training_over_hosts_and_in_half_precision(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from vlmscope.core.errors import UserError, check_choice, check_least
 from vlmscope.core.hub import gb
+from vlmscope.training.config import BatchConfig, RecipeConfig
 
 if TYPE_CHECKING:
     from vlmscope.attribution.config import AttributionConfig
@@ -84,26 +85,28 @@ def least_time(work: Work, machine: Machine) -> tuple[float, str]:
 
 @dataclass
 class TrainingPlan:
-    """A training run that sees each token once."""
+    """Machines and data of a training run that sees each token once.
+
+    `tokens` None is what the steps come to (trainer.max_steps), `images` None what the sources of a mix come to: the
+    soft tokens of their pictures are among the tokens.
+    """
 
     gpus: int = 8  # of a host
     hosts: int = 1
-    tokens: int = 100_000_000
-    images: int = 0  # whose soft tokens are among them
-    step_tokens: int = 8192  # on all hosts
+    tokens: int | None = None
+    images: int | None = None
     context: int = 2048  # length of a text
-    pool_batches: int = 8
-    steps_per_batch: int = 2  # the model runs once in so many
 
 
-USES = ("attribution",)
+USES = ("attribution", "data", "optim")
 
 
 @dataclass
-class Config:
+class Config(RecipeConfig, BatchConfig):
     """The prompt is `tokens` long: by default `images` pictures' soft tokens and `text_tokens` of text.
 
-    With transcoder=arch, their training is planned as `training` says.
+    With transcoder=arch, their training is planned: of `task.tokens_per_batch` tokens on all hosts and the other keys
+    that task=train_transcoders has, so that `experiment=NAME task=plan` plans an experiment that trains.
     """
 
     tokens: int | None = None
@@ -113,6 +116,8 @@ class Config:
     training: TrainingPlan = field(default_factory=TrainingPlan)
 
     def __post_init__(self) -> None:
+        RecipeConfig.__post_init__(self)
+        BatchConfig.__post_init__(self)
         check_choice("task.device", self.device, MACHINES)
         check_least("task", self, tokens=1, images=0, text_tokens=1)
         at_least_one = {name: 1 for name in vars(self.training) if name != "images"}
@@ -152,8 +157,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         print(f"\nTracing {short}: model.offload=cpu or disk keeps the weights away, attribution.dtype=model avoids")
         print("copies in float32, narrower transcoders need less.")
     if numbers.get("training/peak/rank_00", 0) > limit:  # it owns the most layers
-        print(f"\nTraining {short}: choose a smaller task.training.step_tokens or transcoder.expansion_factor, or more")
-        print("task.training.gpus.")
+        print(f"\nTraining {short}: choose a smaller task.tokens_per_batch, task.pool_batches or")
+        print("transcoder.expansion_factor, or more task.training.gpus.")
     return {f"plan/{key}": number for key, number in numbers.items()}
 
 
@@ -313,13 +318,14 @@ def layer_work(n: int, d: int, arch: TranscoderArchConfig, encoder_dtype: str = 
 
 
 def rank_memory(
-    layout: Layout, rank: int, d: int, arch: TranscoderArchConfig, plan: TrainingPlan, dtype: str, encoder_dtype: str
+    layout: Layout, rank: int, d: int, arch: TranscoderArchConfig, recipe: Config, dtype: str, encoder_dtype: str
 ) -> dict[str, int]:
     """Bytes on a rank's device besides the frozen model, by part; the last three are temporary.
 
     The set is gathered, to validate and to save, on the device of a single rank; of several, on the CPU.
     """
-    layers, n, share = len(layout.layers(rank)), ceil(plan.step_tokens / layout.hosts), plan.step_tokens / layout.world
+    tokens = recipe.tokens_per_batch
+    layers, n, share = len(layout.layers(rank)), ceil(tokens / layout.hosts), tokens / layout.world
     f, encoder, captured = arch.expansion_factor * d, BYTES[encoder_dtype], 2 * d * BYTES[dtype]
     weights = _FLOAT * transcoder_numbers(d, f, arch.skip, arch.activation)
     # All layers of the own share, what is sent, received and joined; alone, with padding and then without.
@@ -328,7 +334,7 @@ def rank_memory(
     # precision copies of weights and inputs.
     work = n * f * (encoder + (0 if arch.activation == "topk" else 1 + encoder)) + 10 * n * d * _FLOAT
     work += encoder * (f * (d + 1) + n * d) if encoder != _FLOAT else 0
-    batches = plan.pool_batches + (plan.pool_batches > 1)  # those of the pool, and the step's
+    batches = recipe.pool_batches + (recipe.pool_batches > 1)  # those of the pool, and the step's
     return {
         "weights": weights * layers,
         "gradients": weights * layers,
@@ -340,6 +346,20 @@ def rank_memory(
     }
 
 
+def pictures_of(cfg: AppConfig, adapter: Adapter, tokens: int) -> int:
+    """Pictures among the tokens of a mix: each source has its weight of them, a picture comes with `text_tokens`."""
+    from vlmscope.models.sizes import soft_tokens
+
+    sources = cfg.data.sources.values()
+    seen = sum(
+        source.weight for source in sources if source.kind in ("hf_image_label", "hf_cauldron") and source.images
+    )
+    if not seen:
+        return 0
+    per_picture = (soft_tokens(adapter) or 0) + cfg.task.text_tokens
+    return round(tokens * seen / sum(source.weight for source in sources) / per_picture)
+
+
 def plan_training(cfg: AppConfig, adapter: Adapter) -> dict[str, float | tuple[float, str]]:
     """Ranks, memory, traffic, disk and least time of training new transcoders."""
     from vlmscope.models.sizes import forward_elements, forward_flops, parameters_by_part
@@ -347,16 +367,22 @@ def plan_training(cfg: AppConfig, adapter: Adapter) -> dict[str, float | tuple[f
 
     if cfg.transcoder.cross_layer:
         raise UserError("task=plan counts transcoders of single layers; leave out transcoder.cross_layer")
-    plan, arch, dtype, d = cfg.task.training, cfg.transcoder, cfg.model.dtype, adapter.d_model
+    recipe, plan, arch, dtype, d = cfg.task, cfg.task.training, cfg.transcoder, cfg.model.dtype, adapter.d_model
     half = "bfloat16" if cfg.trainer.precision == "bf16-mixed" else "float32"
     layout = Layout(adapter.n_layers, plan.gpus * plan.hosts, plan.gpus)
     ranks, layers = layout.members(0), len(layout.layers(0))  # rank 0 owns the most layers
-    n, share = ceil(plan.step_tokens / plan.hosts), ceil(plan.step_tokens / layout.world)
-    pictures = plan.images / plan.tokens * share
+    n, share = ceil(recipe.tokens_per_batch / plan.hosts), ceil(recipe.tokens_per_batch / layout.world)
+    steps, tokens = cfg.trainer.max_steps, plan.tokens
+    if tokens is None:
+        tokens = ceil(steps / recipe.steps_per_batch) * recipe.tokens_per_batch
+    else:
+        steps = ceil(tokens / recipe.tokens_per_batch) * recipe.steps_per_batch
+    images = pictures_of(cfg, adapter, tokens) if plan.images is None else plan.images
+    pictures = images / tokens * share
     # Every rank has a copy of the frozen model, which runs over its share of a batch.
     model = parameters_by_part(adapter)["total"] * BYTES[dtype]
     forward = forward_elements(adapter, share, ceil(pictures), recorded=False) * BYTES[dtype]
-    memory = [{"model": model, **rank_memory(layout, rank, d, arch, plan, dtype, half)} for rank in ranks]
+    memory = [{"model": model, **rank_memory(layout, rank, d, arch, recipe, dtype, half)} for rank in ranks]
     peaks = []
     for parts in memory:  # all that stays, and the largest temporary part
         passing = [forward, parts["exchange"], parts["work"], parts["gathered"]]
@@ -364,12 +390,12 @@ def plan_training(cfg: AppConfig, adapter: Adapter) -> dict[str, float | tuple[f
     captured = 2 * d * BYTES[dtype]  # bytes of a layer's input and output at one token
     in_host = share * sum(captured * len(layout.layers(rank)) + 1 for rank in ranks[1:])
     # Activations are written by the forward, packed, unpacked and joined; then each step is drawn from the pool.
-    handled = 3 * captured * (share * layout.n_layers + n * layers) / plan.steps_per_batch
-    drawn = 4 * captured * n * layers * (plan.pool_batches > 1)
+    handled = 3 * captured * (share * layout.n_layers + n * layers) / recipe.steps_per_batch
+    drawn = 4 * captured * n * layers * (recipe.pool_batches > 1)
     flops = forward_flops(adapter, share, pictures, plan.context)
     work = {
-        "forward": Work(flops / plan.steps_per_batch, (model + forward) / plan.steps_per_batch, dtype),
-        "exchange": Work(0.0, handled + drawn, linked=in_host / plan.steps_per_batch),
+        "forward": Work(flops / recipe.steps_per_batch, (model + forward) / recipe.steps_per_batch, dtype),
+        "exchange": Work(0.0, handled + drawn, linked=in_host / recipe.steps_per_batch),
     }
     for part, needs in layer_work(n, d, arch, half).items():
         work[part] = needs._replace(flops=needs.flops * layers, moved=needs.moved * layers)
@@ -379,7 +405,6 @@ def plan_training(cfg: AppConfig, adapter: Adapter) -> dict[str, float | tuple[f
         # In a ring each device sends 2 (H - 1) / H of a tensor.
         work["sums"] = Work(0.0, 3.0 * summed, networked=summed * 2 * (plan.hosts - 1) / plan.hosts)
     times = {part: least_time(needs, MACHINES[cfg.task.device]) for part, needs in work.items()}
-    steps = ceil(plan.tokens / plan.step_tokens) * plan.steps_per_batch
     hours = sum(seconds for seconds, _ in times.values()) * steps / 3600
     # BatchTopK's threshold is written for every feature of the set, which is in bfloat16.
     stored = weights // 2 + 2 * f * (arch.activation == "batchtopk")
@@ -392,8 +417,10 @@ def plan_training(cfg: AppConfig, adapter: Adapter) -> dict[str, float | tuple[f
         "training/traffic/between_hosts": work.get("sums", Work()).networked,  # in a step
         "training/disk/checkpoint": 3 * weights * layout.n_layers,  # two stand while one is written
         "training/disk/set": stored * layout.n_layers,
-        "training/disk/cache": plan.tokens * captured * layout.n_layers,  # of all activations (task.cache), if wanted
+        "training/disk/cache": tokens * captured * layout.n_layers,  # of all activations (task.cache), if wanted
         **{f"training/seconds/{part}": time for part, time in times.items()},  # of a step of rank 0
+        "training/tokens": tokens,
+        "training/images": images,
         "training/steps": steps,
         "training/hours": hours,
         "training/gpu_hours": hours * layout.world,

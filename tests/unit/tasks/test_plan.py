@@ -37,8 +37,8 @@ from vlmscope.models.tiny import FAMILIES, tiny_gemma3, tiny_image, tiny_vlm
 from vlmscope.replacement import build_replacement
 from vlmscope.scope import Scope
 from vlmscope.tasks.plan import (
+    Config,
     Machine,
-    TrainingPlan,
     Work,
     graph_sizes,
     layer_work,
@@ -152,7 +152,7 @@ def test_operations_are_those_that_torch_counts() -> None:
 
 def memory(layout: Layout | None = None, rank: int = 0, encoder_dtype: str = "float32", **arch: Any) -> dict[str, int]:
     """Of a rank that trains on a tiny Gemma 3."""
-    plan = TrainingPlan(step_tokens=ROWS * LENGTH, pool_batches=2)
+    plan = Config(tokens_per_batch=ROWS * LENGTH, pool_batches=2)
     kind = TranscoderArchConfig(4, 8, **arch)
     return rank_memory(layout or Layout(L), rank, D, kind, plan, "float32", encoder_dtype)
 

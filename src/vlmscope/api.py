@@ -122,6 +122,7 @@ def load(
     from vlmscope.config.catalog import option
     from vlmscope.models.loading import load_named
     from vlmscope.training.evaluation import check_hooks, warn_on_load
+    from vlmscope.transcoders.formats import Choice
     from vlmscope.transcoders.hub import from_pretrained
 
     named = option("model", str(model or "orrery")) or {"path": str(model)}
@@ -129,7 +130,9 @@ def load(
     vlm = load_named(named["path"], named.get("hub"), revision, dtype, device, offload)
     adapter, chosen = vlm.adapter, option("transcoder", str(transcoders or "orrery")) or {"path": str(transcoders)}
     transcoder_revision = transcoder_revision or chosen.get("revision")
-    loaded = from_pretrained(chosen["path"], transcoder_revision, n_layers=adapter.n_layers, d_model=adapter.d_model)
+    sizes = {"n_layers": adapter.n_layers, "d_model": adapter.d_model}
+    choice = Choice(*(chosen.get(key) for key in ("width", "l0", "affine")))
+    loaded = from_pretrained(chosen["path"], transcoder_revision, **sizes, choice=choice)
     scope = Scope(vlm, loaded.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False))
     check_hooks(scope)
     if check:

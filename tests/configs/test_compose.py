@@ -14,6 +14,7 @@ from tests.configs.composing import composed, rounds
 
 from vlmscope.config import catalog
 from vlmscope.config.catalog import conf_dir, register
+from vlmscope.config.own import adopt
 from vlmscope.config.resolve import CONFIG_ERRORS, one_line
 from vlmscope.core.errors import UserError
 from vlmscope.data.config import SourceConfig
@@ -216,15 +217,36 @@ def test_every_limit_of_debug_is_a_setting(hydra: None) -> None:
     assert lost == []
 
 
-def test_the_commands_of_the_documents_compose() -> None:
-    for document in ("README.md", "docs/commands.md"):
-        text = (ROOT / document).read_text(encoding="utf-8")
+def test_the_commands_of_the_documents_compose(tmp_path: Path) -> None:
+    recipes = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    own = tmp_path / "my_llava.yaml"
+    own.write_text(re.findall(r"```yaml\n(.*?)```", recipes, re.DOTALL)[0])
+    for document in ("README.md", "docs/commands.md", "docs/recipes.md"):
+        text = (ROOT / document).read_text(encoding="utf-8").replace("./my_llava.yaml", str(own))
         commands = re.findall(r"^(?:python run\.py|python -m torch\S+ .*? run\.py|vlmscope) (.+)$", text, re.MULTILINE)
         assert commands, document
         for command in commands:
             words = [word for word in shlex.split(command, comments=True) if "=" in word]
             sweep = command.startswith("-m ")  # of which the first job is composed
-            composed(*(word.partition(",")[0] if sweep else word for word in words))
+            composed(*adopt([word.partition(",")[0] if sweep else word for word in words]))
+
+
+def test_recipes_of_published_models_fix_every_key() -> None:
+    for name in catalog.options("transcoder"):
+        if name.startswith("gemma_scope_2"):
+            chosen, size = composed(f"transcoder={name}").transcoder, name.split("_")[3]
+            assert chosen.path == f"google/gemma-scope-2-{size}-it" and f"gemma3_{size}_it" in catalog.options("model")
+            assert (chosen.format, chosen.width, chosen.l0, chosen.affine) == ("gemma_scope", "16k", "small", True)
+    eight, one = composed("experiment=gemma3_4b_transcoders"), composed("experiment=gemma3_4b_transcoders_1gpu")
+    for cfg in (eight, one):
+        assert (cfg.model.name, cfg.model.device, cfg.data.name, cfg.transcoder.k) == (
+            "gemma-3-4b-it",
+            "cuda",
+            "mix",
+            48,
+        )
+        assert cfg.trainer.max_steps * cfg.task.tokens_per_batch == 28000 * 8192  # as many tokens
+    assert (eight.transcoder.expansion_factor, one.transcoder.expansion_factor) == (32, 4)
 
 
 def test_mlflow_gets_the_settings_that_decide_a_result_and_no_others() -> None:

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from vlmscope.app import main
+from vlmscope.core.hub import gb
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def plan(run_dir: Path, *arguments: str) -> dict[str, float]:
@@ -81,3 +84,14 @@ def test_training_over_hosts_and_in_half_precision(tmp_path: Path) -> None:
     assert "plan/training/seconds/sums" in hosts
     assert hosts["plan/training/memory/work"] < base["plan/training/memory/work"]  # half the tokens, half the bytes
     assert hosts["plan/training/memory/weights"] == base["plan/training/memory/weights"]  # float32 as ever
+
+
+def test_the_recipes_cost_what_their_documents_say(tmp_path: Path) -> None:
+    documents = [ROOT / "docs/recipes.md", *(ROOT / "experiments").glob("gemma3_4b_transcoders*.md")]
+    for name, gpus in (("gemma3_4b_transcoders", 8), ("gemma3_4b_transcoders_1gpu", 1)):
+        metrics = plan(tmp_path / name, f"experiment={name}", f"task.training.gpus={gpus}")
+        hours, peak = f"{metrics['plan/training/hours']:.3g}", gb(metrics["plan/training/peak/rank_00"])
+        for document in documents:
+            if document.stem in ("recipes", name):
+                text = document.read_text(encoding="utf-8")
+                assert hours in text and peak in text and gb(metrics["plan/training/disk/set"]) in text, document

@@ -22,6 +22,7 @@ OPTIONAL = (
 
 # Settings on which no result depends: where a run is recorded, and how it is shown and judged.
 _SHOWN = ("tracking", "report", "headline", "paper", "figure", "name", "reproduce", "prompt_file", "prompt_name")
+_SHOWN += ("experiment_file",)
 _FREE = {"trainer": {"checkpoint_every", "log_every", "val_every", "threads", "resume", "per_host", "rank_timeout"}}
 _WHOLE = ("task", "model", "transcoder", "optim", "trainer")  # of these, defaults are parameters too
 _NOTHING = (None, {}, [], "")

@@ -240,6 +240,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["serve"]:
         argv[0] = "task=serve"
+    if argv[:1] == ["--worker"] and len(argv) == 2 and argv[1].isdigit():  # as the workbench starts it
+        from vlmscope.viewer.worker import run_worker
+
+        return run_worker(main, int(argv[1]))
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # prints a folder's name with the bytes that it has
     if not argv or {"-h", "--help"} & set(argv):

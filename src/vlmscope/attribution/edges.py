@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 from scipy import sparse
+from tqdm import tqdm
 
 from vlmscope.attribution.adjoint import Adjoint, Columns, total_effects
 from vlmscope.attribution.config import AttributionConfig
@@ -147,31 +148,37 @@ def select_rows(
     """
     columns = adjoint.columns
     n_features = int(columns.n_features[: ends.layer].sum())
+    bar = tqdm(desc="graph", total=min(n_features, config.max_nodes), unit="row", delay=2.0, leave=False)
 
     def rows(chosen: np.ndarray) -> list[RowChunk]:
-        return [store.keep(chunk) for chunk in feature_chunks(adjoint, chosen, batch_size, dtype)]
+        kept = []
+        for chunk in feature_chunks(adjoint, chosen, batch_size, dtype):
+            kept.append(store.keep(chunk))
+            bar.update(len(chunk.targets))
+        return kept
 
     def ranked(scores: np.ndarray) -> np.ndarray:
         return np.argsort(-scores[columns.all_features()][:n_features], kind="stable")
 
-    if n_features <= config.max_nodes:
-        return rows(np.arange(n_features))
-    if config.choice == "total_effect":
-        # Targets are put on one scale as influence does it, by the sum of what goes into them.
-        share = targets.weights / np.where(ends.absolute > 0, ends.absolute, 1.0)
-        scores = np.zeros(columns.total)
-        for begin in range(0, len(targets), batch_size):
-            batch = slice(begin, begin + batch_size)
-            scores += share[batch] @ total_effects(adjoint, targets, batch).abs().double().numpy(force=True)
-        return rows(ranked(scores)[: config.max_nodes])
-    chunks: list[RowChunk] = []
-    visited = np.zeros(n_features, dtype=bool)
-    while (room := config.max_nodes - int(visited.sum())) > 0:
-        order = ranked(_partial_influence(columns, ends, chunks, targets.weights))
-        chosen = order[~visited[order]][: min(room, config.update_every)]
-        chunks += rows(chosen)
-        visited[chosen] = True
-    return chunks
+    with bar:
+        if n_features <= config.max_nodes:
+            return rows(np.arange(n_features))
+        if config.choice == "total_effect":
+            # Targets are put on one scale as influence does it, by the sum of what goes into them.
+            share = targets.weights / np.where(ends.absolute > 0, ends.absolute, 1.0)
+            scores = np.zeros(columns.total)
+            for begin in range(0, len(targets), batch_size):
+                batch = slice(begin, begin + batch_size)
+                scores += share[batch] @ total_effects(adjoint, targets, batch).abs().double().numpy(force=True)
+            return rows(ranked(scores)[: config.max_nodes])
+        chunks: list[RowChunk] = []
+        visited = np.zeros(n_features, dtype=bool)
+        while (room := config.max_nodes - int(visited.sum())) > 0:
+            order = ranked(_partial_influence(columns, ends, chunks, targets.weights))
+            chosen = order[~visited[order]][: min(room, config.update_every)]
+            chunks += rows(chosen)
+            visited[chosen] = True
+        return chunks
 
 
 @dataclass(frozen=True)

@@ -279,7 +279,7 @@ def _rewrite(argument: str, tasks: tuple[type, ...], sweeps: bool) -> str:
     kind = _look_up(name, tasks)
     if kind.exact:
         return f"{name}={quote(value)}"
-    if name == "task.features" and value.lstrip().startswith("{"):
+    if name in ("task.features", "task.factors") and value.lstrip().startswith("{"):
         return f"++{name}={value}"  # Hydra requires `++` for new names in a dict
     if name.startswith("images."):
         # A new name in a dict needs `++`, and one picture is a list of one.

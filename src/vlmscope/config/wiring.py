@@ -7,7 +7,7 @@ so is where a model computes (`model.device`, `model.offload`).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,25 @@ _MODEL_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*/*.
 _SET_FILES = (".json", ".yaml")  # of a transcoder set, besides the weights
 
 
+_KEPT: dict[str, tuple[str, Any]] | None = None
+
+
+def keep_loaded() -> None:
+    """Keep the last model and the last transcoders of this process for its next runs, as a worker does."""
+    global _KEPT
+    _KEPT = {}
+
+
+def _kept(what: str, key: Any, load: Callable[[], Any]) -> Any:
+    """What `load` returns, or what it returned last if that had the same key and things are kept."""
+    if _KEPT is None:
+        return load()
+    if what not in _KEPT or _KEPT[what][0] != repr(key):
+        _KEPT.pop(what, None)  # before the next is loaded, or both would need room
+        _KEPT[what] = repr(key), load()
+    return _KEPT[what][1]
+
+
 def limit_threads(cfg: AppConfig) -> None:
     """Use `trainer.threads` threads if set, else torch's default."""
     import torch
@@ -52,6 +71,10 @@ def load_model(cfg: AppConfig) -> VLM:
         UserError: the model is missing and cannot be fetched, or is not supported.
     """
     limit_threads(cfg)
+    return _kept("model", (cfg.model, cfg.seed), lambda: _load_model(cfg))
+
+
+def _load_model(cfg: AppConfig) -> VLM:
     chosen = cfg.model
     if chosen.family is None:
         from vlmscope.models.loading import load_named
@@ -93,8 +116,13 @@ def load_scope(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("transcoder
         print("transcoders: random, as the model is; transcoder=path names trained ones")
         return Scope(vlm, random_transcoders(RandomTranscodersConfig(seed=cfg.seed), vlm))
     adapter = vlm.adapter
-    trained = trained_transcoders(cfg, adapter.n_layers, adapter.d_model, str(adapter.device), adapter.dtype.itemsize)
-    scope = Scope(vlm, trained.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False))
+
+    def trained() -> TranscoderSet:
+        device, itemsize = str(adapter.device), adapter.dtype.itemsize
+        loaded = trained_transcoders(cfg, adapter.n_layers, adapter.d_model, device, itemsize)
+        return loaded.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)
+
+    scope = Scope(vlm, _kept("transcoders", (cfg.model, cfg.transcoder), trained))
     warn_if_unfit(scope, cfg.prompt, user_pictures(cfg) if cfg.prompt is not None else [])
     return scope
 

@@ -132,8 +132,10 @@ def find_by_activations(study: StudyFolder, peaks: Mapping[int, np.ndarray], cou
         share = firing * (reached + 0.5) / (total + 1)
         for index in np.flatnonzero(activations > 0).tolist():
             bits = -math.log2(float(share[index]))
-            relative = float(activations[index] / max(float(counts.activation_max[index]), 1e-30))
+            largest = float(counts.activation_max[index])
+            relative = float(activations[index]) / largest if largest > 0 else math.inf
             why = f"fires on {100 * firing[index]:.1f} % of items; {relative:.2f} of its largest activation"
+            why = why if largest > 0 else "never fired in the study"
             ranked.append((-bits, -relative, Match(FeatureId(layer, index), bits, why, float(activations[index]))))
     if not ranked:
         raise UserError(f"no feature of {study.path} is active on this input; give another picture or prompt")

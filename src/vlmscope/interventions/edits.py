@@ -230,9 +230,13 @@ def by_layer(transcoders: TranscoderSet, features: Iterable[FeatureId]) -> dict[
 
 
 def steer_plan(
-    scope: Scope, values: Mapping[FeatureId, float], length: int, positions: Sequence[int] | None = None
+    scope: Scope,
+    values: Mapping[FeatureId, float],
+    length: int,
+    positions: Sequence[int] | None = None,
+    factors: Mapping[FeatureId, float] | None = None,
 ) -> dict[int, LayerEdit]:
-    """Set features to given activations (0 ablates) in a prompt of `length` tokens.
+    """Set features to given activations (0 ablates) in a prompt of `length` tokens, and multiply others by `factors`.
 
     With `positions` the edit acts on these alone, and not on generated tokens; without them everywhere.
 
@@ -247,11 +251,13 @@ def steer_plan(
         where = torch.zeros_like(where)
         where[list(positions)] = True
     plan: dict[int, LayerEdit] = {}
-    for layer, features in by_layer(scope.transcoders, values).items():
-        chosen = [values[FeatureId(layer, index)] for index in features.tolist()]
-        value = torch.tensor(chosen, dtype=scope.adapter.dtype, device=scope.adapter.device)
+    factors, like = factors or {}, {"dtype": scope.adapter.dtype, "device": scope.adapter.device}
+    for layer, features in by_layer(scope.transcoders, [*values, *factors]).items():
+        named = [FeatureId(layer, index) for index in features.tolist()]
+        value = torch.tensor([values.get(feature, 0.0) for feature in named], **like)
+        scale = torch.tensor([factors.get(feature, 0.0) for feature in named], **like)
         generated = value if positions is None else None
-        plan[layer] = set_features(features.to(scope.adapter.device), value, where, generated)
+        plan[layer] = LayerEdit(features.to(scope.adapter.device), value, scale, where, generated)
     return plan
 
 

@@ -43,7 +43,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     root, asked = Path(cfg.task.root).absolute(), cfg.task.port is not None
     try:
         root.mkdir(parents=True, exist_ok=True)
-        serve(root, cfg.task.host, cfg.task.port if asked else PORT, asked)
+        serve(root, cfg.task.host, cfg.task.port if asked else PORT, asked, context.overrides)
     except OSError as error:
         raise UserError(f"task.root={cfg.task.root}: {error.strerror}; choose a folder that can be written") from error
     except Terminated:

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 class Config(EditConfig):
     """`features` maps names to activations: 'task.features={L1/7: 8.0, L2/30: 0}' (0 switches off).
 
+    `factors` maps names to numbers by which their own activations are multiplied, wherever they are: {L5/709: 2}.
     Features of `from_graph` or `circuit` are all set to `value`. `positions` are prompt positions to edit; without them
     the edit applies everywhere, generated tokens included, except for supernodes with positions of their own.
     """
 
     features: dict[str, float] = field(default_factory=dict)
+    factors: dict[str, float] = field(default_factory=dict)
     value: float = 0.0
     positions: list[int] | None = None
 
@@ -36,14 +38,17 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         raise UserError("no prompt: add 'prompt=what is this ?' (and image=path/to/picture.png)")
     task: Config = cfg.task
     values_given = {FeatureId.parse(text): value for text, value in task.features.items()}
+    factors = {FeatureId.parse(text): factor for text, factor in task.factors.items()}
+    if both := values_given.keys() & factors.keys():
+        raise UserError(f"{min(both)} is in task.features and in task.factors; give it one of the two")
     pictures = user_pictures(cfg)
-    chosen = chosen_features(list(task.features), task)
+    chosen = chosen_features([*task.features, *task.factors], task)
     vlm = load_model(cfg)
-    values = {feature: values_given.get(feature, task.value) for feature in chosen.features}
+    values = {one: values_given.get(one, task.value) for one in chosen.features if one not in factors}
     inputs = vlm.prepare(cfg.prompt, pictures)
     scope = load_scope(cfg, vlm, context.overrides)
     chosen.check_fits(scope)
-    plan = steer_plan(scope, values, len(inputs), task.positions)
+    plan = steer_plan(scope, values, len(inputs), task.positions, factors)
     plan = at_supernodes(plan, chosen.nodes, scope.batch([inputs]).places)
     result = run_edit("steer", scope, inputs, Fixed(plan), seed=cfg.seed, **task.runs)
     return report_edit(result, context.run_dir)

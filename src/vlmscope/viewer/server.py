@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from fastapi import Depends, FastAPI, Header
 from fastapi.exceptions import RequestValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from vlmscope.core.artifacts import parse_json
+from vlmscope.core.artifacts import atomic_path, parse_json
 from vlmscope.core.errors import UserError
+from vlmscope.data.images import decode_image
 from vlmscope.viewer import graphs
+from vlmscope.viewer.jobs import PASSED_ON, Jobs
 from vlmscope.viewer.runs import Runs
-from vlmscope.viewer.safety import FILE_POLICY, Guard, Refused, is_loopback
+from vlmscope.viewer.safety import FILE_POLICY, Guard, Refused, inside, is_loopback
 
+UPLOADS = "workbench/uploads"
 STATIC = Path(__file__).parent / "static"
 _NOT_BUILT = """<!doctype html><html lang="en"><meta charset="utf-8"><title>vlmscope workbench</title>
 <h1>The workbench's page is not built</h1>
@@ -40,10 +46,10 @@ async def _body(request: Request) -> dict[str, Any]:
 Body = Annotated[dict[str, Any], Depends(_body)]
 
 
-def create_app(root: Path, host: str = "127.0.0.1", token: str | None = None) -> Any:
+def create_app(root: Path, host: str = "127.0.0.1", token: str | None = None, jobs: Jobs | None = None) -> Any:
     """The application over the run folders in `root`, as an ASGI callable."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    runs = Runs(root)
+    runs, jobs = Runs(root), jobs or Jobs(root)
 
     @app.exception_handler(UserError)
     async def refuse(request: Request, error: UserError) -> Response:
@@ -114,6 +120,26 @@ def create_app(root: Path, host: str = "127.0.0.1", token: str | None = None) ->
     def graph(name: str) -> Response:
         return FileResponse(graphs.graph_file(runs, name), media_type="application/json")
 
+    @app.get("/api/uploads/{name}")
+    def uploaded(name: str) -> Response:
+        return FileResponse(inside(root, f"{UPLOADS}/{name}"), media_type="image/png")
+
+    @app.post("/api/uploads")
+    async def upload(request: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(store_picture, root, await request.body()))
+
+    @app.post("/api/jobs")
+    def start_job(body: Body) -> Response:
+        return JSONResponse(jobs.start(body))
+
+    @app.get("/api/jobs/{number}")
+    def job(number: str) -> Response:
+        return JSONResponse(jobs.get(number))
+
+    @app.delete("/api/jobs/{number}")
+    def cancel_job(number: str) -> Response:
+        return JSONResponse(jobs.cancel(number))
+
     if (STATIC / "index.html").is_file():
         app.mount("/", StaticFiles(directory=STATIC, html=True))
     else:
@@ -131,8 +157,21 @@ def _file(path: Path) -> Response:
     return FileResponse(path, headers={"content-security-policy": FILE_POLICY})
 
 
-def serve(root: Path, host: str, port: int, asked: bool) -> None:
+def store_picture(root: Path, data: bytes) -> dict[str, str]:
+    """Keep a picture that a page sent, as PNG named by its content; what is none, or too large, is refused."""
+    picture = decode_image(data, "the picture")
+    name = f"{UPLOADS}/{hashlib.sha256(data).hexdigest()[:32]}.png"
+    path = root / name
+    if not path.is_file():
+        with atomic_path(path) as temporary:
+            picture.save(temporary, "PNG")
+    return {"picture": name, "url": f"api/uploads/{path.name}"}
+
+
+def serve(root: Path, host: str, port: int, asked: bool, overrides: Sequence[str] = ()) -> None:
     """Serve until Ctrl-C. Port 0, or a port in use that the user did not ask for, becomes a free one.
+
+    Jobs get those of the `overrides` that name a model or where to log.
 
     Raises:
         UserError: the address cannot be used.
@@ -144,11 +183,14 @@ def serve(root: Path, host: str, port: int, asked: bool) -> None:
     place = f"[{host}]" if ":" in host else host
     address = f"http://{place}:{listener.getsockname()[1]}/" + (f"?token={token}" if token else "")
     print(f"workbench on {root}: {address} (Ctrl-C ends it)", flush=True)
-    config = uvicorn.Config(
-        create_app(root, host, token), log_level="warning", access_log=False, server_header=False, lifespan="off"
-    )
-    with listener:
-        uvicorn.Server(config).run(sockets=[listener])
+    jobs = Jobs(root, [one for one in overrides if one.lstrip("+").startswith(PASSED_ON)])
+    app = create_app(root, host, token, jobs)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off")
+    try:
+        with listener:
+            uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        jobs.close()
 
 
 def _listen(host: str, port: int, asked: bool) -> socket.socket:

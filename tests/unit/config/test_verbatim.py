@@ -119,7 +119,8 @@ def test_what_is_not_rewritten_and_what_is_a_new_name() -> None:
         "++images.x=[a.png]",
         '++images.y=["a, b.png"]',
     ]
-    assert quote_arguments(["task.features={L1/7: 8.0}", "task.features=[L1/7]"], TASKS) == [
+    assert quote_arguments(["task.features={L1/7: 8.0}", "task.factors={L1/7: 2}", "task.features=[L1/7]"], TASKS) == [
         "++task.features={L1/7: 8.0}",
+        "++task.factors={L1/7: 2}",
         "task.features=[L1/7]",
     ]

@@ -49,6 +49,20 @@ def test_setting_every_feature_to_what_it_is_changes_nothing(bench) -> None:
         steer_plan(scope, values, batch.length, [99])
 
 
+def test_a_factor_multiplies_what_a_feature_is(bench) -> None:
+    scope, _, batch = bench
+    one, last = batch.select([0]), batch.length - 1
+    levels = dense(scope, one, 1)[0, last]
+    active = [FeatureId(1, index) for index in levels.nonzero().flatten().tolist()]
+    twice = {feature: 2.0 * float(levels[feature.index]) for feature in active}
+    same, doubled, set_ = (
+        run_edited(scope, one, steer_plan(scope, values, batch.length, [last], factors))
+        for values, factors in (({}, dict.fromkeys(active, 1.0)), ({}, dict.fromkeys(active, 2.0)), (twice, {}))
+    )
+    assert torch.allclose(same, run_edited(scope, one, {}), rtol=0, atol=1e-9)
+    assert torch.allclose(doubled, set_, rtol=0, atol=1e-9) and (doubled - same).abs().max() > 1e-3
+
+
 def test_a_donor_of_oneself_changes_nothing_and_another_does(bench) -> None:
     scope, _, batch = bench
     features = by_layer(scope.transcoders, [FeatureId(0, i) for i in range(40)])

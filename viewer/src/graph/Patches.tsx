@@ -1,0 +1,49 @@
+import type { GraphModel } from "./model";
+import type { Box } from "./parse";
+
+const pixelated = (url: string): string => (url.length < 30_000 ? "pixelated" : "auto");
+
+/** The part of a picture that a position stands for. */
+export function Crop({ model, position, size }: { model: GraphModel; position: number; size: number }) {
+  const patch = model.file.tokens[position]?.patch;
+  const url = patch && model.file.pictures[patch.image];
+  if (!patch || !url) return null;
+  const [left, top, right, bottom] = patch.box;
+  return (
+    <svg class="crop" width={size} height={size} viewBox={`${left} ${top} ${right - left} ${bottom - top}`} preserveAspectRatio="none" role="img" aria-label={`patch ${model.patchNumber(position)} of the picture`}>
+      <image href={url} width="1" height="1" preserveAspectRatio="none" image-rendering={pixelated(url)} />
+    </svg>
+  );
+}
+
+/** A whole picture with its patch grid, some patches lit; a patch can be clicked. */
+export function Picture(props: { model: GraphModel; image: number; lit: Set<number>; hovered: number | null; onPick: (position: number) => void; onHover: (position: number | null) => void }) {
+  const { model, image, lit, hovered, onPick, onHover } = props;
+  const url = model.file.pictures[image];
+  const patches = model.file.tokens.flatMap(({ patch }, position) => (patch?.image === image ? [{ position, box: patch.box }] : []));
+  if (!url) return null;
+  return (
+    <div class="picture">
+      <img src={url} alt={`Picture ${image + 1} of the prompt`} class={url.length < 30_000 ? "pixelated" : ""} />
+      <svg viewBox="0 0 1 1" preserveAspectRatio="none" onMouseLeave={() => onHover(null)}>
+        {lit.size > 0 && <path class="shade" fill-rule="evenodd" d={`M0 0H1V1H0Z${patches.filter(({ position }) => lit.has(position)).map(({ box }) => rect(box)).join("")}`} />}
+        {patches.map(({ position, box: [l, t, r, b] }) => (
+          <rect
+            key={position}
+            class={lit.has(position) ? "lit" : position === hovered ? "near" : ""}
+            x={l}
+            y={t}
+            width={r - l}
+            height={b - t}
+            onClick={() => onPick(position)}
+            onMouseEnter={() => onHover(position)}
+          >
+            <title>{`patch ${model.patchNumber(position)}`}</title>
+          </rect>
+        ))}
+      </svg>
+    </div>
+  );
+}
+
+const rect = ([l, t, r, b]: Box): string => `M${l} ${t}V${b}H${r}V${t}Z`;

@@ -16,9 +16,9 @@ export function Crop({ model, position, size }: { model: GraphModel; position: n
   );
 }
 
-/** A whole picture with its patch grid, some patches lit; a patch can be clicked. */
-export function Picture(props: { model: GraphModel; image: number; lit: Set<number>; hovered: number | null; onPick: (position: number) => void; onHover: (position: number | null) => void }) {
-  const { model, image, lit, hovered, onPick, onHover } = props;
+/** A whole picture with its patch grid, some patches lit or heated (-1 to 1); a patch can be clicked. */
+export function Picture(props: { model: GraphModel; image: number; lit: Set<number>; heat: Map<number, number>; hovered: number | null; onPick: (position: number) => void; onHover: (position: number | null) => void }) {
+  const { model, image, lit, heat, hovered, onPick, onHover } = props;
   const url = model.file.pictures[image];
   const patches = model.file.tokens.flatMap(({ patch }, position) => (patch?.image === image ? [{ position, box: patch.box }] : []));
   if (!url) return null;
@@ -27,6 +27,10 @@ export function Picture(props: { model: GraphModel; image: number; lit: Set<numb
       <img src={url} alt={`Picture ${image + 1} of the prompt`} class={url.length < 30_000 ? "pixelated" : ""} />
       <svg viewBox="0 0 1 1" preserveAspectRatio="none" onMouseLeave={() => onHover(null)}>
         {lit.size > 0 && <path class="shade" fill-rule="evenodd" d={`M0 0H1V1H0Z${patches.filter(({ position }) => lit.has(position)).map(({ box }) => rect(box)).join("")}`} />}
+        {patches.map(({ position, box: [l, t, r, b] }) => {
+          const share = heat.get(position) ?? 0;
+          return share ? <rect key={`heat ${position}`} class={share > 0 ? "heat" : "heat negative"} x={l} y={t} width={r - l} height={b - t} fill-opacity={0.75 * Math.abs(share)} /> : null;
+        })}
         {patches.map(({ position, box: [l, t, r, b] }) => (
           <rect
             key={position}

@@ -4,7 +4,7 @@ import { Field } from "../ui/controls";
 import type { GraphStore } from "./store";
 
 /** Finds nodes by label, token, feature id; arrows and Enter choose one. */
-export function Search({ store, input, onPick }: { store: GraphStore; input: RefObject<HTMLInputElement>; onPick: (node: number) => void }) {
+export function Search({ store, input, onPick }: { store: GraphStore; input: RefObject<HTMLInputElement | null>; onPick: (node: number) => void }) {
   const query = useSignal("");
   const open = useSignal(false);
   const active = useSignal(0);
@@ -36,6 +36,7 @@ export function Search({ store, input, onPick }: { store: GraphStore; input: Ref
           placeholder="Label, token, feature"
           aria-label="Search nodes by label, token or feature id"
           role="combobox"
+          list={undefined}
           aria-expanded={open.value}
           aria-controls="found"
           value={query.value}

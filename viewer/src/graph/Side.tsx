@@ -33,6 +33,7 @@ function Pictures({ store }: { store: GraphStore }) {
     if (feature) for (const node of model.file.nodes) if (node.feature === feature) lit.add(node.position);
     for (const position of lit) if (!model.file.tokens[position]?.patch) lit.delete(position);
   }
+  const heat = selected.value === null || lit.size ? new Map<number, number>() : patchHeat(store, selected.value);
   const over = hovered.value === null ? null : model.node(hovered.value).position;
   const at = (position: number): number | undefined => {
     const there = model.file.nodes.flatMap((node, number) => (node.position === position && node.kind !== "bias" && node.kind !== "rest" ? [number] : []));
@@ -46,13 +47,26 @@ function Pictures({ store }: { store: GraphStore }) {
           model={model}
           image={image}
           lit={lit}
+          heat={heat}
           hovered={over}
           onPick={(position) => store.select(at(position) ?? null)}
           onHover={(position) => (store.hovered.value = position === null ? null : (at(position) ?? null))}
         />
       ))}
+      {heat.size > 0 && <p class="caption">Patches that feed this node directly: blue adds, orange takes away</p>}
     </div>
   );
+}
+
+/** What each patch gives a node through direct edges, as a share of the patch that gives most. */
+function patchHeat({ model }: GraphStore, node: number): Map<number, number> {
+  const sums = new Map<number, number>();
+  for (const edge of model.incoming(node)) {
+    const { position, kind } = model.node(edge.node);
+    if (model.file.tokens[position]?.patch && kind !== "bias" && kind !== "rest") sums.set(position, (sums.get(position) ?? 0) + edge.weight);
+  }
+  const most = Math.max(...[...sums.values()].map(Math.abs), 0);
+  return new Map([...sums].map(([position, sum]) => [position, most ? sum / most : 0]));
 }
 
 const percent = (share: number): string => (share >= 0.0995 ? `${Math.round(100 * share)} %` : share >= 0.001 ? `${(100 * share).toFixed(1)} %` : share > 0 ? "< 0.1 %" : "0 %");

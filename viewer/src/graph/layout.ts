@@ -45,7 +45,7 @@ export function layout(model: GraphModel, width: number, height: number): Layout
 
   // Heights: the row of inputs has room for the picture, the others share the rest.
   const usable = height - MARGIN.top - MARGIN.bottom;
-  const tall = blocks.length ? Math.max(70, Math.min(usable * 0.3, (inner * 0.42) / blocks.length, 260)) : 0;
+  const tall = blocks.length ? Math.max(70, Math.min(usable * 0.27, (inner * 0.42) / blocks.length, 260)) : 0;
   const weights = model.rows.map((row) => (row.kind === "output" ? 1.25 : 1));
   const free = usable - tall;
   const sum = model.rows.reduce((all, row, i) => all + (row.kind === "embedding" && tall ? 0 : weights[i]!), 0) || 1;
@@ -73,14 +73,14 @@ export function layout(model: GraphModel, width: number, height: number): Layout
 
   // Widths: blocks first, then what each column needs, then the rest in proportion.
   const columns: Column[] = [];
-  if (demand.has(-1)) columns.push({ position: -1, x: 0, width: 0, words: "no position" });
+  if (demand.has(-1)) columns.push({ position: -1, x: 0, width: 0, words: "biases" });
   tokens.forEach((token, position) => {
     if (!inBlock.has(position)) columns.push({ position, x: 0, width: 0, words: token.text });
   });
   const need = columns.map(({ position }) => Math.min(demand.get(position) ?? 0, 24));
   for (const block of blocks) block.width = Math.min(tall * aspect(block), (inner * 0.5) / blocks.length);
   const left = inner - blocks.reduce((all, block) => all + block.width + 24, 0);
-  const wanted = need.map((count) => 20 + Math.max(0, count - 1) * GAP);
+  const wanted = need.map((count) => 28 + Math.max(0, count - 1) * GAP);
   const all = wanted.reduce((total, one) => total + one, 0) || 1;
   const spare = Math.max(0, left - all);
   columns.forEach((column, i) => (column.width = all > left ? (wanted[i]! * left) / all : wanted[i]! + (spare * (1 + need[i]!)) / need.reduce((t, c) => t + c + 1, 0)));
@@ -104,8 +104,11 @@ export function layout(model: GraphModel, width: number, height: number): Layout
     const [row, position] = key.split(" ").map(Number) as [number, number];
     const band = bands[row]!;
     const block = inBlock.get(position);
-    if (block === undefined) inColumn(result, cell, at.get(position)!, band);
-    else inPicture(result, cell, blocks[block]!, position, band, model.rows[row]!.kind === "embedding");
+    const input = model.rows[row]!.kind === "embedding";
+    // Words stand at the foot of the row of inputs, next to their names.
+    const foot = input && tall ? { top: band.top + band.height - 44, height: 44 } : band;
+    if (block === undefined) inColumn(result, cell, at.get(position)!, foot);
+    else inPicture(result, cell, blocks[block]!, position, band, input);
   }
   return result;
 }

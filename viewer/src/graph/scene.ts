@@ -13,7 +13,8 @@ import type { GraphStore } from "./store";
 
 export const MOST_EDGES = 10_000; // of those drawn for all nodes at once
 const LIT = 150; // edges drawn for one node
-const NAMED = 60; // names of nodes at once
+const NAMED = 18; // names of nodes at once, besides those that were asked for
+const CROWD = 3000; // visible nodes up to which names keep clear of all of them
 
 interface Colours {
   ink: string;
@@ -41,7 +42,7 @@ export class Scene {
   private readonly watch: ResizeObserver;
   private colours!: Colours;
   private map!: Layout;
-  private near = new Map<number, number>(); // neighbours of the chosen node, and the weight that joins them
+  private near = new Map<number, number>(); // neighbours of the chosen node; their weight, as a share of the strongest
 
   constructor(private readonly box: HTMLElement, private readonly store: GraphStore) {
     const { model } = store;
@@ -114,9 +115,9 @@ export class Scene {
     const { model } = this.store;
     this.near = new Map();
     if (selected.value !== null) {
-      for (const edge of [...model.outgoing(selected.value), ...model.incoming(selected.value)]) {
-        const known = this.near.get(edge.node);
-        if (known === undefined || Math.abs(edge.weight) > Math.abs(known)) this.near.set(edge.node, edge.weight);
+      for (const edges of [model.outgoing(selected.value), model.incoming(selected.value)]) {
+        const most = Math.abs(edges[0]?.weight ?? 1) || 1;
+        for (const edge of edges) this.near.set(edge.node, edge.weight / most);
       }
     }
     this.colours = this.readColours();
@@ -224,7 +225,7 @@ export class Scene {
     let zIndex = 1;
     if (chosen !== null) {
       if (node === chosen) [color, zIndex] = [colours.accent, 4];
-      else if (joined !== undefined) [color, zIndex] = [joined > 0 ? colours.positive : colours.negative, 2];
+      else if (joined !== undefined) [color, zIndex] = [faded(joined > 0 ? colours.positive : colours.negative, 0.3 + 0.7 * Math.sqrt(Math.abs(joined))), 2];
       else [color, zIndex] = [faded(color, 0.22), 0];
     }
     const ring = node === chosen ? colours.accent : marked ? colours.ink : pinned ? colours.pin : colours.surface;
@@ -343,9 +344,10 @@ export class Scene {
       const strong = marked.has(column.position);
       if (centre < MARGIN.left - 20 || centre > width + 10 || (centre - free < 11 && !strong)) continue;
       const word = column.position < 0 ? column.words : tokenText(column.words);
-      const short = word.length > 14 ? `${word.slice(0, 13)}…` : word;
-      c.font = `${strong ? 650 : 450} 12px Inter, sans-serif`;
-      c.fillStyle = strong ? colours.accent : /^<.*>$/.test(word) || column.position < 0 || !used.has(column.position) ? colours.faint : colours.ink;
+      const special = /^<\|?(.+?)\|?>$/.exec(word)?.[1]; // such as <end_of_image>
+      const short = cut(special ?? word, 12);
+      c.font = `${strong ? 650 : 450} ${special === undefined ? 12.5 : 11}px Inter, sans-serif`;
+      c.fillStyle = strong ? colours.accent : special !== undefined || column.position < 0 || !used.has(column.position) ? colours.faint : colours.ink;
       const flat = c.measureText(short).width <= column.width * scale - 6;
       c.save();
       c.translate(centre, axis + (flat ? 16 : 9));
@@ -400,26 +402,36 @@ export class Scene {
     const { model, selected, hovered, visible } = store;
     const { width, height } = this.clean(c);
     const wanted = this.named();
-    const taken: [number, number, number, number][] = [];
+    const taken: Rect[] = [];
+    // Names keep clear of nodes too, where there are few enough to look at.
+    const dots: Rect[] = [];
+    for (let node = 0; node < model.n && dots.length < CROWD; node++) {
+      if (!visible.value[node]) continue;
+      const { x, y } = this.at(node);
+      const radius = this.sigma.scaleSize(this.size(node));
+      dots.push([x - radius, y - radius, x + radius, y + radius]);
+    }
+    const asked = new Set([selected.value, hovered.value, ...store.marked.value, ...store.pinnedSet.value]);
     c.textBaseline = "middle";
     c.lineJoin = "round";
     let count = 0;
     for (const node of wanted) {
-      if (count >= NAMED) break;
+      if (count >= NAMED && !asked.has(node)) continue;
       if (!visible.value[node]) continue;
       const { x, y } = this.at(node);
       const strong = node === selected.value || node === hovered.value;
       const isEnd = model.node(node).kind === "logit";
       if (x < 0 || y < 0 || x > width || y > height - MARGIN.bottom) continue;
       const full = model.name(node, store.labels);
-      const text = full.length > 28 ? `${full.slice(0, 27)}…` : full;
+      const text = cut(full, strong ? 40 : 22);
       c.font = `${strong || isEnd ? 650 : 500} ${isEnd ? 13 : 11.5}px Inter, sans-serif`;
       const wide = c.measureText(text).width;
       const radius = this.sigma.scaleSize(this.size(node)) + 3;
       const spots: [number, number][] = [[x + radius + 2, y], [x - wide / 2, y - radius - 8], [x - wide - radius - 2, y], [x - wide / 2, y + radius + 8]];
       const spot = spots.find(([left, middle]) => {
-        const rect: [number, number, number, number] = [left - 2, middle - 7, left + wide + 2, middle + 7];
-        return rect[0] >= MARGIN.left - 12 && rect[2] <= width - 2 && rect[1] >= 0 && (strong || !taken.some((other) => overlap(rect, other)));
+        const rect: Rect = [left - 2, middle - 7, left + wide + 2, middle + 7];
+        const inside = rect[0] >= MARGIN.left - 12 && rect[2] <= width - 2 && rect[1] >= 0;
+        return inside && !taken.some((other) => overlap(rect, other)) && (strong || asked.has(node) || isEnd || !dots.some((other) => overlap(rect, other)));
       });
       if (!spot) continue;
       taken.push([spot[0] - 2, spot[1] - 7, spot[0] + wide + 2, spot[1] + 7]);
@@ -461,7 +473,9 @@ export class Scene {
   }
 }
 
-const overlap = (a: readonly number[], b: readonly number[]): boolean => a[0]! < b[2]! && b[0]! < a[2]! && a[1]! < b[3]! && b[1]! < a[3]!;
+type Rect = [left: number, top: number, right: number, bottom: number];
+const cut = (text: string, most: number): string => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+const overlap = (a: Rect, b: Rect): boolean => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
 
 function channels(color: string): [number, number, number, number] {
   const [r = 0, g = 0, b = 0, a = 1] = (color.match(/[\d.]+/g) ?? []).map(Number);

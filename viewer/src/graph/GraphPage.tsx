@@ -53,8 +53,8 @@ export default function GraphPage({ route }: { route: Route }) {
       }
       const id = embedded !== null ? null : route.rest || (await newest());
       if (current && id !== null && !route.rest) return replaceAddress("graph", id);
-      const model = new GraphModel(parse(await api.graph(id === EXAMPLE ? "" : (id ?? ""))));
-      const opened = new GraphStore(model, id === EXAMPLE ? null : id);
+      const model = new GraphModel(parse(await api.graph(id ?? "")));
+      const opened = new GraphStore(model, id);
       await opened.load();
       use(opened);
     };
@@ -314,7 +314,7 @@ function Footer({ store }: { store: GraphStore }) {
         shown={`top ${edgeCount.value.toLocaleString("en")} of ${model.m.toLocaleString("en")}`}
         onInput={(value) => (edgeCount.value = Math.min(most, Math.round(Math.expm1(value * Math.log1p(most)))))}
       />
-      <ul class="legend" aria-label="Legend">
+      <ul class="shapes" aria-label="Legend">
         <li><i class="dot" />feature</li>
         {kinds.has("token") && <li><i class="square" />input</li>}
         {kinds.has("error") && <li><i class="diamond" />error</li>}

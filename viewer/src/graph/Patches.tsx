@@ -24,7 +24,12 @@ export function Picture(props: { model: GraphModel; image: number; lit: Set<numb
   if (!url) return null;
   return (
     <div class="picture">
-      <img src={url} alt={`Picture ${image + 1} of the prompt`} class={url.length < 30_000 ? "pixelated" : ""} />
+      <img
+        src={url}
+        alt={`Picture ${image + 1} of the prompt`}
+        class={url.length < 30_000 ? "pixelated" : ""}
+        onLoad={({ currentTarget: img }) => img.parentElement!.style.setProperty("--ratio", String(img.naturalWidth / img.naturalHeight || 1))}
+      />
       <svg viewBox="0 0 1 1" preserveAspectRatio="none" onMouseLeave={() => onHover(null)}>
         {lit.size > 0 && <path class="shade" fill-rule="evenodd" d={`M0 0H1V1H0Z${patches.filter(({ position }) => lit.has(position)).map(({ box }) => rect(box)).join("")}`} />}
         {patches.map(({ position, box: [l, t, r, b] }) => {

@@ -29,18 +29,21 @@ export function Subgraph({ store }: { store: GraphStore }) {
   const failed = useSignal("");
   const score = useSignal<Score | string | null>(null);
   const renaming = useSignal<string | null>(null);
+  const paper = useRef<HTMLDivElement>(null);
   const pinned = store.content.value.pinned.length;
 
   useSignalEffect(() => {
-    const { content } = store;
-    const ids = content.value.pinned;
+    void store.view.value; // another room
+    const ids = store.content.value.pinned;
     let current = true;
     failed.value = "";
-    if (ids.length)
-      diagram(store).then(
-        (value) => current && (drawn.value = value),
-        (error: unknown) => current && (failed.value = reason(error)),
-      );
+    const lay = async (): Promise<void> => {
+      await null; // until the room has its size
+      const { clientWidth = 1, clientHeight = 1 } = paper.current ?? {};
+      const value = await diagram(store, clientWidth > 1.8 * clientHeight);
+      if (current) drawn.value = value;
+    };
+    if (ids.length) lay().catch((error: unknown) => current && (failed.value = reason(error)));
     return () => (current = false);
   });
   useSignalEffect(() => {
@@ -89,7 +92,7 @@ export function Subgraph({ store }: { store: GraphStore }) {
           Circuit YAML
         </Button>
       </header>
-      <div class="paper">
+      <div class="paper" ref={paper}>
         {failed.value ? (
           <Empty icon="warn" title="The diagram could not be laid out">
             <p>{failed.value}</p>
@@ -157,6 +160,7 @@ function Picture(props: { store: GraphStore; value: Diagram; palette: Palette; o
   const { store, value, palette, onRename } = props;
   const { width, height } = value;
   const chosen = store.selected.value;
+  const most = Math.max(...value.links.map(({ share }) => Math.abs(share)), 0.05);
   return (
     <svg xmlns="http://www.w3.org/2000/svg" width={width} height={height} viewBox={`0 0 ${width} ${height}`} font-family="Inter, system-ui, sans-serif" role="img" aria-label="Diagram of the pinned nodes">
       <rect width={width} height={height} fill={palette.paper} />
@@ -172,7 +176,7 @@ function Picture(props: { store: GraphStore; value: Diagram; palette: Palette; o
         .map(({ id, share, path }) => {
           const sign = share > 0 ? "positive" : "negative";
           return (
-            <path key={id} d={path} fill="none" stroke={palette[sign]} stroke-width={1 + 7 * Math.min(1, Math.abs(share))} stroke-opacity={0.35 + 0.5 * Math.min(1, 2 * Math.abs(share))} stroke-dasharray={share > 0 ? undefined : "6 4"} marker-end={`url(#arrow-${sign})`}>
+            <path key={id} d={path} fill="none" stroke={palette[sign]} stroke-width={1 + (3 * Math.abs(share)) / most} stroke-opacity={0.4 + (0.5 * Math.abs(share)) / most} stroke-dasharray={share > 0 ? undefined : "6 4"} marker-end={`url(#arrow-${sign})`}>
               <title>{`${Math.round(100 * share)} % of all input`}</title>
             </path>
           );
@@ -193,10 +197,10 @@ function Picture(props: { store: GraphStore; value: Diagram; palette: Palette; o
 
 function BoxOf(props: { store: GraphStore; item: Item; palette: Palette; chosen: boolean; onRename?: (id: string) => void }) {
   const { store, item, palette, chosen, onRename } = props;
-  const { x, y, width, height, group, title, subtitle, image } = item;
+  const { x, y, width, height, group, title, name, subtitle, image } = item;
   const kind = store.model.node(item.nodes[0]!).kind;
   const solid = kind === "logit" && !group;
-  const left = image === null ? width / 2 : (width + THUMB + 8) / 2;
+  const left = image === null ? width / 2 : (width + THUMB + 6) / 2;
   const act = (): void => (group && onRename ? onRename(group.id) : store.select(item.nodes[0]!));
   return (
     <g
@@ -204,7 +208,7 @@ function BoxOf(props: { store: GraphStore; item: Item; palette: Palette; chosen:
       class="item"
       tabIndex={onRename ? 0 : undefined}
       role={onRename ? "button" : undefined}
-      aria-label={title}
+      aria-label={name}
       onClick={onRename && (() => store.select(item.nodes[0]!))}
       onDblClick={onRename && act}
       onKeyDown={onRename && ((event) => event.key === "Enter" && act())}
@@ -214,13 +218,15 @@ function BoxOf(props: { store: GraphStore; item: Item; palette: Palette; chosen:
       {group && <rect x="4" y="-4" width={width} height={height} rx="9" fill={palette.box} stroke={palette.line} />}
       <rect width={width} height={height} rx="9" fill={solid ? palette.ink : palette.box} stroke={chosen ? palette.accent : palette.line} stroke-width={chosen ? 2 : 1} />
       {image !== null && <Thumb store={store} item={item} palette={palette} />}
-      <text x={left} y="20" font-size="13" font-weight="600" text-anchor="middle" fill={solid ? palette.paper : palette.ink}>
-        {title}
-      </text>
-      <text x={left} y="36" font-size="11" text-anchor="middle" fill={solid ? palette.line : palette.soft}>
+      {title.map((line, i) => (
+        <text key={line} x={left} y={20 + 15 * i} font-size="13" font-weight="600" text-anchor="middle" fill={solid ? palette.paper : palette.ink}>
+          {line}
+        </text>
+      ))}
+      <text x={left} y={height - 11} font-size="11" text-anchor="middle" fill={solid ? palette.line : palette.soft}>
         {subtitle}
       </text>
-      {group && onRename && <title>Double-click to name the group or take it apart</title>}
+      {group && onRename && <title>{`${name}: double-click to rename the group or take it apart`}</title>}
     </g>
   );
 }
@@ -233,7 +239,7 @@ function Thumb({ store, item, palette }: { store: GraphStore; item: Item; palett
   const one = boxes === 4 ? patches[0]! : null;
   const view = one ? `${one[0]} ${one[1]} ${one[2] - one[0]} ${one[3] - one[1]}` : "0 0 1 1";
   return (
-    <svg x="6" y="6" width={THUMB} height={THUMB} viewBox={view} preserveAspectRatio="none">
+    <svg x="6" y={(item.height - THUMB) / 2} width={THUMB} height={THUMB} viewBox={view} preserveAspectRatio="none">
       <image href={file.pictures[item.image!]!} width="1" height="1" preserveAspectRatio="none" image-rendering="pixelated" />
       {!one && patches.map(([l, t, r, b]) => <rect key={`${l} ${t}`} x={l} y={t} width={r - l} height={b - t} fill="none" stroke={palette.accent} stroke-width="0.05" />)}
     </svg>

@@ -32,20 +32,23 @@ export interface Layout {
   y: Float64Array;
   /** Radius that lets neighbours stand apart. */
   radius: Float64Array;
+  /** How much larger everything is than in a small window, 1 to 1.6. */
+  unit: number;
 }
 
 export const MARGIN = { left: 64, right: 20, top: 14, bottom: 76 };
-const GAP = 15; // between the centres of nodes, where there is room
+const GAP = 15; // between the centres of nodes, where there is room, times the unit
 
 export function layout(model: GraphModel, width: number, height: number): Layout {
   const { tokens } = model.file;
+  const unit = Math.max(1, Math.min(1.6, width / 950, height / 560));
   const inner = width - MARGIN.left - MARGIN.right;
   const blocks = blocksOf(model);
   const inBlock = new Map(blocks.flatMap((block, number) => block.patches.map(({ position }) => [position, number] as const)));
 
   // Heights: the row of inputs has room for the picture, the others share the rest.
   const usable = height - MARGIN.top - MARGIN.bottom;
-  const tall = blocks.length ? Math.max(70, Math.min(usable * 0.27, (inner * 0.42) / blocks.length, 260)) : 0;
+  const tall = blocks.length ? Math.max(70, Math.min(usable * 0.27, (inner * 0.42) / blocks.length, 260 * unit)) : 0;
   const weights = model.rows.map((row) => (row.kind === "output" ? 1.25 : 1));
   const free = usable - tall;
   const sum = model.rows.reduce((all, row, i) => all + (row.kind === "embedding" && tall ? 0 : weights[i]!), 0) || 1;
@@ -80,7 +83,7 @@ export function layout(model: GraphModel, width: number, height: number): Layout
   const need = columns.map(({ position }) => Math.min(demand.get(position) ?? 0, 24));
   for (const block of blocks) block.width = Math.min(tall * aspect(block), (inner * 0.5) / blocks.length);
   const left = inner - blocks.reduce((all, block) => all + block.width + 24, 0);
-  const wanted = need.map((count) => 28 + Math.max(0, count - 1) * GAP);
+  const wanted = need.map((count) => (28 + Math.max(0, count - 1) * GAP) * unit);
   const all = wanted.reduce((total, one) => total + one, 0) || 1;
   const spare = Math.max(0, left - all);
   columns.forEach((column, i) => (column.width = all > left ? (wanted[i]! * left) / all : wanted[i]! + (spare * (1 + need[i]!)) / need.reduce((t, c) => t + c + 1, 0)));
@@ -99,7 +102,7 @@ export function layout(model: GraphModel, width: number, height: number): Layout
     }
   }
 
-  const result: Layout = { width, height, columns, blocks, bands, x: new Float64Array(model.n), y: new Float64Array(model.n), radius: new Float64Array(model.n) };
+  const result: Layout = { width, height, columns, blocks, bands, x: new Float64Array(model.n), y: new Float64Array(model.n), radius: new Float64Array(model.n), unit };
   for (const [key, cell] of cells) {
     const [row, position] = key.split(" ").map(Number) as [number, number];
     const band = bands[row]!;
@@ -116,7 +119,7 @@ export function layout(model: GraphModel, width: number, height: number): Layout
 /** Rows of nodes, centred in the cell. */
 function inColumn(layout: Layout, cell: number[], column: Column, band: { top: number; height: number }): void {
   const room = { width: Math.max(column.width - 4, 4), height: Math.max(band.height * 0.8, 3) };
-  let gap = GAP;
+  let gap = GAP * layout.unit;
   const fits = (size: number): boolean => Math.max(1, Math.floor(room.width / size)) * Math.max(1, Math.floor(room.height / size)) >= cell.length;
   while (gap > 1.5 && !fits(gap)) gap *= 0.93;
   const across = Math.max(1, Math.floor(room.width / gap));
@@ -138,10 +141,10 @@ function inPicture(layout: Layout, cell: number[], block: Block, position: numbe
   const patch = Math.min((r - l) * block.width, (b - t) * band.height * inset);
   cell.forEach((number, i) => {
     const turn = i * 2.4; // the golden angle: each next one falls into a gap
-    const out = Math.min(4.5, 0.45 * patch) * Math.sqrt(i);
+    const out = Math.min(4.5 * layout.unit, 0.45 * patch) * Math.sqrt(i);
     layout.x[number] = x + out * Math.cos(turn);
     layout.y[number] = y + out * Math.sin(turn);
-    layout.radius[number] = Math.max(2, Math.min(7, 0.36 * Math.max(patch, 7)));
+    layout.radius[number] = Math.max(2, Math.min(7 * layout.unit, 0.36 * Math.max(patch, 7)));
   });
 }
 

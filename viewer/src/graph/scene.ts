@@ -5,10 +5,10 @@
  */
 import { MultiDirectedGraph } from "graphology";
 import Sigma from "sigma";
-import type { EdgeDisplayData, NodeDisplayData } from "sigma/types";
+import type { EdgeDisplayData } from "sigma/types";
 import { layout, MARGIN, type Layout } from "./layout";
 import { tokenText, type Edge } from "./model";
-import { SHAPES, ShapeProgram } from "./shapes";
+import { SHAPES, type ShapedData, ShapeProgram } from "./shapes";
 import type { GraphStore } from "./store";
 
 export const MOST_EDGES = 10_000; // of those drawn for all nodes at once
@@ -180,9 +180,10 @@ export class Scene {
 
   private size(node: number): number {
     const room = this.map.radius[node]!;
-    if (this.store.model.node(node).kind === "logit") return Math.min(9, room * 1.3);
+    const { unit } = this.map;
+    if (this.store.model.node(node).kind === "logit") return Math.min(9 * unit, room * 1.3);
     const share = Math.sqrt(Math.min(1, this.store.model.influence[node]! / 0.12));
-    return Math.max(Math.min(2, room), Math.min(room, 3 + 5.5 * share));
+    return Math.max(Math.min(2, room), Math.min(room, (3 + 5.5 * share) * unit));
   }
 
   private readColours(): Colours {
@@ -212,7 +213,7 @@ export class Scene {
     return colours;
   }
 
-  private look(node: number): Partial<NodeDisplayData> {
+  private look(node: number): Partial<ShapedData> {
     const { store, colours } = this;
     const kind = store.model.node(node).kind;
     const chosen = store.selected.value;
@@ -230,8 +231,10 @@ export class Scene {
     }
     const ring = node === chosen ? colours.accent : marked ? colours.ink : pinned ? colours.pin : colours.surface;
     if (node === chosen || marked || pinned) zIndex = Math.max(zIndex, 3);
-    const more = { color, ring, ringWidth: marked || pinned || node === chosen ? 0.3 : 0.14, zIndex };
-    return { ...data, ...more, size: data.size * (node === chosen ? 1.35 : marked || pinned ? 1.2 : 1) };
+    const ringed = marked || pinned || node === chosen;
+    const size = data.size * (node === chosen ? 1.3 : 1) + (marked || pinned ? 2 : 0);
+    // About two pixels wide, whatever the size.
+    return { ...data, color, ring, ringWidth: Math.min(0.45, (ringed ? 2.2 : 0.8) / size), zIndex, size };
   }
 
   private edgeLook(edge: number): Partial<EdgeDisplayData> {
@@ -398,7 +401,7 @@ export class Scene {
   }
 
   private drawWords(): void {
-    const { words: c, store, colours } = this;
+    const { words: c, store, colours, map } = this;
     const { model, selected, hovered, visible } = store;
     const { width, height } = this.clean(c);
     const wanted = this.named();
@@ -416,7 +419,7 @@ export class Scene {
     c.lineJoin = "round";
     let count = 0;
     for (const node of wanted) {
-      if (count >= NAMED && !asked.has(node)) continue;
+      if (count >= NAMED * map.unit && !asked.has(node)) continue;
       if (!visible.value[node]) continue;
       const { x, y } = this.at(node);
       const strong = node === selected.value || node === hovered.value;
@@ -424,15 +427,16 @@ export class Scene {
       if (x < 0 || y < 0 || x > width || y > height - MARGIN.bottom) continue;
       const full = model.name(node, store.labels);
       const text = cut(full, strong ? 40 : 22);
-      c.font = `${strong || isEnd ? 650 : 500} ${isEnd ? 13 : 11.5}px Inter, sans-serif`;
+      c.font = `${strong || isEnd ? 650 : 500} ${(isEnd ? 13 : 11.5) + 1.5 * (map.unit - 1)}px Inter, sans-serif`;
       const wide = c.measureText(text).width;
-      const radius = this.sigma.scaleSize(this.size(node)) + 3;
+      const radius = this.sigma.scaleSize(this.size(node)) * (node === selected.value ? 1.3 : 1) + (asked.has(node) ? 4 : 2);
       const spots: [number, number][] = [[x + radius + 2, y], [x - wide / 2, y - radius - 8], [x - wide - radius - 2, y], [x - wide / 2, y + radius + 8]];
-      const spot = spots.find(([left, middle]) => {
+      const free = ([left, middle]: [number, number], clear: boolean): boolean => {
         const rect: Rect = [left - 2, middle - 7, left + wide + 2, middle + 7];
         const inside = rect[0] >= MARGIN.left - 12 && rect[2] <= width - 2 && rect[1] >= 0;
-        return inside && !taken.some((other) => overlap(rect, other)) && (strong || asked.has(node) || isEnd || !dots.some((other) => overlap(rect, other)));
-      });
+        return inside && !taken.some((other) => overlap(rect, other)) && !(clear && dots.some((other) => overlap(rect, other)));
+      };
+      const spot = spots.find((one) => free(one, true)) ?? (asked.has(node) || isEnd ? spots.find((one) => free(one, false)) : undefined);
       if (!spot) continue;
       taken.push([spot[0] - 2, spot[1] - 7, spot[0] + wide + 2, spot[1] + 7]);
       c.strokeStyle = colours.surface;

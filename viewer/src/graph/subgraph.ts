@@ -7,7 +7,9 @@ export interface Item {
   id: string;
   nodes: number[];
   group: Supernode | null;
-  title: string;
+  /** One or two lines. */
+  title: string[];
+  name: string;
   subtitle: string;
   /** Positions of soft tokens among the nodes. */
   patches: number[];
@@ -33,9 +35,9 @@ export interface Diagram {
   height: number;
 }
 
-const HEIGHT = 46;
-export const THUMB = 34;
-const FAINT = 0.01; // share of a target's input under which an edge is left out
+const [WIDTH, LINE] = [132, 15];
+export const THUMB = 36;
+const FAINT = 0.02; // share of a target's input under which an edge is left out
 
 /** What is drawn, without places. */
 export function itemsOf(store: GraphStore): Item[] {
@@ -52,8 +54,18 @@ export function itemsOf(store: GraphStore): Item[] {
       const patches = [...new Set(nodes.map((node) => model.node(node).position))].filter((position) => model.file.tokens[position]?.patch);
       const image = patches.length ? model.file.tokens[patches[0]!]!.patch!.image : null;
       const shown = image !== null && model.file.pictures[image] ? image : null;
-      return { id, nodes, group, title: cut(title, 34), subtitle: group ? `${nodes.length} nodes` : cut(what, 40), patches, image: shown, x: 0, y: 0, width: 0, height: HEIGHT };
+      return { id, nodes, group, title: lines(title), name: title, subtitle: group ? `${nodes.length} nodes` : cut(what, 24), patches, image: shown, x: 0, y: 0, width: 0, height: 0 };
     });
+}
+
+/** At most two lines of about the width of a box, broken at spaces. */
+function lines(title: string): string[] {
+  const [first, ...rest] = title.split(" ").reduce<string[]>((all, word) => {
+    const last = all.at(-1);
+    if (last !== undefined && last.length + word.length < 19) return [...all.slice(0, -1), `${last} ${word}`];
+    return [...all, word];
+  }, []);
+  return rest.length ? [cut(first ?? "", 20), cut(rest.join(" "), 20)] : [cut(first ?? "", 20)];
 }
 
 const cut = (text: string, most: number): string => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
@@ -72,12 +84,12 @@ function linksOf(store: GraphStore, items: Item[]): Link[] {
         if (source && source !== target) sums.set(source, (sums.get(source) ?? 0) + edge.weight);
       }
     }
-    for (const [source, sum] of sums) {
-      const share = sum / (total || 1);
-      if (Math.abs(share) >= FAINT) links.push({ id: `${source.id} ${target.id}`, source: source.id, target: target.id, share, path: "", middle: { x: 0, y: 0 } });
-    }
+    for (const [source, sum] of sums) links.push({ id: `${source.id} ${target.id}`, source: source.id, target: target.id, share: sum / (total || 1), path: "", middle: { x: 0, y: 0 } });
   }
-  return links;
+  // The faint ones go, unless a box would stand alone without.
+  const strongest = new Map<string, Link>();
+  for (const link of links) if (Math.abs(link.share) > Math.abs(strongest.get(link.source)?.share ?? 0)) strongest.set(link.source, link);
+  return links.filter((link) => Math.abs(link.share) >= FAINT || strongest.get(link.source) === link);
 }
 
 let ruler: CanvasRenderingContext2D | null = null;
@@ -88,12 +100,14 @@ function measure(text: string, font: string): number {
   return ruler.measureText(text).width;
 }
 
-export async function diagram(store: GraphStore): Promise<Diagram> {
+/** Upwards, or from left to right where the room is wide. */
+export async function diagram(store: GraphStore, wide: boolean): Promise<Diagram> {
   const items = itemsOf(store);
   const links = linksOf(store, items);
   for (const item of items) {
-    const words = Math.max(measure(item.title, "600 13px Inter, sans-serif"), measure(item.subtitle, "450 11px Inter, sans-serif"));
-    item.width = Math.max(84, Math.ceil(words) + 24 + (item.image === null ? 0 : THUMB + 8));
+    const words = Math.max(...item.title.map((line) => measure(line, "600 13px Inter, sans-serif")), measure(item.subtitle, "450 11px Inter, sans-serif"));
+    item.width = Math.max(76, Math.min(WIDTH, Math.ceil(words)) + 22 + (item.image === null ? 0 : THUMB + 6));
+    item.height = 32 + LINE * item.title.length;
   }
   // Fetched when the first diagram is drawn: it is larger than the rest of the page.
   const { default: Elk } = await import("elkjs/lib/elk.bundled.js");
@@ -101,13 +115,13 @@ export async function diagram(store: GraphStore): Promise<Diagram> {
     id: "root",
     layoutOptions: {
       "elk.algorithm": "layered",
-      "elk.direction": "UP",
+      "elk.direction": wide ? "RIGHT" : "UP",
       "elk.edgeRouting": "SPLINES",
-      "elk.spacing.nodeNode": "28",
-      "elk.layered.spacing.nodeNodeBetweenLayers": "54",
+      "elk.spacing.nodeNode": "22",
+      "elk.layered.spacing.nodeNodeBetweenLayers": "48",
       "elk.spacing.edgeNode": "14",
       "elk.layered.nodePlacement.strategy": "BRANDES_KOEPF",
-      "elk.padding": "[top=24,left=24,bottom=24,right=24]",
+      "elk.padding": "[top=16,left=16,bottom=16,right=16]",
     },
     children: items.map(({ id, width, height }) => ({ id, width, height })),
     edges: links.map(({ id, source, target }): ElkExtendedEdge => ({ id, sources: [source], targets: [target] })),

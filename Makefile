@@ -10,7 +10,7 @@ export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-browser lint types imports viewer mlflow ui clean
+.PHONY: help install demo test test-slow test-browser lint types imports viewer docs mlflow ui clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,11 @@ imports: $(STAMP) ## import-linter: the direction of imports
 
 viewer: ## Build the page of the workbench from viewer/ (needs Node.js; its built files are shipped)
 	cd viewer && npm ci --no-audit --no-fund && npm run build
+
+docs: $(STAMP) ## The documentation as a site, in site/index.html (needs no network)
+	@$(BIN)/python -c "import mkdocstrings" 2>/dev/null || $(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "$$PWD/site/index.html (with search: python3 -m http.server -b 127.0.0.1 -d site)"
 
 mlflow: $(STAMP) ## MLflow's pages on this clone's runs, at http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db --host 127.0.0.1 --port 5000

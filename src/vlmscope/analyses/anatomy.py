@@ -40,7 +40,7 @@ from vlmscope.core.graph import NodeKind
 from vlmscope.core.records import ROLES
 from vlmscope.data.inputs import Side, orrery_questions
 from vlmscope.interventions.ablation import BLOCKS, METHODS, Ablation, divergence, outcomes
-from vlmscope.metrics.dictionary import wilson_interval
+from vlmscope.metrics.rates import wilson_interval
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch, make_batch
 from vlmscope.models.loading import VLM

@@ -26,7 +26,7 @@ from vlmscope.core.artifacts import read_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 from vlmscope.features.study_files import StudyFolder, read_table, write_table
-from vlmscope.metrics.rates import benjamini_hochberg
+from vlmscope.metrics.rates import benjamini_hochberg, wilson_interval
 
 FOLDER = "labels"
 HAND = "hand.yaml"  # next to the sets; no task writes it
@@ -102,8 +102,6 @@ class Detection:
 
 def detection(positive: np.ndarray, negative: np.ndarray) -> Detection | None:
     """Score grades (0 to 1) of items of both kinds; None when there are none of one."""
-    from vlmscope.metrics.dictionary import wilson_interval  # imports torch, which reading labels does not need
-
     n, m = len(positive), len(negative)
     if not n or not m:
         return None

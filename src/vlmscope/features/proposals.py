@@ -29,7 +29,7 @@ from vlmscope.core.study import IMAGE, KINDS
 from vlmscope.features.item_facts import ItemFacts, KnownItems, known_items
 from vlmscope.features.labels import MOST_VALUES, NONE, Detection, Label, Part, Rule, detection, discoveries
 from vlmscope.features.study_files import StudyFolder, StudyItems
-from vlmscope.metrics.dictionary import wilson_interval
+from vlmscope.metrics.rates import wilson_interval
 
 GAIN = 0.05  # in contrast, that another value or part must bring
 CHANCE = 0.05

@@ -42,8 +42,8 @@ from vlmscope.metrics.dictionary import (
     nearest_of,
     nearest_twins,
     unit_embeddings,
-    wilson_interval,
 )
+from vlmscope.metrics.rates import wilson_interval
 from vlmscope.models.batching import joined
 from vlmscope.scope import Scope
 

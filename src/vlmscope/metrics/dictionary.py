@@ -52,6 +52,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlmscope.core.records import generator
+from vlmscope.metrics.rates import wilson_interval
 
 
 def fvu(target: Tensor, reconstruction: Tensor) -> Tensor:
@@ -285,7 +286,6 @@ def monosemanticity(embeddings: np.ndarray, activations: np.ndarray | Any) -> np
 
 
 CLASSES = ("image", "text", "both", "unsettled", "rare", "dead")
-_Z = 1.959963984540054  # two-sided 95 %
 
 
 @dataclass(frozen=True)
@@ -349,15 +349,6 @@ def modality(
     kind[inputs < least] = "rare"
     kind[~fires] = "dead"
     return Modality(index(share), low, high, kind)
-
-
-def wilson_interval(share: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's 95 % interval of a binomial share [..] seen in n [..] >= 1 cases: low [..] and high [..]."""
-    n = np.asarray(n, np.float64)
-    middle = share + _Z**2 / (2 * n)
-    half = _Z * np.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    scale = 1 + _Z**2 / n
-    return np.clip((middle - half) / scale, 0, 1), np.clip((middle + half) / scale, 0, 1)
 
 
 BLOCK = 256  # features against all at a time

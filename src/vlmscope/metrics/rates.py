@@ -18,6 +18,7 @@ from vlmscope.core.records import generator
 from vlmscope.core.results import Rate
 
 RESAMPLES = 2000
+_Z = 1.959963984540054  # two-sided 95 %
 
 
 def rate_of(values: Sequence[float] | np.ndarray, groups: Sequence[str] | None = None) -> Rate:
@@ -66,6 +67,15 @@ def _exact(hits: float, n: float) -> tuple[float, float]:
     """The Clopper-Pearson 95 % interval of a share, by quantiles of the beta distribution."""
     low = float(betaincinv(hits, n - hits + 1, 0.025)) if hits > 0 else 0.0
     return low, float(betaincinv(hits + 1, n - hits, 0.975)) if hits < n else 1.0
+
+
+def wilson_interval(share: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's 95 % interval of a binomial share [..] seen in n [..] >= 1 cases: low [..] and high [..]."""
+    n = np.asarray(n, np.float64)
+    middle = share + _Z**2 / (2 * n)
+    half = _Z * np.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    scale = 1 + _Z**2 / n
+    return np.clip((middle - half) / scale, 0, 1), np.clip((middle + half) / scale, 0, 1)
 
 
 def bootstrap_mean(

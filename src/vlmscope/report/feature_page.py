@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +23,13 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from vlmscope.core.artifacts import write_text
+from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
-from vlmscope.core.study import ANSWER, IMAGE, KINDS, FeatureRecord, Place, StudyInfo, bin_edges
+from vlmscope.core.study import ANSWER, IMAGE, KINDS, TOP, ExampleView, FeatureRecord, Place, StudyInfo, bin_edges
 from vlmscope.features.labels import Label
+from vlmscope.features.study_files import StudyFolder
 from vlmscope.report.page import TEMPLATES, environment, percent
-from vlmscope.report.pictures import HeatPicture, data_uri
+from vlmscope.report.pictures import SIDE, HeatPicture, data_uri, thumbnail
 
 KIND_NAMES = {"image": "picture", "text": "prompt", "answer": "answer"}
 _STORIES = {
@@ -336,3 +338,91 @@ class FeaturePage:
 def page_name(feature: FeatureId) -> str:
     """The file name of a feature's page."""
     return f"L{feature.layer}_{feature.index}.html"
+
+
+_CACHED = 4096  # items whose small pictures are kept; features share their strongest items
+
+
+class PageMaker:
+    """Makes the pages of one study's features; `gone` counts the items whose pictures are not available."""
+
+    def __init__(
+        self,
+        study: StudyFolder,
+        labels: Mapping[FeatureId, Label],
+        graphs: Mapping[FeatureId, Sequence[GraphUse]],
+        tags: Mapping[FeatureId, tuple[str, ...]],
+        examples: int,
+        samples: int,
+    ) -> None:
+        """`examples` of the strongest inputs are shown, and `samples` of each weaker group."""
+        self.study, self.labels, self.graphs, self.tags = study, labels, graphs, tags
+        self.examples, self.samples = examples, samples
+        self.run = (study.path.parent if study.path.name == "study" else study.path).name
+        self.usual = word_shares(study.items[int(item)].caption for item in study.items.ids)
+        self.missing, self.gone = "", 0
+        # A cache of this maker, rather than of the class, which would keep all studies alive.
+        self._thumbnails = lru_cache(_CACHED)(self._make_thumbnails)
+
+    def page(self, record: FeatureRecord) -> tuple[FeaturePage, list[ExampleView]]:
+        """The page of a feature, and the views of all its examples."""
+        views = [self.study.view(example) for example in record.examples]
+        grouped: dict[str, list[ExampleView]] = {TOP: []}
+        for view in views:
+            grouped.setdefault(view.example.group, []).append(view)
+        quarters = sorted((name for name in grouped if name != TOP), key=lambda name: -int(name[1:]))
+        groups = [self._group(name, quarters, grouped[name]) for name in (TOP, *quarters) if grouped[name]]
+        label = self.labels.get(record.feature)
+        page = FeaturePage(
+            record,
+            self.study.info,
+            guess([(view.item.caption, view.places()) for view, _ in _once(grouped[TOP])], self.usual),
+            tuple(groups),
+            label if label is not None and label.text else None,
+            tuple(self.graphs.get(record.feature, ())),
+            self.tags.get(record.feature, ()),
+            self.run,
+            self.missing if any(p.data is None for g in groups for e in g.examples for p in e.pictures) else "",
+        )
+        return page, views
+
+    def _group(self, name: str, quarters: Sequence[str], views: Sequence[ExampleView]) -> ExampleGroup:
+        title, shown = "Strongest examples", self.examples
+        if name != TOP:
+            place, shown = quarters.index(name), self.samples
+            ends = {0: ", the stronger inputs", len(quarters) - 1: ", the weakest inputs"}
+            title = f"Part {place + 1} of {len(quarters)}{ends.get(place, '')}"
+        examples = [
+            PageExample(
+                view.example.activation, self._pictures(view), view.places(), view.item.caption, view.item.origin, times
+            )
+            for view, times in _once(views)[:shown]
+        ]
+        return ExampleGroup(name, title, tuple(examples))
+
+    def _pictures(self, view: ExampleView) -> tuple[HeatPicture, ...]:
+        item, position = view.item, view.example.position
+        at_peak = -1
+        if item.kinds[position] == IMAGE:
+            at_peak = int(item.pictures[np.count_nonzero(item.kinds[:position] == IMAGE)])
+        return tuple(
+            HeatPicture(*small, item.caption, view.picture_boxes(n), view.picture_levels(n), n == at_peak)
+            for n, small in enumerate(self._thumbnails(item.id))
+        )
+
+    def _make_thumbnails(self, number: int) -> list[tuple[bytes | None, int, int]]:
+        item = self.study.items[number]
+        try:
+            return [thumbnail(picture) for picture in self.study.pictures(item)]
+        except UserError as error:
+            self.missing = self.missing or str(error)
+            self.gone += 1
+            return [(None, SIDE, SIDE)] * item.n_pictures
+
+
+def _once(views: Sequence[ExampleView]) -> list[tuple[ExampleView, int]]:
+    """Each input once, in order of first appearance, with its number of views."""
+    times: dict[tuple[str, int], list[ExampleView]] = {}
+    for view in views:
+        times.setdefault((view.item.digest, view.item.part), []).append(view)
+    return [(same[0], len(same)) for same in times.values()]

@@ -76,7 +76,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     from vlmscope.features.labels import read_labels, set_path
     from vlmscope.features.study_files import StudyFolder
-    from vlmscope.report.gallery import PageMaker, feature_json, graph_uses, write_gallery
+    from vlmscope.report.feature_page import PageMaker
+    from vlmscope.report.gallery import feature_json, graph_uses, write_gallery
 
     study, folder = StudyFolder(place), context.run_dir / "pages"
     labels_path = set_path(study.path, task.labels)

@@ -17,8 +17,8 @@ from vlmscope.metrics.dictionary import (
     monosemanticity,
     nearest_twins,
     unit_embeddings,
-    wilson_interval,
 )
+from vlmscope.metrics.rates import wilson_interval
 
 N, D, F = 40, 7, 12
 

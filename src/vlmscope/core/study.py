@@ -47,6 +47,14 @@ def bin_edges() -> np.ndarray:
     return 2.0 ** (LOWEST_OCTAVE + number // 2) * (1 + (number % 2) / 2)
 
 
+def item_hash(item: np.ndarray) -> np.ndarray:
+    """A well mixed number of 0 .. 2^63 - 1 for each item: [..] int64 -> [..] int64 (splitmix64, Steele et al. 2014)."""
+    z = item.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class StudyItem:
     """One input of the model: an example of the data, or one of its exchanges."""

@@ -30,11 +30,10 @@ from scipy import sparse
 from vlmscope.core.artifacts import load_tensors, save_tensors
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import normalised
-from vlmscope.core.study import MANIFEST, TOP
+from vlmscope.core.study import MANIFEST, TOP, item_hash
 from vlmscope.data.samples import WHOLE
 from vlmscope.features.labels import WORDS, Part, Predicate, Rule
 from vlmscope.features.study_files import StudyFolder, StudyItems
-from vlmscope.features.study_tables import item_hash
 
 _LOG = logging.getLogger(__name__)
 MOST_WORDS = 2000  # the most frequent ones become predicates

@@ -24,7 +24,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from vlmscope.core.study import BINS, IMAGE, KINDS, LEVELS, LOWEST_OCTAVE, TOP
+from vlmscope.core.study import BINS, IMAGE, KINDS, LEVELS, LOWEST_OCTAVE, TOP, item_hash
 from vlmscope.features.config import StudyConfig
 from vlmscope.features.study_files import EXAMPLE_TABLE, FEATURE_TABLE
 from vlmscope.transcoders.transcoder import SparseCode
@@ -76,14 +76,6 @@ def joined(parts: Sequence[Pairs]) -> Pairs:
     return Pairs(
         **{name: np.concatenate([getattr(part, name) for part in parts]) for name in Pairs.__dataclass_fields__}
     )
-
-
-def item_hash(item: np.ndarray) -> np.ndarray:
-    """A well mixed number of 0 .. 2^63 - 1 for each item: [..] int64 -> [..] int64 (splitmix64, Steele et al. 2014)."""
-    z = item.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
 
 
 def ranks(features: np.ndarray) -> np.ndarray:

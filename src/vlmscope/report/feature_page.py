@@ -392,13 +392,15 @@ class PageMaker:
             place, shown = quarters.index(name), self.samples
             ends = {0: ", the stronger inputs", len(quarters) - 1: ", the weakest inputs"}
             title = f"Part {place + 1} of {len(quarters)}{ends.get(place, '')}"
-        examples = [
-            PageExample(
-                view.example.activation, self._pictures(view), view.places(), view.item.caption, view.item.origin, times
-            )
-            for view, times in _once(views)[:shown]
-        ]
+        examples = [self.example(view, times) for view, times in _once(views)[:shown]]
         return ExampleGroup(name, title, tuple(examples))
+
+    def example(self, view: ExampleView, times: int = 1) -> PageExample:
+        """An input on which a feature fires, with its pictures."""
+        item = view.item
+        return PageExample(
+            view.example.activation, self._pictures(view), view.places(), item.caption, item.origin, times
+        )
 
     def _pictures(self, view: ExampleView) -> tuple[HeatPicture, ...]:
         item, position = view.item, view.example.position

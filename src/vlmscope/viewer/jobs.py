@@ -23,7 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from vlmscope.core.artifacts import read_json, shipped
+from vlmscope.core.artifacts import read_json, read_text, shipped
 from vlmscope.core.errors import UserError
 from vlmscope.core.launch import program
 from vlmscope.core.records import FeatureId
@@ -268,6 +268,20 @@ class Jobs:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def shipped_pictures() -> list[dict[str, str]]:
+    """Pictures of `assets/pictures`, in the order of its README, each with the first question that suits it."""
+    folder = shipped("assets/pictures")
+    table = re.compile(r"^\| ([\w., ]+\.png) \| (.+?) \|$", re.MULTILINE)
+    asked: dict[str, str] = {}
+    for names, questions in table.findall(read_text(folder / "README.md")):
+        asked |= {name.strip(): questions.partition("?")[0] + "?" for name in names.split(",")}
+    order = [*asked, *sorted(path.name for path in folder.glob("*.png") if path.name not in asked)]
+    named = (
+        (name, {"picture": SHIPPED + name, "name": Path(name).stem, "url": f"api/pictures/{name}"}) for name in order
+    )
+    return [{**body, "prompt": asked.get(name, "")} for name, body in named]
 
 
 def _ended(code: int) -> str:

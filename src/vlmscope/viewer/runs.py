@@ -32,6 +32,8 @@ _STORE = "mlflow_artifacts"
 _OF_RUN = {"figures", "rows", "study", "circuits", "checkpoints", "labels", "features"}  # in a run, without runs
 _SHOWN = 6  # metrics in the list
 _FIRST = ("graph/replacement_score", "graph/completeness_score", "val/fvu", "test/fvu", "eval/fvu", "study/items")
+_MOST_VARIED = 4  # settings that a title names
+_HASH = re.compile(r"[0-9a-f]{32,64}")  # the name of an uploaded picture
 _LAYER = re.compile(r"layers/(?P<name>.+)/layer_(?P<layer>\d+)")
 _TASK = re.compile(r"^task:\n(?:[ -].*\n)*?  name: (\S+)$", re.MULTILINE)
 
@@ -57,6 +59,8 @@ class Runs:
         """All runs, the newest first."""
         found = [self._run(folder, names) for folder, names in self._folders()]
         self._known = {run.id: self._known[run.id] for run in found}
+        # A set of transcoders has a config.yaml too, without a task.
+        found = [run for run in found if run.body["task"]]
         return sorted(found, key=lambda run: run.body["started"], reverse=True)
 
     def listed(self) -> list[dict[str, Any]]:
@@ -195,11 +199,27 @@ def _summary(folder: Path, name: str, names: frozenset[str]) -> tuple[dict[str, 
         "id": name,
         "task": task[1] if task else "",
         "experiment": experiment or None,
+        "title": _title(overrides),
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="milliseconds"),
         "seconds": ended - started if ended >= started else None,
         "metrics": {key: metrics[key] for key in shown[:_SHOWN]},
         "has": has,
     }, metrics
+
+
+def _title(overrides: list[str]) -> str:
+    """What tells a run from others of its task: picture and prompt of a trace, what a run of a sweep varies; or ""."""
+    given = {key: value for key, _, value in (word.partition("=") for word in overrides)}
+    if "prompt" in given:
+        paths = [part.strip() for part in given.get("image", "").strip("[]").split(",") if part.strip()]
+        names = ["a picture" if _HASH.fullmatch(Path(path).stem) else Path(path).stem for path in paths]
+        return ": ".join(filter(None, [", ".join(names), given["prompt"].strip("'\"")]))
+    if "experiment" not in given or len(given) > _MOST_VARIED + 1:
+        return ""
+    varied = [
+        f"{key.rpartition('.')[2]} {value}" for key, value in given.items() if key not in ("experiment", "tracking")
+    ]
+    return ", ".join([given["experiment"], *varied]).replace("_", " ") if varied else ""
 
 
 def _read_overrides(path: Path) -> list[str]:

@@ -6,8 +6,9 @@ import hashlib
 import secrets
 import socket
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from fastapi import Depends, FastAPI, Header
@@ -19,13 +20,16 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from vlmscope.core.artifacts import atomic_path, parse_json
+from vlmscope.core.artifacts import atomic_path, parse_json, shipped
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import decode_image
 from vlmscope.viewer import graphs
-from vlmscope.viewer.jobs import PASSED_ON, Jobs
+from vlmscope.viewer.jobs import PASSED_ON, Jobs, shipped_pictures
 from vlmscope.viewer.runs import Runs
 from vlmscope.viewer.safety import FILE_POLICY, Guard, Refused, inside, is_loopback
+
+if TYPE_CHECKING:
+    from vlmscope.viewer.studies import Studies
 
 UPLOADS = "workbench/uploads"
 STATIC = Path(__file__).parent / "static"
@@ -81,9 +85,57 @@ def create_app(root: Path, host: str = "127.0.0.1", token: str | None = None, jo
     def run_file(name: str, path: str) -> Response:
         return _file(runs.file(name, path))
 
+    @app.get("/api/runs/{name:path}/trials")
+    def trials(name: str) -> Response:
+        from vlmscope.viewer.trials import trials_body  # pandas takes a second, which the first page need not wait for
+
+        return JSONResponse(trials_body(inside(root, runs.get(name).id), name))
+
     @app.get("/api/runs/{name:path}")
     def run(name: str) -> Response:
         return JSONResponse(runs.details(name))
+
+    @cache
+    def studies() -> Studies:
+        from vlmscope.viewer.studies import Studies
+
+        return Studies(runs)
+
+    @app.get("/api/studies")
+    def study_list() -> Response:
+        return JSONResponse({"studies": studies().listed()})
+
+    @app.get("/api/studies/{name:path}/features")
+    def features(
+        name: str,
+        layer: int | None = None,
+        modality: str = "",
+        density_min: float | None = None,
+        density_max: float | None = None,
+        label: str = "",
+        score_min: float | None = None,
+        words: str = "",
+        sort: str = "score",
+        offset: int = 0,
+        limit: int = 60,
+        only: str = "",
+    ) -> Response:
+        from vlmscope.viewer.studies import Query
+
+        asked = Query(layer, modality, density_min, density_max, label, score_min, words, sort, offset, limit, only)
+        return JSONResponse(studies().features(name, asked))
+
+    @app.get("/api/studies/{name:path}/features/{layer}/{index}")
+    def feature(name: str, layer: str, index: str) -> Response:
+        return JSONResponse(studies().feature(name, f"{layer}/{index}"))
+
+    @app.get("/api/pictures")
+    def picture_list() -> Response:
+        return JSONResponse({"pictures": shipped_pictures()})
+
+    @app.get("/api/pictures/{name}")
+    def shipped_picture(name: str) -> Response:
+        return FileResponse(inside(shipped("assets/pictures"), name))
 
     @app.get("/files/{path:path}")
     def file_below(path: str) -> Response:

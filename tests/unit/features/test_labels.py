@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
-from vlmscope.core.study import StudyInfo
+from vlmscope.core.study import StudyInfo, item_hash
 from vlmscope.features.item_facts import ItemFacts, KnownItems, content_halves, content_of, known_items
 from vlmscope.features.labels import (
     Detection,
@@ -29,7 +29,6 @@ from vlmscope.features.labels import (
 )
 from vlmscope.features.proposals import propose, score_rule
 from vlmscope.features.study_files import EXAMPLE_TABLE, StudyFolder
-from vlmscope.features.study_tables import item_hash
 from vlmscope.tasks.label import basis, metrics_of
 
 PLANETS = ("mars", "earth", "venus", "saturn", "moon")

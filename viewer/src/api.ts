@@ -66,7 +66,8 @@ export interface FeatureRow {
   max: number; // strongest activation
   top_tokens: string[];
   why?: string; // of a search: because of what it was found
-  thumbnail?: Picture | null; // of the strongest example
+  thumbnail: Picture | null; // of the strongest example, if its peak is in a picture
+  excerpt: Token[]; // else the words around the peak
 }
 
 /** One picture with what a feature does on it: boxes are left, top, right, bottom as fractions, levels 0 to 255. */
@@ -207,8 +208,9 @@ export interface SteerResult {
   text: { before: string; after: string }; // generated
 }
 
+/** What a search found, best first, and why. */
 export interface FindResult {
-  rows: FeatureRow[];
+  rows: { feature: string; why: string }[];
 }
 
 export interface Job {
@@ -301,6 +303,7 @@ export interface FeatureQuery {
   sort?: string;
   offset?: number;
   limit?: number;
+  only?: string; // these features, separated by commas and in this order, whatever the filters
 }
 const asked = (query: object): string =>
   new URLSearchParams(Object.entries(query).flatMap(([key, value]) => (value === "" || value === undefined ? [] : [[key, String(value)]]))).toString();

@@ -8,7 +8,7 @@ import { Command } from "../ui/command";
 import { Button, Field, Slider } from "../ui/controls";
 import { PictureInput, usePictureDrop } from "../ui/drop";
 import { count, number, percent, token } from "../ui/format";
-import { HeatPicture } from "../ui/heat";
+import { HeatPicture, HeatText } from "../ui/heat";
 import { Icon } from "../ui/icons";
 import { useLoad, useSettled } from "../ui/load";
 import { Empty, Progress } from "../ui/parts";
@@ -53,19 +53,29 @@ function Browser({ study, studies, query }: { study: Study; studies: Study[]; qu
   };
 
   const [asked, setAsked] = useState<{ url: string; name: string } | null>(null);
+  const [found, setFound] = useState<FeatureRow[] | null>(null);
+  /** What fires on a picture, or on inputs that have to do with words: the model's work, so a job. */
+  const find = async (what: { picture: string } | { query: string }, shown: { url: string; name: string }) => {
+    setAsked(shown);
+    setFound(null);
+    const job = await work.start({ task: "find", study: study.id, ...what });
+    if (job?.status !== "done") return setAsked(null);
+    const rows = (job.result as FindResult).rows;
+    const described = await api.features(study.id, { only: rows.map((row) => row.feature).join(",") });
+    setFound(described.rows.map((row, n) => ({ ...row, why: rows[n]?.why })));
+  };
   const findPicture = async (file: File) => {
     const shown = URL.createObjectURL(file);
     setAsked({ url: shown, name: file.name });
     try {
       const { picture } = await api.upload(file);
-      await work.start({ task: "find", picture, study: study.id });
+      await find({ picture }, { url: shown, name: file.name });
     } catch (error) {
       say(reason(error), { error: true });
       setAsked(null);
     }
   };
   const dragging = usePictureDrop(findPicture);
-  const found = asked && work.job.value?.status === "done" ? (work.job.value.result as FindResult).rows : null;
 
   const settled = useSettled(JSON.stringify(filters));
   const density = DENSITIES[filters.density] ?? DENSITIES[""]!;
@@ -76,7 +86,7 @@ function Browser({ study, studies, query }: { study: Study; studies: Study[]; qu
     const { density: _, score: __, ...rest } = asking as FeatureQuery & { density?: string; score?: string };
     return api.features(study.id, { ...rest, offset: 0, limit }, signal);
   }, [study.id, settled, limit]);
-  const rows = found ?? data?.rows ?? [];
+  const rows = asked ? (found ?? []) : (data?.rows ?? []);
 
   return (
     <div class={open ? "browser open" : "browser"}>
@@ -103,8 +113,14 @@ function Browser({ study, studies, query }: { study: Study; studies: Study[]; qu
         <div class="result-line" role="status">
           {asked ? (
             <>
-              <img class="asked-picture" src={asked.url} alt={asked.name} />
-              <span>{found ? <><b>{count(found.length)} features</b> are active on your picture and rarely so strong elsewhere</> : (work.job.value?.progress.text ?? "Which features fire on it?")}</span>
+              {asked.url && <img class="asked-picture" src={asked.url} alt={asked.name} />}
+              <span>
+                {!found ? (work.job.value?.progress.text ?? "Which features fire on it?") : asked.url ? (
+                  <><b>{count(found.length)} features</b> are active on your picture and rarely so strong elsewhere</>
+                ) : (
+                  <><b>{count(found.length)} features</b> whose strongest inputs have to do with “{asked.name}”</>
+                )}
+              </span>
               {work.busy.value && <Button small icon="stop" onClick={() => work.cancel()}>Cancel</Button>}
               <Button small icon="close" onClick={() => (work.busy.value && work.cancel(), setAsked(null))}>Back to all</Button>
             </>
@@ -114,8 +130,13 @@ function Browser({ study, studies, query }: { study: Study; studies: Study[]; qu
         </div>
         {asked && work.busy.value && <Progress fraction={work.job.value?.progress.fraction ?? null} text="looking for features" />}
         {error && <Empty icon="warn" title="The study could not be read"><p>{error}</p></Empty>}
-        {!asked && data && !rows.length && <Empty icon="search" title="No feature fits"><p>Other words, or fewer filters.</p></Empty>}
-        {(!asked || found) && (
+        {!asked && data && !rows.length && (
+          <Empty icon="search" title="No label or promoted word fits">
+            <p>Other words, or fewer filters{filters.words ? ", or search in what the features fire on:" : "."}</p>
+            {filters.words && <Button kind="primary" onClick={() => void find({ query: filters.words }, { url: "", name: filters.words }).catch((problem) => say(reason(problem), { error: true }))}>Search the examples for “{filters.words}”</Button>}
+          </Empty>
+        )}
+        {rows.length > 0 && (
           <div class="cards">
             {rows.map((row) => (
               <FeatureCard key={row.feature} row={row} open={row.feature === open} onOpen={() => change({ open: row.feature === open ? "" : row.feature })} />
@@ -155,7 +176,11 @@ function FeatureCard({ row, open, onOpen }: { row: FeatureRow; open: boolean; on
   const tokens = row.top_tokens.slice(0, 3).map(token).join(", ");
   return (
     <button type="button" class="feature-card" aria-pressed={open} aria-label={`Feature ${row.feature}: ${row.label || "no label"}`} onClick={onOpen}>
-      {row.thumbnail ? <HeatPicture picture={row.thumbnail} alt="" /> : <span class="no-picture">{row.fires ? <>words alone</> : <>never fires</>}</span>}
+      {row.thumbnail ? (
+        <HeatPicture picture={row.thumbnail} alt="" />
+      ) : (
+        <span class="no-picture">{row.excerpt.length ? <HeatText tokens={row.excerpt} /> : row.fires ? "no example" : "never fires"}</span>
+      )}
       <span class="words">
         <span class={row.label ? "title" : "title none"}>{row.label || "no label"}</span>
         {row.why ? <span class="why" title={row.why}>{row.why}</span> : tokens && <span class="why" title="pushes the answer towards these">→ {tokens}</span>}

@@ -77,7 +77,7 @@ def annotations_file(runs: Runs, name: str) -> Path:
     return graph_file(runs, name).with_name(ANNOTATIONS)
 
 
-def annotations(runs: Runs, name: str) -> dict[str, Any]:
+def read_annotations(runs: Runs, name: str) -> dict[str, Any]:
     """What was saved; before the first save, what the graph's own file says is pinned."""
     path = annotations_file(runs, name)
     if path.is_symlink():
@@ -97,7 +97,7 @@ def save_annotations(runs: Runs, name: str, version: str, body: Any) -> dict[str
         raise Refused("If-Match must name the version that was edited", 428)
     new = checked(body, "the annotations")
     with _SAVING:
-        stored = annotations(runs, name)
+        stored = read_annotations(runs, name)
         if int(version.strip('"')) != stored["version"]:
             raise Stale(stored)
         new["version"] = stored["version"] + 1
@@ -146,8 +146,7 @@ def _texts(values: Any) -> list[str]:
 
 def from_neuronpedia(graph: Mapping[str, Any]) -> dict[str, Any]:
     """Annotations of version 0 from a graph file's `qParams`: pins and supernodes, `[name, node, ...]` each."""
-    view = graph.get("qParams")
-    view = view if isinstance(view, dict) else {}
+    view = _object(graph, "qParams")
     known = {node.get("node_id") for node in graph["nodes"] if isinstance(node, dict)}
     groups = [group for group in view.get("supernodes") or [] if isinstance(group, list) and len(group) > 1]
     nodes = [
@@ -160,10 +159,9 @@ def from_neuronpedia(graph: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_neuronpedia(runs: Runs, name: str) -> dict[str, Any]:
     """The graph with its annotations where Neuronpedia and circuit-tracer look for them: `qParams` and `clerp`."""
-    graph, added = read_graph(runs, name), annotations(runs, name)
+    graph, added = read_graph(runs, name), read_annotations(runs, name)
     groups = [[node["name"], *node["members"]] for node in added["supernodes"]]
-    view = graph.get("qParams")
-    view = {**(view if isinstance(view, dict) else {}), "pinnedIds": added["pinned"], "supernodes": groups}
+    view = {**_object(graph, "qParams"), "pinnedIds": added["pinned"], "supernodes": groups}
     nodes = [
         {**node, "clerp": added["labels"].get(feature_of(node) or str(node.get("node_id")), node.get("clerp", ""))}
         for node in graph["nodes"]
@@ -285,8 +283,7 @@ def circuit(runs: Runs, name: str, body: Mapping[str, Any]) -> tuple[dict[str, A
 
     graph, added = read_graph(runs, name), checked({**body, "labels": {}}, "the circuit")
     nodes = {str(node.get("node_id")): node for node in graph["nodes"] if isinstance(node, dict)}
-    details = graph.get("vlmscope") if isinstance(graph.get("vlmscope"), dict) else {}
-    roles = [str(token.get("role", "")) for token in details.get("tokens", [])]
+    roles = [str(token.get("role", "")) for token in _object(graph, "vlmscope").get("tokens", [])]
     groups = {node["name"]: node["members"] for node in added["supernodes"]}
     grouped = {member for members in groups.values() for member in members}
     groups |= {feature_of(nodes[pin]) or pin: [pin] for pin in added["pinned"] if pin in nodes and pin not in grouped}
@@ -315,8 +312,13 @@ def circuit(runs: Runs, name: str, body: Mapping[str, Any]) -> tuple[dict[str, A
                 levels[f"{title}.graph:{role}.{layer}"] = np.array(means, dtype=np.float32)
     if not supernodes:
         raise Refused("nothing to save: pin features, or group some into a supernode", 422)
-    metadata = graph.get("metadata") if isinstance(graph.get("metadata"), dict) else {}
-    return circuit_body(supernodes, (), str(metadata.get("scan", ""))), levels
+    return circuit_body(supernodes, (), str(_object(graph, "metadata").get("scan", ""))), levels
+
+
+def _object(body: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The object under a key of a graph file, empty where there is none."""
+    value = body.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def save_circuit(runs: Runs, name: str, title: str, body: Mapping[str, Any], levels: Mapping[str, np.ndarray]) -> Path:

@@ -179,11 +179,14 @@ def _summary(folder: Path, name: str, names: frozenset[str]) -> tuple[dict[str, 
     experiment = next((word.partition("=")[2] for word in overrides if word.startswith("experiment=")), "")
     try:
         task = _TASK.search(read_text(folder / CONFIG))
-        metrics = read_json(folder / METRICS) if METRICS in names else {}
+        body = read_json(folder / METRICS) if METRICS in names else {}
     except UserError:  # half written by something else, or not ours
-        task, metrics = None, {}
-    metrics = {str(k): v for k, v in metrics.items() if v is None or isinstance(v, int | float)} if isinstance(
-        metrics, dict) else {}  # fmt: skip
+        task, body = None, {}
+    metrics: dict[str, float | None] = (
+        {str(key): value for key, value in body.items() if value is None or isinstance(value, int | float)}
+        if isinstance(body, dict)
+        else {}
+    )
     shown = [key for key in _FIRST if key in metrics]
     shown += sorted((key for key in metrics if key not in shown), key=lambda key: (key.count("/"), len(key)))
     has = {

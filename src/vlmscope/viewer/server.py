@@ -147,7 +147,7 @@ def create_app(root: Path, host: str = "127.0.0.1", token: str | None = None, jo
 
     @app.get("/api/graphs/{name:path}/annotations")
     def annotations(name: str) -> Response:
-        return JSONResponse(graphs.annotations(runs, name))
+        return JSONResponse(graphs.read_annotations(runs, name))
 
     @app.put("/api/graphs/{name:path}/annotations")
     def annotate(name: str, body: Body, if_match: Annotated[str, Header()] = "") -> Response:
@@ -247,7 +247,7 @@ def serve(root: Path, host: str, port: int, asked: bool, overrides: Sequence[str
 
 def _listen(host: str, port: int, asked: bool) -> socket.socket:
     """A listening socket, made here so that a port in use is one clear line."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family, reason = socket.AF_INET6 if ":" in host else socket.AF_INET, ""
     for candidate in dict.fromkeys([port] if asked else [port, 0]):
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -256,7 +256,7 @@ def _listen(host: str, port: int, asked: bool) -> socket.socket:
             listener.listen(128)
         except OSError as error:
             listener.close()
-            reason = error.strerror
+            reason = error.strerror or str(error)
             continue
         return listener
     raise UserError(f"cannot listen on {host}:{port}: {reason}; choose another task.port or task.host")

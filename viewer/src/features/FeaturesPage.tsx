@@ -94,13 +94,13 @@ function Browser({ study, studies, query }: { study: Study; studies: Study[]; qu
         <Field icon="search" class="search">
           <input
             type="search"
-            placeholder="Find by words: mars, red, left of the picture, L5/709"
+            placeholder="mars, red, L5/709"
             aria-label="Find features by words"
             value={filters.words}
             onInput={(event) => (setAsked(null), change({ words: event.currentTarget.value }))}
           />
         </Field>
-        <PictureInput take={findPicture}>Find by a picture</PictureInput>
+        <PictureInput take={findPicture}>By a picture</PictureInput>
         <Choice name="Layer" value={filters.layer} options={[["", "all layers"], ...study.layers.map(({ layer }) => [String(layer), `layer ${layer}`] as [string, string])]} onChange={(layer) => change({ layer })} />
         <Choice name="Where it fires" value={filters.modality} options={[["", "fires anywhere"], ["image", "on pictures"], ["text", "on the prompt"], ["answer", "on answers"]]} onChange={(modality) => change({ modality })} />
         <Choice name="How often it fires" value={filters.density} options={Object.entries(DENSITIES).map(([key, { words }]) => [key, words])} onChange={(density) => change({ density })} />

@@ -82,7 +82,7 @@ function Shown({ graphs, ids }: { graphs: [GraphFile, GraphFile]; ids: [string, 
         </div>
         <Joined list={list} graphs={graphs} selected={selected.value} onSelect={(feature) => (selected.value = feature)} />
         <Legend items={[{ name: `${counts.both} features in both`, series: 2 }, { name: `${counts.first} in the first alone`, series: 0 }, { name: `${counts.second} in the second alone`, series: 5 }]} />
-        <p class="hint">
+        <p class="remark">
           A circle is a feature, larger the more of the answer's influence goes through it; lines join the same feature in both. Overlap of their influence: <b>{percent(overlap)}</b> (sum of the smaller shares over sum of the larger).
         </p>
       </div>

@@ -10,7 +10,7 @@ import { PictureInput, usePictureDrop } from "../ui/drop";
 import { count, number, percent, token } from "../ui/format";
 import { HeatPicture, HeatText } from "../ui/heat";
 import { Icon } from "../ui/icons";
-import { useLoad, useSettled } from "../ui/load";
+import { useEscape, useLoad, useSettled } from "../ui/load";
 import { Empty, Progress } from "../ui/parts";
 import { FeaturePanel } from "./FeaturePanel";
 import { allStudies } from "./studies";
@@ -76,6 +76,7 @@ function Browser({ study, studies, query }: { study: Study; studies: Study[]; qu
     }
   };
   const dragging = usePictureDrop(findPicture);
+  useEscape(() => open && change({ open: "" }));
 
   const settled = useSettled(JSON.stringify(filters));
   const density = DENSITIES[filters.density] ?? DENSITIES[""]!;
@@ -91,7 +92,7 @@ function Browser({ study, studies, query }: { study: Study; studies: Study[]; qu
   return (
     <div class={open ? "browser open" : "browser"}>
       <div class="filters">
-        <Field icon="search" class="search">
+        <Field icon="search" class="find-field">
           <input
             type="search"
             placeholder="mars, red, L5/709"
@@ -150,7 +151,7 @@ function Browser({ study, studies, query }: { study: Study; studies: Study[]; qu
         )}
       </div>
       {open && (
-        <aside class="side" aria-label={`Feature ${open}`}>
+        <aside class="drawer" aria-label={`Feature ${open}`}>
           <Button class="close" icon="close" kind="quiet" small aria-label="Close the feature" onClick={() => change({ open: "" })} />
           <FeaturePanel study={study.id} model={study.model} feature={open} />
         </aside>
@@ -185,7 +186,7 @@ function FeatureCard({ row, open, onOpen }: { row: FeatureRow; open: boolean; on
         <span class={row.label ? "title" : "title none"}>{row.label || "no label"}</span>
         {row.why ? <span class="why" title={row.why}>{row.why}</span> : tokens && <span class="why" title="pushes the answer towards these">→ {tokens}</span>}
         <Stack shares={{ image: row.share_image, text: row.share_text, answer: row.share_answer }} />
-        <span class="facts">
+        <span class="card-facts">
           <span class="mono">{row.feature}</span>
           <span title="share of inputs on which it fires">{percent(row.fires)}</span>
           <span title="strongest activation">max {number(row.max, 2)}</span>

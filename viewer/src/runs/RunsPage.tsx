@@ -7,7 +7,7 @@ import { Command } from "../ui/command";
 import { Button, Field, Segmented } from "../ui/controls";
 import { count, duration, number, when, words } from "../ui/format";
 import { Icon } from "../ui/icons";
-import { useLoad } from "../ui/load";
+import { useEscape, useLoad } from "../ui/load";
 import { Empty, Progress } from "../ui/parts";
 import { Transcoders } from "./Transcoders";
 
@@ -32,6 +32,7 @@ export default function RunsPage({ route }: { route: Route }) {
     if (next.kind === "all") next.kind = "";
     replaceAddress("runs", "", next);
   };
+  useEscape(() => open && change({ open: "" }));
   if (error) return <Empty icon="warn" title="The runs could not be read"><p>{error}</p></Empty>;
   if (!data) return <Progress fraction={null} text="loading the runs" />;
   if (!data.runs.length)
@@ -54,7 +55,7 @@ export default function RunsPage({ route }: { route: Route }) {
         <Segmented label="View" value={tab} options={[["runs", "Runs"], ["fvu", "Transcoders"]]} onChange={(view) => change({ view: view === "runs" ? "" : view, open: "" })} />
         {tab === "runs" && (
           <>
-            <Field icon="search" class="search">
+            <Field icon="search" class="find-field">
               <input type="search" placeholder="Find a run: mars, trace, 2026-11-30" aria-label="Find a run" value={text} onInput={(event) => change({ words: event.currentTarget.value })} />
             </Field>
             <div class="segmented" role="group" aria-label="Kind of run">
@@ -72,7 +73,7 @@ export default function RunsPage({ route }: { route: Route }) {
       </div>
       {tab === "fvu" ? <Transcoders /> : <List runs={shown} open={open} root={data.root} onOpen={(id) => change({ open: id === open ? "" : id })} />}
       {open && (
-        <aside class="side" aria-label={`Run ${open}`}>
+        <aside class="drawer" aria-label={`Run ${open}`}>
           <Button class="close" icon="close" kind="quiet" small aria-label="Close the run" onClick={() => change({ open: "" })} />
           <Detail id={open} />
         </aside>

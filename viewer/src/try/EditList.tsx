@@ -29,7 +29,7 @@ export function EditList() {
   return (
     <>
       {!edits.value.length && (
-        <p class="hint">
+        <p class="remark">
           {graph ? "Exchange this graph's strongest features for those of another picture, " : "Trace first, or "}
           name a feature such as L5/709, or press <b>Edit it</b> at any feature of a graph or study.
         </p>
@@ -46,7 +46,7 @@ export function EditList() {
         <button type="submit" class="button" disabled={!typed.value.trim()}>Add</button>
       </form>
       {graph && (
-        <div class="row">
+        <div class="strip">
           <Button small icon="plus" onClick={() => addEdit({ name: `20 strongest of “${answer(graph)}”`, features: featuresOf(graph).slice(0, 20) })}>Strongest 20</Button>
           <Button small icon="group" onClick={() => (choosing.value = true)}>Exchange with another graph</Button>
         </div>
@@ -74,10 +74,10 @@ function EditRow({ group }: { group: EditGroup }) {
     <li>
       <div class="edit-name" title={group.features.map((member) => member.feature).join(", ")}>
         <b>{group.name}</b>
-        {many > 1 && <span class="hint">{count(many)} features</span>}
+        {many > 1 && <span class="remark">{count(many)} features</span>}
         <Button icon="trash" kind="quiet" small aria-label={`Remove ${group.name}`} onClick={() => remove(group.id)} />
       </div>
-      <div class="row">
+      <div class="strip">
         <span class="field small">
           <select aria-label={`What happens to ${group.name}`} value={group.action} onChange={(event) => act(event.currentTarget.value as Action)}>
             {options.map((action) => (
@@ -179,12 +179,12 @@ function ChooseGraph({ onClose }: { onClose: () => void }) {
   };
   return (
     <Dialog title="Exchange with another graph" onClose={onClose}>
-      <p class="hint">
+      <p class="remark">
         Suppresses the strongest features of this graph, and sets the strongest of the other one to a multiple of their activation there. What both have is left alone.
       </p>
-      <div class="row spaced">
-        <label class="row">strongest <span class="field small value"><input type="number" min={1} max={200} aria-label="How many features" value={most.value} onInput={(event) => (most.value = Math.max(1, event.currentTarget.valueAsNumber || 20))} /></span> of each</label>
-        <label class="row">the other's at <span class="field small value"><input type="number" step="any" aria-label="Strength" value={strength.value} onInput={(event) => (strength.value = event.currentTarget.valueAsNumber || 1)} /></span> × their activation</label>
+      <div class="strip spaced">
+        <label class="strip">strongest <span class="field small value"><input type="number" min={1} max={200} aria-label="How many features" value={most.value} onInput={(event) => (most.value = Math.max(1, event.currentTarget.valueAsNumber || 20))} /></span> of each</label>
+        <label class="strip">the other's at <span class="field small value"><input type="number" step="any" aria-label="Strength" value={strength.value} onInput={(event) => (strength.value = event.currentTarget.valueAsNumber || 1)} /></span> × their activation</label>
       </div>
       {error ? <p>{error}</p> : !data ? <Progress fraction={null} text="loading the runs" /> : !runs.length ? (
         <Empty icon="graph" title="No other graph yet"><p>Trace another picture first, then come back to this one.</p></Empty>
@@ -194,7 +194,7 @@ function ChooseGraph({ onClose }: { onClose: () => void }) {
             <li key={run.id}>
               <button type="button" onClick={() => void choose(run.id)}>
                 <b>{nameOf(run)}</b>
-                <span class="mono hint">{run.id}</span>
+                <span class="mono remark">{run.id}</span>
               </button>
             </li>
           ))}

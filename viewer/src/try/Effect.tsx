@@ -44,7 +44,7 @@ export function Effect() {
             {result.controls.map((control) => (
               <tr key={control.name}>
                 <th>{CONTROLS[control.name].name}<span>{CONTROLS[control.name].what}</span></th>
-                <td>{Object.entries(control.answers).map(([said, n], at) => <span key={said}>{at > 0 && ", "}{token(said)}{control.draws > 1 && <span class="hint"> {n} of {control.draws}</span>}</span>)}</td>
+                <td>{Object.entries(control.answers).map(([said, n], at) => <span key={said}>{at > 0 && ", "}{token(said)}{control.draws > 1 && <span class="remark"> {n} of {control.draws}</span>}</span>)}</td>
                 <td><Share value={control.changed} words={`${Math.round(control.changed * control.draws)} of ${control.draws}`} /></td>
                 <td class="number">{number(control.kl)} nats</td>
               </tr>
@@ -58,7 +58,7 @@ export function Effect() {
       </section>
       <section class="card">
         <Command title="The same from the command line" text={command} />
-        {run && <p class="hint">Logged as the run <a href={href("runs", "", { open: run })}>{run}</a></p>}
+        {run && <p class="remark">Logged as the run <a href={href("runs", "", { open: run })}>{run}</a></p>}
       </section>
     </div>
   );
@@ -68,7 +68,7 @@ function verdict({ answer, controls }: SteerResult): string {
   const same = controls.filter((control) => control.changed > 0);
   if (answer.before === answer.after) return "The answer stays. Try more features, a larger value, or those of other layers.";
   if (!controls.length) return "The answer changes. Without controls nobody knows whether any edit of this size would do it.";
-  if (!same.length) return "The answer changes, and no control of the same size changes it: on this one prompt it is these features.";
+  if (!same.length) return "The answer changes, and no edit of the same size elsewhere changes it: on this prompt, it is these features and not the size of the edit.";
   const [worst] = [...same].sort((a, b) => b.changed - a.changed);
   return `The answer changes, but so it does with ${worst!.name === "matched" ? "other features" : "random directions"} (${percent(worst!.changed)} of the draws): the size of the edit may be all.`;
 }
@@ -87,7 +87,7 @@ function NextWords({ result }: { result: SteerResult }) {
     <table class="next-words">
       <thead><tr><th /><th>before</th><th>under the edit</th></tr></thead>
       <tbody>
-        {result.top.map((row) => (
+        {[...result.top].sort((a, b) => Math.max(b.before, b.after) - Math.max(a.before, a.after)).map((row) => (
           <tr key={row.token}>
             <th>{token(row.token)}</th>
             <td><Probability value={row.before} kind="before" /></td>

@@ -52,11 +52,11 @@ export default function TryPage(_: { route: Route }) {
                   </button>
                 ))}
               </div>
-              <div class="row">
+              <div class="strip">
                 <PictureInput take={take}>Your own</PictureInput>
                 {chosen && <Button small kind="quiet" icon="close" onClick={() => (picture.value = null)}>None</Button>}
               </div>
-              <p class="hint">or drop a file anywhere on this page</p>
+              <p class="remark">or drop a file anywhere on this page</p>
             </div>
           </div>
           <form class="ask" onSubmit={(event) => (event.preventDefault(), ready && void trace())}>
@@ -117,12 +117,12 @@ const answerOf = (graph: { nodes: { kind: string; answer: boolean; label: string
 /** A running job: how far it is, and a way to stop it. */
 export function Working({ work }: { work: Work }) {
   const job = work.job.value;
-  if (!work.busy.value) return job?.status === "cancelled" ? <p class="hint" role="status">Cancelled.</p> : null;
+  if (!work.busy.value) return job?.status === "cancelled" ? <p class="remark" role="status">Cancelled.</p> : null;
   const words = job?.progress.text || (job?.status === "running" ? "working" : "starting");
   return (
     <div class="working" role="status">
       <Progress fraction={job?.progress.fraction ?? null} text={words} />
-      <div class="row">
+      <div class="strip">
         <span>{words}</span>
         <Button small icon="stop" onClick={() => void work.cancel()}>Cancel</Button>
       </div>

@@ -1,4 +1,4 @@
-import { useEffect, useState } from "preact/hooks";
+import { useEffect, useRef, useState } from "preact/hooks";
 import { reason } from "../state";
 
 export interface Loaded<T> {
@@ -20,6 +20,20 @@ export function useLoad<T>(ask: (signal: AbortSignal) => Promise<T>, keys: reado
     return () => stop.abort();
   }, keys);
   return state;
+}
+
+/** Calls `close` when Escape is pressed outside a field and a dialog. */
+export function useEscape(close: () => void): void {
+  const last = useRef(close);
+  last.current = close;
+  useEffect(() => {
+    const press = (event: KeyboardEvent) => {
+      const busy = event.target instanceof Element && event.target.closest("input, select, textarea, dialog");
+      if (event.key === "Escape" && !busy && !event.defaultPrevented) last.current();
+    };
+    addEventListener("keydown", press);
+    return () => removeEventListener("keydown", press);
+  }, []);
 }
 
 /** `value`, once it has not changed for `wait` milliseconds. */

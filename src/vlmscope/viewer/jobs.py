@@ -298,7 +298,8 @@ def _ended(code: int) -> str:
 def result_of(job: Job) -> Any:
     """What a finished job's page shows, from its run folder."""
     if job.task == "find":
-        return {"rows": read_json(job.folder / "find.json")["features"]}
+        found = read_json(job.folder / "find.json")["features"]
+        return {"rows": [{"feature": f"L{row['layer']}/{row['index']}", "why": row["why"]} for row in found]}
     if job.task == "trace":
         return None
     body = read_json(job.folder / "steer.json")

@@ -10,7 +10,7 @@ export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-browser lint types imports viewer docs mlflow ui clean
+.PHONY: help install demo test test-slow test-browser study lint types imports viewer docs mlflow ui clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ test-slow: $(STAMP) ## Tests that take minutes
 test-browser: $(STAMP) ## Tests of reports and the MLflow UI in headless Chromium
 	@command -v chromium >/dev/null || { echo "error: no chromium: apt-get install -y --no-install-recommends chromium" >&2; exit 2; }
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m browser tests/browser
+
+study: $(STAMP) ## Make the study and the labels that come with Orrery again, after a change of its weights (minutes)
+	$(BIN)/python run.py task=study study.samples=60 task.labels=true task.keep=6 tracking=none trainer.resume=true hydra.run.dir=outputs/shipped_study
+	rm -rf assets/orrery_study && cp -r outputs/shipped_study/small assets/orrery_study
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -120,20 +120,22 @@ def load(
             do not fit the model.
     """
     from vlmscope.config.catalog import option
+    from vlmscope.features.shipped import shipped_study
     from vlmscope.models.loading import load_named
     from vlmscope.training.evaluation import check_hooks, warn_on_load
-    from vlmscope.transcoders.formats import Choice
-    from vlmscope.transcoders.hub import from_pretrained
+    from vlmscope.transcoders.formats import Choice, load_set
+    from vlmscope.transcoders.hub import set_folder
 
     named = option("model", str(model or "orrery")) or {"path": str(model)}
     revision = revision or named.get("revision")
     vlm = load_named(named["path"], named.get("hub"), revision, dtype, device, offload)
     adapter, chosen = vlm.adapter, option("transcoder", str(transcoders or "orrery")) or {"path": str(transcoders)}
     transcoder_revision = transcoder_revision or chosen.get("revision")
-    sizes = {"n_layers": adapter.n_layers, "d_model": adapter.d_model}
     choice = Choice(*(chosen.get(key) for key in ("width", "l0", "affine")))
-    loaded = from_pretrained(chosen["path"], transcoder_revision, **sizes, choice=choice)
-    scope = Scope(vlm, loaded.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False))
+    folder = set_folder(chosen["path"], transcoder_revision, choice=choice)
+    loaded = load_set(folder, adapter.n_layers, adapter.d_model, choice=choice)
+    loaded = loaded.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)
+    scope = Scope(vlm, loaded, shipped_study(vlm.path or "", folder, choice=choice))
     check_hooks(scope)
     if check:
         warn_on_load(scope)
@@ -237,7 +239,8 @@ def trace(scope: Scope, prompt: str, images: Pictures = (), **settings: Any) -> 
     """The attribution graph of a prompt, whole and pruned.
 
     `settings` are those of `attribution=` (docs/attribution.md). `labels` names features, from the folder of a labelled
-    study; `patches=True` follows the answer to the parts of each picture.
+    study, by default the one that is shipped with model and transcoders; `patches=True` follows the answer to the parts
+    of each picture.
 
     Raises:
         UserError: a setting that does not exist, or that does not fit the model or the prompt.
@@ -250,9 +253,9 @@ def trace(scope: Scope, prompt: str, images: Pictures = (), **settings: Any) -> 
     pictures = tuple(map(opened, picture_list(images)))
     if config.patches and not pictures:
         raise UserError("patches=True needs a picture; give images=[path or PIL image]")
-    labels = {}
-    if config.labels is not None:
-        labels = labels_for(config.labels, scope.vlm.name, scope.transcoders.widths).texts()
+    labels, named = {}, config.labels or scope.study
+    if named is not None:
+        labels = labels_for(named, scope.vlm.name, scope.transcoders.widths).texts()
     traced = run(scope, scope.inputs(prompt, pictures), config)
     maps = tuple(target_maps(scope.vlm, traced, config)) if config.patches else ()
     return TraceResult(**vars(traced), labels=labels, pictures=pictures, maps=maps, settings=config)

@@ -34,6 +34,7 @@ class Scope:
 
     vlm: VLM
     transcoders: TranscoderSet
+    study: Path | None = None  # the labelled study that is shipped with both
 
     @property
     def adapter(self) -> Adapter:

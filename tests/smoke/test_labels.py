@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from vlmscope.app import main
-from vlmscope.features.item_facts import item_facts, study_facts
+from vlmscope.core.study import item_hash
+from vlmscope.features.item_facts import item_facts, study_facts, words_of
 from vlmscope.features.labels import Labels
 from vlmscope.features.study_files import StudyFolder
 from vlmscope.models.tiny import tiny_image
@@ -28,10 +29,44 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append({"images": [f"{n}.png"], "texts": texts, "facts": {"colour": colour, "number": n % 3}})
     (root / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = root / "run"
-    sizes = ["study.top=6", "study.samples=12", "data=folder", f"data.path={root}"]
+    sizes = ["study.top=6", "study.samples=12", "data=folder", f"data.path={root}", "task.labels=true", "task.keep=4"]
     assert main(["task=study", *TINY, *sizes, f"hydra.run.dir={run}"]) == 0
+    whole = (run / "study/labels/auto.parquet").read_bytes()
+    assert Labels(StudyFolder(run / "small")).all().keys() == Labels(StudyFolder(run)).all().keys()
+    assert (
+        main(
+            [
+                "task=label",
+                "task.shuffled=0",
+                "task.kind=scene",
+                *TINY,
+                f"study.path={run}",
+                f"hydra.run.dir={root / 'same'}",
+            ]
+        )
+        == 0
+    )
+    assert (run / "study/labels/auto.parquet").read_bytes() == whole  # what task=study writes
     assert main(["task=label", "task.kind=colour", *TINY, f"study.path={run}", f"hydra.run.dir={root / 'label'}"]) == 0
     return run
+
+
+def test_a_small_copy_has_the_strongest_and_a_fair_draw(study: Path) -> None:
+    whole, small = StudyFolder(study), StudyFolder(study / "small")
+    assert (small.info.settings["top"], small.info.settings["samples"]) == (4, 2)
+    for layer in whole.layers:
+        assert np.array_equal(small.layer(layer).fired, whole.layer(layer).fired)
+        for before, after in zip(whole.features(layer), small.features(layer), strict=True):
+            assert [e.item for e in after.group("top")] == [e.item for e in before.group("top")[:4]]
+            drawn = {e.item for e in before.examples if e.group != "top"}
+            kept = [e for e in after.examples if e.group != "top"]
+            by_hash = sorted(drawn, key=lambda item: int(item_hash(np.array([item]))[0]))
+            assert sorted(e.item for e in kept) == sorted(by_hash[:2])
+            for group in {e.group for e in kept}:
+                assert [e.rank for e in after.group(group)] == list(range(len(after.group(group))))
+            assert after.top_logits == tuple(before.top_logits[:4]) or len(after.top_logits) == 4
+    example = next(e for record in small.features(whole.layers[0]) for e in record.examples)
+    assert small.pictures(small.items[example.item])  # opened again, by reference
 
 
 def features_found(folder: Path, *arguments: str) -> list[dict]:
@@ -45,10 +80,10 @@ def test_labels_come_with_scores_and_facts(study: Path) -> None:
     assert metrics["label/labelled"] > 0
     assert 0 <= metrics["label_shuffled/beats_chance"] <= metrics["label_shuffled/features"]
     assert metrics["label_shuffled/beats_chance_frac"] <= 0.1
-    # The colour alone is a rule that every label is held against.
-    assert 0.5 < metrics["label/auroc_kind_alone"] <= 1 and metrics["label/kind_only"] <= metrics["label/items"]
+    # The colour alone is a rule that every label is held against, of these random features near chance.
+    assert 0.3 < metrics["label/auroc_kind_alone"] <= 1 and metrics["label/kind_only"] <= metrics["label/items"]
     labels = Labels(StudyFolder(study)).all()
-    assert any("colour = red" in label.text or '"red"' in label.text for label in labels.values())
+    assert any("red" in words_of(label.text) for label in labels.values())
     assert all(label.score is not None and label.low is not None for label in labels.values())
     before = (study / "study/labels/auto.parquet").read_bytes()
     again = ["task.kind=colour", f"study.path={study}", f"hydra.run.dir={study.parent / 'again'}"]

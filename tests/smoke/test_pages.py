@@ -108,7 +108,7 @@ def test_pages_without_the_pictures_say_so(study: Path, data: Path, tmp_path: Pa
         (["task.from_circuit=/nowhere"], "no circuit.yaml"),
         (["task.top=0"], "task.top=0"),
         (["study.path=/nowhere"], "no study.json"),
-        (["study.path=null"], "no study: add study.path="),
+        (["study.path=null", "transcoder=random"], "no study: add study.path="),
     ],
 )
 def test_mistakes_are_one_line(

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 # Files of a model's folder that decide its input tokens and its computation, besides the weights.
 _MODEL_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*/*.jinja")
-_SET_FILES = (".json", ".yaml")  # of a transcoder set, besides the weights
 
 
 _KEPT: dict[str, tuple[str, Any]] | None = None
@@ -211,6 +210,7 @@ def model_origin(cfg: AppConfig, weights: bool = True) -> dict[str, Any]:
     Raises:
         UserError: the model is missing and cannot be fetched.
     """
+    from vlmscope.features.shipped import weights_digest
     from vlmscope.models.checkpoint import model_folder
 
     chosen = cfg.model
@@ -220,7 +220,7 @@ def model_origin(cfg: AppConfig, weights: bool = True) -> dict[str, Any]:
     folder = Path(model_folder(chosen.path, chosen.hub, chosen.revision))
     files = {file for pattern in _MODEL_FILES for file in folder.glob(pattern) if file.name != "metrics.json"}
     if weights:
-        origin["model.weights"] = files_digest(sorted(folder.glob("*.safetensors")))
+        origin["model.weights"] = weights_digest(folder)
     return origin | {f"model.{file.relative_to(folder)}": files_digest([file]) for file in sorted(files)}
 
 
@@ -230,17 +230,14 @@ def transcoder_origin(cfg: AppConfig, overrides: Sequence[str] = ("transcoder",)
     Raises:
         UserError: they are missing or not a set.
     """
-    from vlmscope.transcoders.formats import open_set
+    from vlmscope.features.shipped import set_files
 
     if not isinstance(cfg.transcoder, TranscoderSetConfig):
         return flat("transcoder", asdict(cfg.transcoder))
     if cfg.model.family is not None and not names_transcoders(overrides):
         return {"transcoder": "random", "seed": cfg.seed}
     folder, form, choice = chosen_set(cfg)
-    layers = {layer.path for layer in open_set(folder, form, choice).layers.values()}
-    folders = {folder, *(path.parent for path in layers)}
-    settings = {file for part in folders for file in part.glob("*.*") if file.suffix in _SET_FILES}
-    return {"transcoder.files": files_digest(sorted(layers | settings)), **flat("transcoder", choice._asdict())}
+    return {"transcoder.files": files_digest(set_files(folder, form, choice)), **flat("transcoder", choice._asdict())}
 
 
 def study_digest(path: str) -> str:
@@ -298,10 +295,23 @@ def study_sources(cfg: AppConfig) -> dict[str, SourceConfig]:
     return studied
 
 
-def needed_study(cfg: AppConfig) -> Path:
-    """Folder of the study of `study.path=`, checked before heavy imports."""
+def shipped_study(cfg: AppConfig) -> Path | None:
+    """Folder of the labelled study that is shipped with exactly this model and these transcoders; None without one."""
+    from vlmscope.features.shipped import shipped_study as find
+    from vlmscope.models.checkpoint import model_folder
+
+    if cfg.model.family is not None or not isinstance(cfg.transcoder, TranscoderSetConfig):
+        return None
+    return find(model_folder(cfg.model.path, cfg.model.hub, cfg.model.revision), *chosen_set(cfg))
+
+
+def needed_study(cfg: AppConfig, shipped: bool = False) -> Path:
+    """Folder of the study of `study.path=`, checked before heavy imports; else, if allowed, of the shipped one."""
     from vlmscope.core.study import study_folder
 
+    if cfg.study.path is None and shipped and (found := shipped_study(cfg)) is not None:
+        print(f"study: {found}, which comes with this model and these transcoders; study.path= names another")
+        return found
     if cfg.study.path is None:
         raise UserError(
             f"no study: add study.path=FOLDER, the run folder of a finished task=study ({program()} task=study)"
@@ -332,17 +342,22 @@ def look_for_labels(cfg: AppConfig) -> None:
         study_folder(cfg.attribution.labels)
 
 
+def labels_folder(cfg: AppConfig) -> Path | None:
+    """The study that names features: that of `attribution.labels`, else the one that is shipped with these."""
+    return shipped_study(cfg) if cfg.attribution.labels is None else Path(cfg.attribution.labels)
+
+
 def feature_labels(cfg: AppConfig, model: str, transcoders: TranscoderSet | None = None) -> dict[FeatureId, str]:
-    """Labels with scores by feature from the study of `attribution.labels`, except those no better than chance.
+    """Labels with scores by feature, except those no better than chance; empty without a study (`labels_folder`).
 
     Args:
-        cfg: the run's configuration; without `attribution.labels` the result is empty.
+        cfg: the run's configuration.
         model: name of the model, which must be that of the study.
-        transcoders: the features' transcoders; None if only graphs are available.
+        transcoders: the features' transcoders; None if only graphs are available, of which no study is shipped.
     """
-    if cfg.attribution.labels is None:
+    folder = cfg.attribution.labels if transcoders is None else labels_folder(cfg)
+    if folder is None:
         return {}
     from vlmscope.features.labels import labels_for
 
-    widths = None if transcoders is None else transcoders.widths
-    return labels_for(cfg.attribution.labels, model, widths).texts()
+    return labels_for(folder, model, None if transcoders is None else transcoders.widths).texts()

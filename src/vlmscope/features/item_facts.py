@@ -32,16 +32,17 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import normalised
 from vlmscope.core.study import MANIFEST, TOP, item_hash
 from vlmscope.data.samples import WHOLE
-from vlmscope.features.labels import WORDS, Part, Predicate, Rule
+from vlmscope.features.labels import ABOUT, PICTURES, SMALL, WORDS, Part, Predicate, Rule, stem
 from vlmscope.features.study_files import StudyFolder, StudyItems
 
 _LOG = logging.getLogger(__name__)
 MOST_WORDS = 2000  # the most frequent ones become predicates
 MOST_FIRING = 0.5  # of the items; a feature that fires on more is labelled by the items on which it is strong
 CACHE = f"index/item_facts_{MOST_WORDS}.safetensors"  # in the study folder; may be deleted
-_VERSION = "1"  # of the cache
+_VERSION = "4"  # of the cache
 _FEWEST = 3  # items that must have a predicate
 _LOOK = 20  # rows after which a source without facts is left
+_ORDER = (*(key for key in WORDS if key != ABOUT), ABOUT)  # of words that hold of the same items the first is named
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
@@ -139,8 +140,7 @@ class ItemFacts:
 
     def grades(self, rule: Rule, rows: np.ndarray) -> np.ndarray:
         """`[rows]` float64, how well items match: 1, or 0; of two parts that must both hold, 0.5 for one of them."""
-        held = np.stack([self.holds(part, rows) for part in rule.parts])
-        return held.any(0).astype(float) if rule.joint == "or" else held.mean(0)
+        return np.stack([self.holds(part, rows) for part in rule.parts]).mean(0)
 
 
 def item_facts(items: StudyItems) -> ItemFacts:
@@ -152,16 +152,26 @@ def item_facts(items: StudyItems) -> ItemFacts:
     several = len({row["source"] for row in rows}) > 1
     predicates: list[list[Predicate]] = []
     for item, row in zip(bare.ids.tolist(), rows, strict=True):
-        known = {**facts.get(item, {}), "pictures": row["n_pictures"]} | ({"source": row["source"]} if several else {})
+        known = {**facts.get(item, {}), PICTURES: row["n_pictures"]} | ({"source": row["source"]} if several else {})
         held = [Predicate(key, str(value)) for key, value in known.items()]
         for key, texts in (("answer", row["assistants"]), ("question", row["users"]), ("text", [row["text"]])):
             held += [Predicate(key, word) for word in sorted({word for text in texts for word in words_of(text)})]
         predicates.append(held)
+    keys_of: dict[str, set[str]] = {}
+    all_names = {name for held in predicates for name in held}
+    known_values = {value for _, value in all_names}
+    # A plural counts as its singular if that occurs: "stars", but not "mars".
+    idea = {value: stem(value) if stem(value) in known_values else value for value in known_values}
+    for key, value in all_names:
+        keys_of.setdefault(idea[value], set()).add(key)
+    for held in predicates:  # a planet that is shown, asked for or answered: one idea, which no single key has
+        values = {idea[value] for _, value in held}
+        held += [Predicate(ABOUT, value) for value in sorted(values - SMALL) if len(keys_of[value]) > 1]
     # Predicates that some, but not all items have: facts as they come, then the most frequent words.
     counts = Counter(name for held in predicates for name in held)
     useful = [name for name, count in counts.items() if _FEWEST <= count < len(predicates)]
     words = sorted((n for n in useful if n.key in WORDS), key=lambda n: (-counts[n], n))[:MOST_WORDS]
-    names = [name for name in useful if name.key not in WORDS] + sorted(words, key=lambda n: WORDS.index(n.key))
+    names = [name for name in useful if name.key not in WORDS] + sorted(words, key=lambda n: _ORDER.index(n.key))
     column = {name: number for number, name in enumerate(names)}
     entries = [(row, column[name]) for row, held in enumerate(predicates) for name in held if name in column]
     cells = np.array(entries, dtype=np.int64).reshape(-1, 2).T
@@ -224,6 +234,7 @@ class KnownItems:
     drawn: np.ndarray  # `[R]` bool: one of the feature's random draw; else only among its strongest
     top: np.ndarray  # `[R]` bool: among its strongest
     positive: np.ndarray  # `[R]` bool
+    peak: np.ndarray  # `[R]` float32, largest activation
     row: np.ndarray  # `[R]` int64, in the table of examples
     starts: np.ndarray  # `[F + 1]`, where each feature's rows begin
     reach: np.ndarray  # `[F]`: the number of first items of which it is known whether they fire the feature
@@ -272,4 +283,4 @@ def known_items(study: StudyFolder, layer: int, examples: pa.Table, facts: ItemF
         span = slice(starts[index], starts[index + 1])
         if drawn[span].any():
             positive[span] = peak[span] >= np.median(peak[span][drawn[span]])
-    return KnownItems(item, drawn, any_top, positive, rows, starts, reach, strong)
+    return KnownItems(item, drawn, any_top, positive, peak, rows, starts, reach, strong)

@@ -30,9 +30,21 @@ from vlmscope.metrics.rates import benjamini_hochberg, wilson_interval
 
 FOLDER = "labels"
 HAND = "hand.yaml"  # next to the sets; no task writes it
-WORDS = ("answer", "question", "text")  # keys whose values are words: an item has many of each
-MOST_VALUES = 3  # of one key: a longer list is no label
-_KINDS = {"text": "in the words of the user", "image": "on the picture", "answer": "in the answer"}
+ABOUT = "about"  # key of what an item has to do with, whether a fact of it says so or any of its words
+PICTURES = "pictures"  # key of the number of pictures
+WORDS = (ABOUT, "answer", "question", "text")  # keys whose values are words: an item has many of each
+# Words that say little.
+SMALL = {"a", "an", "the", "of", "in", "on", "at", "is", "are", "to", "and", "or", "with", "this", "that", "what"}
+MOST_VALUES = 2  # of one fact: a longer list is no label
+_KINDS = {"text": "in the prompt", "image": "on the picture", "answer": "in the answer"}
+
+
+def stem(word: str) -> str:
+    """The word without an English plural's ending, so that "planets" finds "planet"."""
+    for ending, kept in (("ies", "y"), ("sses", "ss"), ("xes", "x"), ("ches", "ch"), ("shes", "sh")):
+        if word.endswith(ending) and len(word) > len(ending) + 1:
+            return word.removesuffix(ending) + kept
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
 
 
 class Predicate(NamedTuple):
@@ -52,9 +64,14 @@ class Part:
     @property
     def text(self) -> str:
         """The part in words, of a rule about items."""
+        if self.key == ABOUT:
+            return " or ".join(self.values)
+        if self.key == PICTURES:
+            known = {("0",): "no picture", ("1",): "a picture"}
+            return known.get(self.values, f"{' or '.join(self.values)} pictures")
         if self.key in WORDS:
-            return f"{self._quoted} in the {self.key}"
-        return f"{self.key} = {' or '.join(self.values)}"
+            return f"{self.key} has {self._quoted}"
+        return f"{self.key.replace('_', ' ')} {' or '.join(self.values)}"
 
     @property
     def place(self) -> str:
@@ -67,24 +84,39 @@ class Part:
 
     @property
     def _quoted(self) -> str:
-        return " or ".join(f'"{word}"' for word in self.values)
+        return " or ".join(f'"{word.strip() or word}"' for word in self.values)  # many tokens begin with a space
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One part, or two that must both hold ("and") or of which one is enough ("or")."""
+    """One part, or two that must both hold."""
 
     parts: tuple[Part, ...]
-    joint: str = "and"
 
     @property
     def text(self) -> str:
         """The rule in words."""
-        return f" {self.joint} ".join(part.text for part in self.parts)
+        return " and ".join(part.text for part in self.parts)
+
+    def phrase(self, place: Part | None = None, writes: str = "") -> str:
+        """The rule in few words, with the place; `writes` is the word that the feature itself raises, if it is one.
+
+        A feature that fires where its own word is, or is about to be, "says" it.
+        """
+        at_word = place is not None and place.key == "token" and len(self.parts) == 1 and self.parts[0].key in WORDS
+        if at_word and place.values[0].strip().lower() == " ".join(self.parts[0].values):
+            return f'the word "{self.parts[0].values[0]}"'
+        said = [f'says "{writes}"' if _speaks_of(part, writes) else part.text for part in self.parts]
+        return ", ".join(filter(None, [" and ".join(said), "" if place is None else place.place]))
 
     def to_json(self) -> str:
-        """One line: how the parts are joined, then of each its key and values."""
-        return json.dumps([self.joint, [[part.key, *part.values] for part in self.parts]], ensure_ascii=False)
+        """One line: the key and values of each part."""
+        return json.dumps([[part.key, *part.values] for part in self.parts], ensure_ascii=False)
+
+
+def _speaks_of(part: Part, word: str) -> bool:
+    names = {word, stem(word)} if part.key == ABOUT else {word} if part.key == "answer" else set()
+    return bool(word) and len(part.values) == 1 and part.values[0] in names
 
 
 @dataclass(frozen=True)
@@ -190,8 +222,8 @@ LABEL_TABLE = pa.schema(
 
 
 def short_label(text: str) -> str:
-    """The first thing that a label says, as a name: 'planet = mars or scene = hands, ..' is planet mars."""
-    first = text.removeprefix("strong: ").split(" or ")[0].split(",")[0]
+    """The first thing that a label says, as a name: 'planet mars or earth, on the picture' is planet mars."""
+    first = text.removeprefix("strong: ").removeprefix("says ").split(" or ")[0].split(",")[0]
     return " ".join(re.sub(r"[^\w. -]", " ", first).split())[:40].strip()
 
 

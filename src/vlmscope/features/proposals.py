@@ -3,9 +3,11 @@ other.
 
 *Rules about items.* The contrast of a rule is Youden's J = share of positives that match - share of negatives that
 match, each with half an item added to matches and one to items, since few positives are known. J adds up over values of
-one fact (an item has one), so the best set of values is read off the values' own contrasts. Pairs of the best parts are
-then tried, both ways of joining them. A longer rule must earn its length. Whether the winner beats chance is asked with
-a G-test, corrected (Bonferroni) for how many rules were tried.
+one fact (an item has one), so the best two values are read off the values' own contrasts. Pairs of the best parts that
+must both hold are then tried. A longer rule must earn its length; there is no "or" between parts, whose labels nobody
+can read: what a picture shows and what words say of it is one part already (`ABOUT`). Positives count as their
+activations do. Whether the winner beats chance is asked with a G-test, corrected (Bonferroni) for how many rules were
+tried.
 
 *Places in items.* Within the items on which a feature fires, positions at which it does are held against those at which
 it does not: at which tokens, after which, on which part of the picture. The score is the AUROC of "the position is such
@@ -23,20 +25,36 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from scipy.special import chdtrc, ndtr, xlogy
+from tqdm import tqdm
 
+from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId, generator
 from vlmscope.core.study import IMAGE, KINDS
-from vlmscope.features.item_facts import ItemFacts, KnownItems, known_items
-from vlmscope.features.labels import MOST_VALUES, NONE, Detection, Label, Part, Rule, detection, discoveries
-from vlmscope.features.study_files import StudyFolder, StudyItems
+from vlmscope.features.item_facts import ItemFacts, KnownItems, known_items, study_facts
+from vlmscope.features.labels import (
+    MOST_VALUES,
+    NONE,
+    SMALL,
+    WORDS,
+    Detection,
+    Label,
+    Part,
+    Rule,
+    detection,
+    discoveries,
+)
+from vlmscope.features.study_files import FEATURE_TABLE, FEATURES, StudyFolder, StudyItems, read_table
 from vlmscope.metrics.rates import wilson_interval
 
 GAIN = 0.05  # in contrast, that another value or part must bring
 CHANCE = 0.05
+ADVISED = 60  # samples of a feature, with which scores are sure
 _PAIRED = 10  # parts that are tried in pairs
 _BACKGROUND = 1000  # negatives for pairs; the first in the order of hashes are a random draw
 KEYS = ("kind", "token", "after", "rows", "columns")  # of places
 _ROWS, _COLUMNS = ("upper part", "middle rows", "lower part"), ("left part", "middle columns", "right part")
+_OF_SMALL = 2  # values that an article or a preposition counts as
+_CLEAR = 1.5  # times the second logit, from which a feature is said to write its word
 _TOGETHER = 1 << 22  # positions in memory at a time
 
 
@@ -57,14 +75,17 @@ def propose(facts: ItemFacts, known: KnownItems, feature: int, only: str | None 
     n_others = int((~facts.half[:reach]).sum()) - len(inside)
     if n_others < 2:
         return None
-    contrast = _rate(facts.matrix[positive].sum(0), len(positive)) - _rate(others, n_others)
+    # An item counts as its activation does, or weak and impure firings would drown what the feature is about.
+    weight = known.peak[rows][fires & proposing]
+    weight = weight / weight.mean()
+    contrast = _rate(weight @ facts.matrix[positive], len(positive)) - _rate(others, n_others)
     negative = np.setdiff1d(np.flatnonzero(~facts.half[:reach]), inside)[:_BACKGROUND]
     parts = _parts(facts, contrast, only)
     if not parts:
         return None
     up = np.stack([facts.holds(part, positive) for part in parts], axis=1)
     down = np.stack([facts.holds(part, negative) for part in parts], axis=1)
-    rule, tried = _best(parts, up, down)
+    rule, tried = _best(parts, up, down, weight, None if only else len(inside) / (len(inside) + n_others))
     return rule if only or _beats_chance(facts, rule, positive, negative, tried + len(facts.names)) else None
 
 
@@ -87,30 +108,38 @@ def _parts(facts: ItemFacts, contrast: np.ndarray, only: str | None = None) -> l
     return parts
 
 
-def _best(parts: Sequence[Part], up: np.ndarray, down: np.ndarray) -> tuple[Rule, int]:
-    """The rule of the largest contrast less `GAIN` for each value after the first, and how many were tried.
+def _worth(up: np.ndarray, down: np.ndarray, base: float | None) -> np.ndarray:
+    """The correlation (phi) of rules with firing, from the shares of positives and negatives that match and the share
+    of positives; their contrast without `base`.
 
-    `up` [positives, parts] and `down` [negatives, parts], bool: whether items match.
+    A feature that fires on mars alone is as well told by "planet" as by "mars" in contrast: every mars is a planet.
+    The correlation counts the other planets too.
     """
-    length = np.array([len(part.values) for part in parts])
-    single = _rate(up.sum(0), len(up)) - _rate(down.sum(0), len(down)) - GAIN * (length - 1)
-    first = int(single.argmax())
-    rule, value = Rule((parts[first],)), float(single[first])
+    if base is None:
+        return up - down
+    matched = base * up + (1 - base) * down
+    return (up - down) * (1 + np.sqrt(base * (1 - base) / (matched * (1 - matched)))) / 2
+
+
+def _best(
+    parts: Sequence[Part], up: np.ndarray, down: np.ndarray, weight: np.ndarray, base: float | None
+) -> tuple[Rule, int]:
+    """The rule of the largest `_worth` less `GAIN` for each value after the first, and how many were tried.
+
+    `up` [positives, parts] and `down` [negatives, parts], bool: whether items match; `weight` [positives], mean 1.
+    """
+    length = np.array([len(part.values) + _OF_SMALL * (not SMALL.isdisjoint(part.values)) for part in parts])
     up, down = up.astype(np.float32), down.astype(np.float32)  # products of bool arrays would be bool
-    both_up, both_down = up.T @ up, down.T @ down
-    either_up = up.sum(0)[:, None] + up.sum(0) - both_up
-    either_down = down.sum(0)[:, None] + down.sum(0) - both_down
+    both = _worth(_rate((up * weight[:, None]).T @ up, len(up)), _rate(down.T @ down, len(down)), base)
+    single = both.diagonal() - GAIN * (length - 1)
+    first = int(single.argmax())
     keys = np.array([part.key for part in parts])
-    allowed = np.triu(keys[:, None] != keys, 1)
-    lengths = length[:, None] + length - 1
-    for joint, ups, downs in (("and", both_up, both_down), ("or", either_up, either_down)):
-        contrast = _rate(ups, len(up)) - _rate(downs, len(down))
-        values = np.where(allowed, contrast - GAIN * lengths, -np.inf)
-        best = int(values.argmax())
-        if values.flat[best] > value:
-            value, pair = float(values.flat[best]), divmod(best, len(parts))
-            rule = Rule(tuple(parts[i] for i in pair), joint)
-    return rule, int(2 * allowed.sum()) + len(parts)
+    allowed = np.triu((keys[:, None] != keys) | np.isin(keys, WORDS), 1)
+    pairs = np.where(allowed, both - GAIN * (length[:, None] + length - 1), -np.inf)
+    tried = int(allowed.sum()) + len(parts)
+    if pairs.max() > single[first]:
+        return Rule(tuple(parts[i] for i in divmod(int(pairs.argmax()), len(parts)))), tried
+    return Rule((parts[first],)), tried
 
 
 def _beats_chance(facts: ItemFacts, rule: Rule, positive: np.ndarray, negative: np.ndarray, tried: int) -> bool:
@@ -248,21 +277,18 @@ def _best_places(places: Places, position: np.ndarray, group: np.ndarray, items:
         counts = np.bincount(group[has] * size + code[has], minlength=4 * count * size).reshape(count, 2, 2, size)
         share = (counts + 0.5 / size) / (totals[..., None] + 1)
         contrast = share[:, 0, 1] - share[:, 0, 0]
-        most = np.argsort(-contrast, axis=1, kind="stable")[:, : min(MOST_VALUES, size - 1)]
-        gains = np.take_along_axis(contrast, most, 1)
-        taken = gains > np.where(np.arange(most.shape[1]) == 0, 0, GAIN)
-        score = (gains * taken).sum(1) - GAIN * (taken.sum(1) - 1)
-        better = np.flatnonzero((score > value) & taken[:, 0] & (totals[:, 1] > 0).all(1))
+        pick = contrast.argmax(1)
+        score = np.take_along_axis(contrast, pick[:, None], 1)[:, 0]
+        better = np.flatnonzero((score > value) & (totals[:, 1] > 0).all(1))
         value[better] = score[better]
         for feature in better.tolist():
-            picks = most[feature][taken[feature]]
-            rates = counts[feature, 1][:, picks].sum(1) / totals[feature, 1]
+            rates = counts[feature, 1, :, pick[feature]] / totals[feature, 1]
             auroc = 0.5 + 0.5 * float(rates[1] - rates[0])
             # Positions of one item are not independent, so interval and p count items, at the largest variance (1/4)
             # that an item's own AUROC can have.
             n = max(int(items[feature]), 1)
             p = float(ndtr(-(auroc - 0.5) * 2 * n**0.5))
-            part = Part(key, tuple(places.values[number][pick] for pick in picks.tolist()))
+            part = Part(key, (places.values[number][pick[feature]],))
             low, high = wilson_interval(np.array(auroc), np.array(n))
             best[feature] = part, Detection(auroc, float(low), float(high), auroc, p, n, 0)
     return best
@@ -278,8 +304,8 @@ def label_layer(
     examples = study.examples(layer)
     known = known_items(study, layer, examples, facts)
     window = int(study.info.settings["window"])
-    best_places = place_labels(places, facts, known, examples, window)
-    labels = [_label(facts, known, feature, place, kind) for feature, place in enumerate(best_places)]
+    best_places, writes = place_labels(places, facts, known, examples, window), _written(study, layer)
+    labels = [_label(facts, known, feature, place, kind, writes[feature]) for feature, place in enumerate(best_places)]
     if not shuffled:
         return labels, []
     rng = generator(seed, "shuffled labels", layer)
@@ -290,9 +316,20 @@ def label_layer(
     return labels, [_label(facts, mixed, feature, shuffled_places[feature], kind) for feature in picked]
 
 
+def _written(study: StudyFolder, layer: int) -> list[str]:
+    """The word that each feature raises clearly more than any other token; "" where there is none."""
+    table = read_table(study.path / FEATURES.format(layer), FEATURE_TABLE)
+    rows = zip(table["top_tokens"].to_pylist(), table["top_logits"].to_pylist(), strict=True)
+    return [
+        words[0].strip().lower() if len(raised) > 1 and raised[0] > _CLEAR * max(raised[1], 0) else ""
+        for words, raised in rows
+    ]
+
+
 def _label(
-    facts: ItemFacts, known: KnownItems, feature: int, place: PlaceLabel | None, kind: str | None = None
-) -> Label:
+    facts: ItemFacts, known: KnownItems, feature: int, place: PlaceLabel | None, kind: str | None = None,
+    writes: str = "",
+) -> Label:  # fmt: skip
     where: dict[str, Any] = {"strong": bool(known.strong[feature])}
     if place is not None:
         where |= {"place": place[0].place, "place_score": place[1].score}
@@ -300,7 +337,7 @@ def _label(
     if rule is not None:
         score, top = score_rule(facts, known, feature, rule)
         if score is not None:
-            words = ", ".join(part for part in (rule.text, where.get("place")) if part)
+            words = rule.phrase(None if place is None else place[0], writes)
             words = f"strong: {words}" if where["strong"] else words
             alone = None if kind is None else propose(facts, known, feature, kind)
             if alone is not None:
@@ -318,3 +355,26 @@ def judged(labels: Sequence[tuple[FeatureId, Label]]) -> list[tuple[FeatureId, L
         (feature, replace(label, beats_chance=bool(beats)))
         for (feature, label), beats in zip(labels, better, strict=True)
     ]
+
+
+def label_study(
+    study: StudyFolder, seed: int = 0, shuffled: int = 256, kind: str | None = None
+) -> tuple[list[tuple[FeatureId, Label]], list[Label]]:
+    """Labels of all features of a study (`label_layer` of each layer), `judged`; and those of shuffled activations.
+
+    Raises:
+        UserError: the study has no samples, on which labels are scored.
+    """
+    if not study.info.settings["samples"]:
+        raise UserError(
+            f"{study.path} has no samples, on which labels are scored; run task=study with study.samples={ADVISED}"
+        )
+    facts = study_facts(study)
+    places = read_places(study.items, facts)
+    proposed: list[tuple[FeatureId, Label]] = []
+    by_chance: list[Label] = []
+    for layer in tqdm(study.layers, desc="labels", unit="layer"):
+        labels, chance = label_layer(study, layer, facts, places, seed, shuffled, kind)
+        proposed += [(FeatureId(layer, index), label) for index, label in enumerate(labels)]
+        by_chance += chance
+    return judged(proposed), by_chance

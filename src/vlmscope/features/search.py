@@ -20,12 +20,11 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 from vlmscope.core.study import TOP
 from vlmscope.features.item_facts import ItemFacts, words_of
-from vlmscope.features.labels import WORDS, Labels
+from vlmscope.features.labels import ABOUT, SMALL, WORDS, Labels, stem
 from vlmscope.features.study_files import StudyFolder
 
 _OF_LABEL = 0.5  # of a word's match; the other half is that of the examples
 _LEAST = 0.05  # relevance, and match of a word, that is worth reporting
-_SMALL = {"a", "an", "the", "of", "in", "on", "at", "is", "are", "to", "and", "or", "with", "this", "that", "what"}
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,6 @@ class Match:
     relevance: float  # by words from 0 to 1; by activations in bits: how rarely it is so strong in an item
     why: str  # what matched, in words
     activation: float | None = None  # in the user's input; None by words
-
-
-def stem(word: str) -> str:
-    """The word without an English plural's ending, so that "planets" finds "planet"."""
-    for ending, kept in (("ies", "y"), ("sses", "ss"), ("xes", "x"), ("ches", "ch"), ("shes", "sh")):
-        if word.endswith(ending) and len(word) > len(ending) + 1:
-            return word.removesuffix(ending) + kept
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
 
 
 def stems(text: str) -> set[str]:
@@ -57,7 +48,7 @@ def find_by_words(study: StudyFolder, facts: ItemFacts, labels: Labels, query: s
     A `UserError` when the query has no word, or no feature has to do with any of them.
     """
     words = list(dict.fromkeys(stem(word) for word in words_of(query)))
-    keywords = [word for word in words if word not in _SMALL] or words
+    keywords = [word for word in words if word not in SMALL] or words
     if not keywords:
         raise UserError(f"query={query}: it has no word; write for example 'query=red planet'")
     columns: dict[str, list[int]] = {}  # the predicates that speak of each word
@@ -97,6 +88,8 @@ def find_by_words(study: StudyFolder, facts: ItemFacts, labels: Labels, query: s
 
 def _reason(facts: ItemFacts, column: int) -> str:
     key, value = facts.names[column]
+    if key == ABOUT:
+        return value
     return f'"{value}" in the {key}' if key in WORDS else f"{key} = {value}"
 
 

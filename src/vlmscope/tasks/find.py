@@ -41,7 +41,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.config.wiring import needed_study
 
     task: Config = cfg.task
-    folder = needed_study(cfg)
+    folder = needed_study(cfg, shipped=True)
     if (cfg.query is None) == (cfg.image is None):
         raise UserError("give one of the two: 'query=red planet', or image=path/to/picture.png")
 

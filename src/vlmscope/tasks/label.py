@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vlmscope.tasks.registry import RunContext
 
 _LOG = logging.getLogger(__name__)
-FEW, ADVISED = 20, 60  # held-out items below which a score is unsure, and the samples that are then advised
+FEW = 20  # held-out items below which a score is unsure
 USES = ("data", "study")
 
 
@@ -72,32 +72,16 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 def label_by_contrast(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     """Label all features offline."""
     import numpy as np
-    from tqdm import tqdm
 
-    from vlmscope.core.records import FeatureId
-    from vlmscope.features.item_facts import study_facts
     from vlmscope.features.labels import set_path, would_pass, write_labels
-    from vlmscope.features.proposals import judged, label_layer, read_places
+    from vlmscope.features.proposals import label_study
 
     task: Config = cfg.task
-    samples = int(study.info.settings["samples"])
-    if not samples:
-        raise UserError(
-            f"{study.path} has no samples, on which labels are scored; run task=study with study.samples={ADVISED}"
-        )
-    facts = study_facts(study)
-    places = read_places(study.items, facts)
-    proposed: list[tuple[FeatureId, Label]] = []
-    shuffled: list[Label] = []
-    for layer in tqdm(study.layers, desc="labels", unit="layer"):
-        labels, chance = label_layer(study, layer, facts, places, cfg.seed, task.shuffled, task.kind)
-        proposed += [(FeatureId(layer, index), label) for index, label in enumerate(labels)]
-        shuffled += chance
-    labelled = judged(proposed)
+    labelled, shuffled = label_study(study, cfg.seed, task.shuffled, task.kind)
     write_labels(set_path(study.path, task.set_name or "auto"), labelled)
     print_labels(labelled)
     labels = [label for _, label in labelled]
-    print(basis(labels, samples))
+    print(basis(labels, int(study.info.settings["samples"])))
     metrics = metrics_of(labels, "label") | metrics_of(shuffled, "label_shuffled")
     if "label/auroc_kind_alone" in metrics:
         print(
@@ -174,6 +158,8 @@ def labels_so_far(cfg: AppConfig, study: StudyFolder, path: Path, name: str) -> 
 def basis(labels: Sequence[Label], samples: int) -> str:
     """One line: on how many items the scores rest, and how to get more where these are few."""
     from statistics import median
+
+    from vlmscope.features.proposals import ADVISED
 
     held_out = [label.positives for label in labels if label.level == "items"]
     if not held_out:

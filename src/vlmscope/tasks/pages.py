@@ -72,7 +72,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.config.wiring import needed_study
     from vlmscope.core.artifacts import write_json
 
-    start, task, place = perf_counter(), cfg.task, needed_study(cfg)
+    start, task, place = perf_counter(), cfg.task, needed_study(cfg, shipped=True)
 
     from vlmscope.features.labels import read_labels, set_path
     from vlmscope.features.study_files import StudyFolder

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vlmscope.core.errors import NotMainRank, UserError
+from vlmscope.core.errors import NotMainRank, UserError, check_least
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
@@ -14,12 +15,23 @@ if TYPE_CHECKING:
 
 USES = ("data", "study")
 RANKS = True  # several processes can run it together
+SCENE = "scene"  # the fact whose values alone are scored next to each label, where the data have it
 MEMORY = "study.forward_tokens (which a resumed study may change), study.batch_size or study.top"
 
 
 @dataclass
 class Config:
-    """What is kept is in `study=`, the data in `data=`. The files are in `study/` of the run folder."""
+    """What is kept is in `study=`, the data in `data=`. The files are in `study/` of the run folder.
+
+    `labels` names the features too, as task=label does. `keep` writes a small copy of the study, labels included, to
+    `small/` of the run folder: with so many of the strongest and of the drawn examples of each feature.
+    """
+
+    labels: bool = False
+    keep: int | None = None
+
+    def __post_init__(self) -> None:
+        check_least("task", self, keep=1)
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
@@ -43,7 +55,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     origin, share = study_origin(cfg, sources, context.overrides), own_share()
     done = finished_study(folder, origin)
     if done is not None:
-        return metrics_of(done)
+        return metrics_of(done) | _labelled_and_small(cfg, context, done)
     part = StudyPart(folder, share, origin)
     data = data_record(sources, config, cfg.data.max_bad_shards, cfg.data.name)
     rows = NumberedRows(open_sources(data), config.batch_size, share, config.limit)
@@ -53,7 +65,29 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     if share.index:
         raise NotMainRank
     study = finish(folder, scope, study_parts(folder, share.total, origin), config, data)
-    return metrics_of(study) | {"perf/study_seconds": seconds, "perf/study_over_forward": over_forward}
+    metrics = metrics_of(study) | {"perf/study_seconds": seconds, "perf/study_over_forward": over_forward}
+    return metrics | _labelled_and_small(cfg, context, study)
+
+
+def _labelled_and_small(cfg: AppConfig, context: RunContext, study: StudyFolder) -> dict[str, float]:
+    """Label the study and write its small copy, as the task's settings say."""
+    metrics: dict[str, float] = {}
+    if cfg.task.labels:
+        from vlmscope.features.labels import set_path, write_labels
+        from vlmscope.features.proposals import label_study
+
+        labels, _ = label_study(study, cfg.seed, shuffled=0, kind=SCENE)
+        write_labels(set_path(study.path, "auto"), labels)
+        metrics["label/labelled"] = float(sum(bool(label.text) for _, label in labels))
+        metrics["label/beats_chance"] = float(sum(label.beats_chance for _, label in labels))
+    if cfg.task.keep is not None:
+        from vlmscope.features.shipped import small_copy
+
+        place = context.run_dir / "small"
+        shutil.rmtree(place, ignore_errors=True)  # of a run before this one
+        small = small_copy(study, place, cfg.task.keep)
+        metrics["study/small_mb"] = sum(path.stat().st_size for path in small.path.rglob("*.*")) / 1e6
+    return metrics
 
 
 def metrics_of(study: StudyFolder) -> dict[str, float]:

@@ -170,6 +170,8 @@ def _answer(traced: Trace, tokenizer: Any, labels: Mapping[FeatureId, str]) -> l
 
 def _next_steps(folder: Path, cfg: AppConfig, overrides: Sequence[str]) -> list[str]:
     """The files to look at first, and commands that go on from this graph."""
+    from vlmscope.config.wiring import labels_folder
+
     pictures = ",".join(cfg.image or ())
     subject = [f"image={pictures}" if len(cfg.image) == 1 else f"image=[{pictures}]"] if cfg.image else []
     subject += [f"prompt={cfg.prompt}", *(one for one in overrides if one.lstrip("+").startswith(_SUBJECT))]
@@ -180,8 +182,8 @@ def _next_steps(folder: Path, cfg: AppConfig, overrides: Sequence[str]) -> list[
     lines.append(f"next: {program()} task=steer {again} {shlex.quote(f'task.from_graph={folder}')}")
     if cfg.image:
         lines.append(f"next: {program()} task=where {again}")
-    if cfg.attribution.labels is None:
-        lines.append("names of features: task=study, then task=label, then attribution.labels= (docs/labels.md)")
+    if labels_folder(cfg) is None:
+        lines.append("names of features: task=study task.labels=true, then attribution.labels= (docs/labels.md)")
     return lines
 
 
@@ -281,13 +283,14 @@ def _refuse(cfg: AppConfig, bad: Sequence[str]) -> int:
 
 def _origin(cfg: AppConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """All settings and files besides the row on which its graph depends, by name."""
-    from vlmscope.config.wiring import model_origin, study_digest, transcoder_origin
+    from vlmscope.config.wiring import labels_folder, model_origin, study_digest, transcoder_origin
     from vlmscope.core.artifacts import flat, plain
 
     # The two settings left out change memory and time, not numbers.
     attribution = {k: v for k, v in asdict(cfg.attribution).items() if k not in ("batch_size", "memory_gb")}
-    if cfg.attribution.labels is not None:
-        attribution["labels"] = study_digest(cfg.attribution.labels)
+    names = labels_folder(cfg)
+    if names is not None:
+        attribution["labels"] = study_digest(str(names))
     task = {"task.figure": cfg.task.figure, "task.head_edges": cfg.task.head_edges, "seed": cfg.seed}
     return plain(model_origin(cfg) | transcoder_origin(cfg, overrides) | flat("attribution", attribution) | task)
 

@@ -64,7 +64,8 @@ def run_declared(bench: Bench, analyses: Sequence[Any] = ()) -> dict[str, float]
     declared = settle(bench.scope, declare(bench), cfg.trials, cfg.settings)
     bench.metrics |= {f"settled/{question}": strength for question, strength in declared.settled.items()}
     more = (analysis.trials(bench, declared) for analysis in analyses if hasattr(analysis, "trials"))
-    table = run_trials(bench.scope, chain(declared.trials(cfg.trials, cfg.settings), *more), cfg.seed)
+    total = declared.work(cfg.trials, cfg.settings, bench.scope.transcoders.layers)
+    table = run_trials(bench.scope, chain(declared.trials(cfg.trials, cfg.settings), *more), cfg.seed, total)
     bench.write_table("trials", table)
     ran = table[["operation", "setting"]].drop_duplicates().to_numpy()
     found = claims(table, {f"{a}/{b}": counted(cfg.trials, cfg.settings, a, b)[0] for a, b in ran})

@@ -54,7 +54,36 @@ class Declared:
         Raises:
             UserError: a setting names a trial or a case set that is not there.
         """
+        for operation, trial, cases, setting, where in self._combined(trials, settings):
+            do = self.operation(trial, cases, where.limit)
+            subset = cases.first(setting.first)
+            yield Trial(operation, do, [subset], [where])
+            few = subset.first(setting.baselines_on)
+            for baseline in baselines_of(trial, setting):
+                if self.baselines is None:
+                    key = f"settings.{where.name}.baselines"
+                    raise UserError(f"{key}: the cases of this experiment have none; leave it out")
+                variant = self.baselines.operation(baseline, trial, do, few, where.limit)
+                yield Trial(operation, variant, [few], [where.uncontrolled()], baseline)
+
+    def work(
+        self, trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig], layers: Sequence[int]
+    ) -> int:
+        """How many runs of a case all these trials are, with controls and baselines, for a progress bar."""
+        total = 0
+        for _, trial, cases, setting, where in self._combined(trials, settings):
+            subset = cases.first(setting.first)
+            few = subset.first(setting.baselines_on)
+            total += where.work(subset, layers)
+            total += len(baselines_of(trial, setting)) * where.uncontrolled().work(few, layers)
+        return total
+
+    def _combined(
+        self, trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig]
+    ) -> Iterator[tuple[str, TrialConfig, Cases, SettingConfig, Setting]]:
+        """Every trial with every case set in every combination of a setting's values."""
         for name, setting in settings.items():
+            more = {key: getattr(setting, key) for key in ("matched", "random_direction", "draws_on", "new_tokens")}
             if setting.cases not in self.cases:
                 raise UserError(f"settings.{name}.cases={setting.cases}: the case sets are {', '.join(self.cases)}")
             for called in setting.of or trials:
@@ -63,27 +92,13 @@ class Declared:
                 each = {f"{called}/{features}": replace(trials[called], features=features) for features in self.sets}
                 for operation, trial in (each if trials[called].features == EACH else {called: trials[called]}).items():
                     for cases in self.cases[setting.cases]:
-                        yield from self._combined(operation, trial, cases, name, setting)
-
-    def _combined(
-        self, operation: str, trial: TrialConfig, cases: Cases, name: str, setting: SettingConfig
-    ) -> Iterator[Trial]:
-        subset = cases.first(setting.first)
-        strength = trial.strength
-        if strength is None:  # questions without validation cases, such as those of unrelated scenes, take the largest
-            strength = self.settled.get(cases.question, max(self.settled.values(), default=None))
-        if strength is None and not setting.strength:
-            raise UserError(f"trials.{operation}.strength=null, but no trial has `settle`")
-        more = {key: getattr(setting, key) for key in ("matched", "random_direction", "draws_on", "new_tokens")}
-        for axes in setting.combinations(strength):
-            do, where = self.operation(trial, cases, axes["limit"]), Setting(name, **axes, **more)
-            yield Trial(operation, do, [subset], [where])
-            where, few = replace(where, matched=0, random_direction=0), subset.first(setting.baselines_on)
-            for baseline in baselines_of(trial, setting):
-                if self.baselines is None:
-                    raise UserError(f"settings.{name}.baselines: the cases of this experiment have none; leave it out")
-                variant = self.baselines.operation(baseline, trial, do, few, axes["limit"])
-                yield Trial(operation, variant, [few], [where], baseline)
+                        strength = trial.strength
+                        if strength is None:  # questions without validation cases (unrelated scenes) take the largest
+                            strength = self.settled.get(cases.question, max(self.settled.values(), default=None))
+                        if strength is None and not setting.strength:
+                            raise UserError(f"trials.{operation}.strength=null, but no trial has `settle`")
+                        for axes in setting.combinations(strength):
+                            yield operation, trial, cases, setting, Setting(name, **axes, **more)
 
 
 def settle(

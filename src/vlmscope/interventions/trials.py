@@ -167,6 +167,15 @@ class Setting:
         places = dict.fromkeys(roles.tolist()) if self.positions == "each" else [self.positions]
         return [replace(self, layers=span, positions=place) for span in spans for place in places]
 
+    def uncontrolled(self) -> Setting:
+        """The setting without controls."""
+        return replace(self, matched=0, random_direction=0)
+
+    def work(self, cases: Cases, layers: Sequence[int]) -> int:
+        """How many runs of a case this is, with its controls."""
+        controls = (self.matched + self.random_direction) * cases.first(self.draws_on).batch.size
+        return len(self.everywhere(layers, cases.batch.roles)) * (cases.batch.size + controls)
+
     def restrict(self, plan: AnyPlan, roles: np.ndarray, n_layers: int) -> AnyPlan:
         """The part of a plan that lies in the setting's layers and positions."""
         low, high = layer_range(self.layers, n_layers)
@@ -196,8 +205,10 @@ class Trial:
     baseline: str = ""  # the variant of the operation that this is (`circuits.baselines`)
 
 
-def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0) -> pd.DataFrame:
+def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0, total: int = 0) -> pd.DataFrame:
     """Every operation on its case sets in its settings, with its controls.
+
+    `total` is the work (`Setting.work`) that is known before, for the progress bar; it grows with what comes besides.
 
     Returns:
         One row per case, trial and draw: `operation`, the fields of the setting (its name as `setting`), `baseline`
@@ -210,9 +221,12 @@ def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0) -> pd.DataF
     """
     tables: list[pd.DataFrame] = []
     shares: dict[str, list[float]] = {}  # trial, setting and control -> the share that each draw moves
-    with tqdm(desc="trials", unit="run", disable=None) as bar:  # a run: some cases under one edit
+    layers, planned = scope.transcoders.layers, 0
+    with tqdm(desc="trials", unit="case", total=total or None, disable=None) as bar:  # a case: one under one edit
         for trial in trials:
             for setting, cases in product(trial.settings, trial.cases):
+                planned += setting.work(cases, layers)
+                bar.total = max(total, planned)
                 bar.set_postfix_str(f"{trial.operation}/{setting.name}", refresh=False)
                 whole = trial.do.plan(scope, cases, setting.strength)
                 for local in setting.everywhere(scope.transcoders.layers, cases.batch.roles):
@@ -222,7 +236,8 @@ def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0) -> pd.DataF
                             name = f"{trial.operation}/{setting.name} {control}"
                             shares.setdefault(name, []).append(float(table.moved.iloc[0]))
                         tables.append(table)
-                        bar.update()
+                        bar.update(len(table))
+                bar.update(planned - bar.n)  # draws of controls that were left out
     refused = {name: [share for share in found if share < WEAK] for name, found in shares.items()}
     lines = [
         f"{name}: {len(weak)} of {len(shares[name])} draws move {np.median(weak):.2g} of it"

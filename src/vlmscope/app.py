@@ -1,7 +1,7 @@
 """The command line: Hydra composes the configuration, one task runs, its folder is printed last.
 
 Exit codes: 0 success, 1 a failure of the program (with a traceback) or a failed check (one line), 2 a usage error (one
-line), 130 Ctrl-C, 143 SIGTERM.
+line), 130 Ctrl-C, 141 the reader of the output went away, 143 SIGTERM.
 """
 
 import argparse
@@ -49,12 +49,21 @@ shows all runs in the browser. Set HYDRA_FULL_ERROR=1 to see the traceback of a 
 """
 
 
+_UNREAD = 141  # the exit code of a program whose reader has gone, as in `python run.py --help | head`
+
+
+def _discard_output() -> None:
+    """Let what is still printed go nowhere, or Python would complain when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class _Failures:
     """Errors of jobs, printed as they happen."""
 
     def __init__(self) -> None:
         self.process = os.getpid()
         self.errors: list[Exception] = []
+        self.unread = False  # the reader of the output has gone
 
     def add(self, error: Exception) -> None:
         """Print and keep an error; of several processes that fail together only the first prints.
@@ -82,7 +91,7 @@ class _Failures:
     def exit_code(self) -> int:
         """0 without failures, 2 when all are usage errors, else 1."""
         if not self.errors:
-            return 0
+            return _UNREAD if self.unread else 0
         return 2 if all(isinstance(error, UserError) for error in self.errors) else 1
 
 
@@ -157,6 +166,9 @@ def _job(failures: _Failures) -> Callable[[Any], None]:
             run_job(cfg)
         except CONFIG_ERRORS as error:
             failures.add(UserError(one_line(error)))
+        except BrokenPipeError:
+            failures.unread = True
+            _discard_output()
         except Exception as error:
             # Most writers report a full disk; this covers logs, files of other libraries and redirected output.
             place = getattr(error, "filename", None) or HydraConfig.get().runtime.output_dir
@@ -246,11 +258,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_worker(main, int(argv[1]))
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # prints a folder's name with the bytes that it has
-    if not argv or {"-h", "--help"} & set(argv):
-        print(_help())
-        return 0 if argv else 2
-    with _stopped_by_signals():
-        return _run(argv)
+    try:
+        if not argv or {"-h", "--help"} & set(argv):
+            print(_help())
+            code = 0 if argv else 2
+        else:
+            with _stopped_by_signals():
+                code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _discard_output()
+        return _UNREAD
 
 
 def _run(argv: Sequence[str]) -> int:

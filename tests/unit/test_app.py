@@ -199,3 +199,12 @@ def test_help_is_quick_and_names_everything() -> None:
         assert words in result.stdout
     # The promise is 3 s. Processor time, since the wall clock of a busy machine says nothing about the program.
     assert after.children_user + after.children_system - before.children_user - before.children_system < 3
+
+
+@pytest.mark.parametrize("command", ["--help", "task=list"])
+def test_a_reader_that_goes_away_is_no_error(command: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        done = subprocess.run([sys.executable, "run.py", command], cwd=ROOT, stdout=closed, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr.decode()) == (141, "")

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from vlmscope.activations import norm_weight_after, target_at, target_module
 from vlmscope.core.errors import UserError
@@ -134,7 +135,8 @@ def evaluate_transcoders(scope: Scope, batches: Iterable[Batch]) -> dict[str, fl
     layers = {layer: _LayerFigures(transcoders[layer].config.n_features) for layer in transcoders.layers}
     soft, special = adapter.soft_token_id(), _special(scope.vlm)
     losses: dict[str, float] = {"tokens": 0.0, "original": 0.0, "spliced": 0.0}
-    for forward in (on_device(adapter, forward) for batch in batches for forward in forwards(batch)):
+    shown = tqdm(batches, desc="validation", unit="batch", delay=5.0)
+    for forward in (on_device(adapter, forward) for batch in shown for forward in forwards(batch)):
         activations = collect(adapter, forward)
         ids, kinds = _kinds(forward, soft, special)
         codes: dict[int, SparseCode] = {}

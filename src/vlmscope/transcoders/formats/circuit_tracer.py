@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from vlmscope.core.artifacts import open_tensors, read_yaml, tensor_heads, write_yaml
 from vlmscope.core.errors import UserError
@@ -205,7 +206,7 @@ def _file_name(layer: int) -> str:
 def write(transcoders: TranscoderSet, folder: Path, dtype: str, name: str) -> None:
     """Write the set with the keys of all three readers; for circuit-tracer, with thresholds under its name."""
     theirs = {"threshold": _THRESHOLD} if name == "circuit_tracer" else {}
-    for layer, transcoder in transcoders.transcoders.items():
+    for layer, transcoder in tqdm(transcoders.transcoders.items(), desc="saving", unit="layer", delay=5.0):
         tensors = {theirs.get(ours, ours): tensor for ours, tensor in own_tensors(transcoder).items()}
         write_tensors(folder / _file_name(layer), tensors, dtype)
     record = _head(transcoders, _CROSS_LAYER if transcoders.cross_layer else _KIND)

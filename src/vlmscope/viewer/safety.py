@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
 from ipaddress import ip_address
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -98,7 +99,9 @@ class Guard:
 
     def __init__(self, app: App, host: str, token: str | None) -> None:
         """`host` is the address that the server listens on; `token` is asked for where that is not loopback."""
-        self.app, self.host, self.token = app, host.lower(), token
+        self.app, self.token = app, token
+        # A wider server is also known by its computer's name.
+        self.names = set(_LOOPBACK) if token is None else {*_LOOPBACK, host.lower(), gethostname().lower()}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # there are no web sockets, and the lifespan is the application's
@@ -128,8 +131,7 @@ class Guard:
         """Refuse a request that names another host, or that a page of another origin sends."""
         host = headers.get(b"host", "")
         name = host_of(host)
-        known = name in _LOOPBACK if self.token is None else _is_address(name) or name in (*_LOOPBACK, self.host)
-        if not known:
+        if name not in self.names and (self.token is None or not _is_address(name)):
             raise Refused(f"this is not {host[:100]!r}; open the address that task=serve printed", 421)
         if method not in ("GET", "HEAD"):
             origin = headers.get(b"origin", "")

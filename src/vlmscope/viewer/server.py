@@ -232,7 +232,8 @@ def serve(root: Path, host: str, port: int, asked: bool, overrides: Sequence[str
 
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
     listener = _listen(host, port, asked)
-    place = f"[{host}]" if ":" in host else host
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    place = f"[{name}]" if ":" in name else name
     address = f"http://{place}:{listener.getsockname()[1]}/" + (f"?token={token}" if token else "")
     print(f"workbench on {root}: {address} (Ctrl-C ends it)", flush=True)
     jobs = Jobs(root, [one for one in overrides if one.lstrip("+").startswith(PASSED_ON)])

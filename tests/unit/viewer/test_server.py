@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from socket import gethostname
 
 import pytest
 import yaml
@@ -145,6 +146,7 @@ def test_a_wider_server_asks_for_its_token(root: Path) -> None:
     assert client.get("/api/runs").status_code == 401
     assert client.get("/api/runs?token=wrong").status_code == 401
     assert client.get("/api/runs", headers={"host": "evil.example"}).status_code == 421
+    assert client.get("/api/runs", headers={"host": f"{gethostname()}:8600"}).status_code == 401
     answer = client.get("/?token=s3cret")
     assert answer.status_code == 200 and "HttpOnly; SameSite=Strict" in answer.headers["set-cookie"]
     assert client.cookies[COOKIE] == "s3cret" and client.get("/api/runs").status_code == 200

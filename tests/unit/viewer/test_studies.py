@@ -27,10 +27,8 @@ LABEL = Label("the <b>red</b> one", "auto", "items", 0.9, 0.8, 0.95, beats_chanc
 CHANCE = Label("no better than chance", "auto", "items", 0.5, 0.4, 0.6)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with the run folder of a study, of which L1/3 has a label, and its transcoders."""
-    root, data = tmp_path_factory.mktemp("outputs"), tmp_path_factory.mktemp("data")
+def study_run(root: Path, data: Path) -> Path:
+    """The run folder `study/mine` of a study, of which L1/3 has a label; `data` gets its pictures."""
     lines = []
     for n in range(ROWS):
         tiny_image(n % 7).save(data / f"{n}.png")
@@ -44,6 +42,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = {"mine": SourceConfig("folder", str(data))}
     study = study_alone(run / "study", Scope(vlm, transcoders.requires_grad_(False)), sources, config)
     write_labels(set_path(study.path, "auto"), [(FeatureId(1, 3), LABEL), (FeatureId(1, 4), CHANCE)])
+    return run
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("outputs")
+    study_run(root, tmp_path_factory.mktemp("data"))
     return root
 
 

@@ -203,7 +203,7 @@ def mlp_inputs_and_logits(
     """As `mlp_inputs`, with the logits [B, V] of the last position."""
     inputs: dict[int, Tensor] = {}
     with watching_mlp_inputs(adapter, layers, inputs.__setitem__):
-        logits = adapter.next_logits(batch.tensors)
+        logits = batch.next_logits(adapter)
     return inputs, logits
 
 

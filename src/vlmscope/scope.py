@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -53,10 +52,9 @@ class Scope:
         """MLP inputs [B, T, d] by layer of one forward; of all layers with a transcoder when None."""
         return mlp_inputs(self.adapter, batch, self.transcoders.layers if layers is None else layers)
 
-    @torch.no_grad()
     def forward(self, batch: InputBatch) -> Tensor:
         """Logits [B, V] at the last position of one forward, under the hooks that are set; raises unless finite."""
-        return self.adapter.next_logits(batch.tensors)
+        return batch.next_logits(self.adapter)
 
 
 def picture_list(images: Pictures) -> list[Picture]:

@@ -60,7 +60,7 @@ def block_outputs(adapter: Adapter, batch: InputBatch, sites: Iterable[Site]) ->
                 outputs[site] = out[0] if isinstance(out, tuple) else out
 
             stack.callback(block_module(adapter, site).register_forward_hook(hook).remove)
-        logits = adapter.next_logits(batch.tensors)
+        logits = batch.next_logits(adapter)
     return logits, outputs
 
 
@@ -83,7 +83,7 @@ def replacing_outputs(adapter: Adapter, values: Mapping[Site, Tensor], where: Te
 def ablated(adapter: Adapter, batch: InputBatch, values: Mapping[Site, Tensor], where: Tensor) -> Tensor:
     """Last-position logits [B, V] with the blocks' outputs replaced (see `replacing_outputs`)."""
     with replacing_outputs(adapter, values, where):
-        return adapter.next_logits(batch.tensors)
+        return batch.next_logits(adapter)
 
 
 @dataclass(frozen=True)

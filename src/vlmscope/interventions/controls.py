@@ -107,6 +107,8 @@ def matched_plan(
 
 def used_by_role(scope: Scope, cases: Cases, layer: int) -> np.ndarray:
     """[R, F] bool: which features of a layer some recipient or donor has at a position of each of the cases' roles."""
+    if layer in cases.used:
+        return cases.used[layer]
     runs = [(cases.codes(scope)[layer], cases.batch.roles)]
     if cases.donors is not None:
         runs.append((cases.donor_codes(scope)[layer], cases.donors.roles))
@@ -116,6 +118,7 @@ def used_by_role(scope: Scope, cases: Cases, layer: int) -> np.ndarray:
         for row, role in enumerate(roles):
             part = code_at(code, torch.from_numpy(role_of == role))
             used[row, part.indices[part.active].numpy(force=True)] = True
+    cases.used[layer] = used
     return used
 
 

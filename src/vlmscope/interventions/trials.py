@@ -65,6 +65,7 @@ class Cases:
     # What is computed once, for all trials, settings and control draws.
     _codes: dict[str, Mapping[int, SparseCode]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _first: dict[int, Cases] = field(default_factory=dict, init=False, repr=False, compare=False)
+    used: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)  # of the controls
 
     def codes(self, scope: Scope) -> Mapping[int, SparseCode]:
         """The unedited prompts' codes of every layer, from one forward."""

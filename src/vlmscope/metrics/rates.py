@@ -248,12 +248,20 @@ def deciding_control(group: pd.DataFrame) -> str:
     return "matched" if (group.control == "matched").any() else "random_direction"
 
 
+def numbered(table: Any) -> Any:
+    """The table with a column `case_number`, equal in rows of the same case: made once, as comparing texts is slow."""
+    keys = [column for column in CASE if column in table]
+    numbers = table.groupby(keys, sort=False, dropna=False).ngroup() if keys else 0
+    return table.assign(case_number=numbers)
+
+
 def draws_of(group: pd.DataFrame, measure: str, control: str | None = None) -> Draws:
     """The draws of a control in rows of one trial; by default matched ones, or random directions where none was drawn.
 
     The control whose draws are the harder to tell from the trial decides, as it has the edit's own kind of content.
     """
     kind = control or deciding_control(group)
+    group = group if "case_number" in group else numbered(group)
     rows: Any = group[group.control == kind]
     edit: Any = group[group.control == ""]
     if rows.empty:
@@ -263,8 +271,7 @@ def draws_of(group: pd.DataFrame, measure: str, control: str | None = None) -> D
     means: Any = rows.groupby("draw", sort=False)[measure].mean()
     if not refused.all():
         counted = means[~refused]
-        keys = [column for column in CASE if column in group]
-        same = pd.MultiIndex.from_frame(edit[keys]).isin(pd.MultiIndex.from_frame(rows[keys])) if keys else slice(None)
+        same = edit.case_number.isin(rows.case_number)
         return Draws(counted.to_numpy(float), tuple(counted.index), kind, "", float(edit[measure][same].mean()))
     # A draw may bite on some questions or cases and not on others: those where it does not are what refuses it.
     ratio = float(rows.moved[weak].median()) if "moved" in rows else displacement_ratio(rows, edit)
@@ -295,7 +302,7 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit") -> pd.Da
     table = table if "baseline" in by else without_baselines(table)
     # The table is wide, and every selection of rows copies all its columns.
     read = [*by, *CASE, measure, "control", "draw", "features", "weak", "moved", "displacement"]
-    narrow: Any = table[[column for column in dict.fromkeys(read) if column in table]]
+    narrow: Any = numbered(table[[column for column in dict.fromkeys(read) if column in table]])
     groupings = cast(Any, narrow.groupby(list(by), sort=False, dropna=False))  # pandas' own types are too wide
     for key, group in groupings:
         done = group[group.control == ""]

@@ -122,6 +122,7 @@ class Adapter:
     chat_template = ""  # for a model without its own; "" for a family without turns
     needs_pictures = False
     answer_type = 0  # `token_type_ids` of an answer that follows the prompt
+    takes_masks = False  # whether the class takes in place of `attention_mask` what it makes of it for its decoder
     # Positions depend on the pictures (M-RoPE). Such a model remembers the shift of its last pictures, so that it needs
     # explicit positions whenever its input is embeddings instead of pictures.
     m_rope = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +41,8 @@ class InputBatch:
     is_image: np.ndarray  # [T] bool
     # T entries, as in `ModelInputs`; empty where the prompts' pictures have different shapes.
     patch_boxes: tuple[PatchBox | None, ...] = ()
+    # Attention implementation -> the masks that a forward made, which are an eighth of the time of a small model's.
+    _masks: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def places(self) -> Places:
@@ -56,6 +58,23 @@ class InputBatch:
     def length(self) -> int:
         """T."""
         return int(self.input_ids.shape[1])
+
+    @torch.no_grad()
+    def next_logits(self, adapter: Adapter) -> Tensor:
+        """Logits [B, V] at the last position of a forward, whose attention masks serve those after it if they can."""
+        text = adapter.model.config.get_text_config()
+        if (masks := self._masks.get(text._attn_implementation)) is not None:
+            return adapter.next_logits(self.tensors | {"attention_mask": masks})
+
+        def keep(_module: object, _args: tuple, kwargs: dict) -> None:
+            if adapter.takes_masks and isinstance(made := kwargs.get("attention_mask"), dict):
+                self._masks[text._attn_implementation] = made
+
+        handle = adapter.decoder().register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            return adapter.next_logits(self.tensors)
+        finally:
+            handle.remove()
 
     def select(self, rows: Tensor | Sequence[int]) -> InputBatch:
         """The prompts of these rows."""

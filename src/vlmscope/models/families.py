@@ -55,6 +55,7 @@ class Gemma3Adapter(Adapter):
 
     placeholder = "<start_of_image>"
     caps_logits = True
+    takes_masks = True
     # The published template, except that it does not trim texts.
     chat_template = (
         "{{ bos_token }}{% for message in messages %}"

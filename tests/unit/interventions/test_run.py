@@ -168,3 +168,14 @@ def test_a_base_run_keeps_what_its_modes_freeze(bench) -> None:
             with pytest.raises(AssertionError, match="not recorded for"):
                 run_edited(scope, batch, plan, other, base)
     assert all(rms.shape[-1] == 1 for rms in whole.inverse_rms.values())
+
+
+def test_attention_masks_of_an_earlier_forward_change_no_logit(bench) -> None:
+    scope, inputs, _ = bench
+    batch, fresh = (make_batch(scope.adapter, inputs) for _ in range(2))
+    first = scope.forward(batch)
+    assert bool(batch._masks) == (scope.adapter.takes_masks and scope.adapter.has_vision)
+    recorded = base_run(scope, batch, ["frozen_attention"])  # another implementation, whose masks are numbers
+    assert torch.equal(scope.forward(batch), first)
+    assert torch.equal(base_run(scope, batch, ["frozen_attention"]).logits, recorded.logits)
+    assert torch.equal(base_run(scope, fresh, ["frozen_attention"]).logits, recorded.logits)

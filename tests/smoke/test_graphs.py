@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,7 +15,6 @@ from vlmscope.attribution.export import load_graph, load_merged
 from vlmscope.core.graph import AggregateGraph, GraphComparison
 from vlmscope.data.orrery.dataset import concept_scenes
 
-SCHEMA = Path(vlmscope.__file__).parent / "attribution" / "schema" / "neuronpedia-graph.schema.json"
 QUESTION = "what planet is this ?"
 QUICK = ("tracking=none", "attribution.max_nodes=150", "trainer.threads=1", "task.figure=false")
 
@@ -128,9 +126,6 @@ def test_two_runs_are_compared(run: Path, tmp_path: Path, capsys: pytest.Capture
     found = load_merged(tmp_path / "comparison.safetensors")
     assert isinstance(found, GraphComparison)
     assert read(tmp_path / "metrics.json")["compare/nodes_both"] == found.kept.all(0).sum() > 10
-    body = read(tmp_path / "graph.json")
-    jsonschema.validate(body, read(SCHEMA))
-    assert len(body["links"]) == len(found.sources)
     for name in ("difference", "shares"):
         assert Image.open(tmp_path / "figures" / f"{name}.png").width > 900
 
@@ -150,7 +145,6 @@ def test_a_run_of_rows_is_aggregated(run: Path, tmp_path: Path) -> None:
     found = load_merged(tmp_path / "aggregate.safetensors")
     assert isinstance(found, AggregateGraph) and found.n_graphs == 5
     assert read(tmp_path / "metrics.json")["aggregate/nodes_in_all"] == (found.count == 5).sum() > 0
-    jsonschema.validate(read(tmp_path / "graph.json"), read(SCHEMA))
     assert (tmp_path / "figures" / "aggregate.png").is_file()
 
 

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmscope.attribution.export import GRAPH_FILE, Merged, kept_by, load_graph
+from vlmscope.attribution.export import GRAPH_FILE, Merged, load_graph
 from vlmscope.attribution.influence import (
     absolute_rows,
     counted,
@@ -380,6 +380,11 @@ def graph_file(place: str | Path) -> Path:
         what = f"holds no {GRAPH_FILE}" if path.is_dir() else "is neither a run folder nor a file"
         raise UserError(f"{path} {what}; give the folder of a task=trace run")
     return file
+
+
+def kept_by(merged: GraphComparison, kept: np.ndarray) -> str:
+    """Which of the two graphs keeps a node or edge, from `kept [2]`."""
+    return "both" if kept.all() else merged.names[0] if kept[0] else merged.names[1] if kept[1] else "neither"
 
 
 def write_tables(folder: str | Path, merged: Merged, labels: Mapping[FeatureId, str] | None = None) -> None:

@@ -2,8 +2,7 @@
 
 `graph.safetensors` holds a graph, whole and pruned, bit for bit; `comparison.safetensors` and `aggregate.safetensors`
 hold merged graphs. `graph.json` is valid against the schema of Neuronpedia's and circuit-tracer's viewers; what the
-schema lacks is in extra keys: `vlmscope` at the top (with the pictures), `modality`, `patch` and shares at nodes and
-links. A link's weight is the first graph's minus the second's in a comparison, and the mean in an aggregate. String ids
+schema lacks is in extra keys: `vlmscope` at the top (with the pictures), `modality` and `patch` at nodes. String ids
 exist only here.
 """
 
@@ -20,7 +19,6 @@ import numpy as np
 from PIL import Image
 
 from vlmscope.attribution.influence import scores
-from vlmscope.attribution.storage import cumulative_share
 from vlmscope.core.artifacts import built_from, load_tensors, save_tensors, write_text
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import (
@@ -190,21 +188,6 @@ def source_id(kind: NodeKind, layer: int, position: int, index: int) -> str:
             raise AssertionError("targets have ids by their number")
 
 
-def merged_ids(merged: Merged) -> list[str]:
-    """The ids of the nodes of a merged graph, in the form of one prompt's."""
-    nodes, ids = merged.nodes, []
-    for node in range(len(nodes)):
-        kind, layer, column = NodeKind(int(nodes.kind[node])), int(nodes.layer[node]), max(int(nodes.position[node]), 0)
-        if kind == NodeKind.TARGET:
-            ids.append(f"TARGET_{node}_{layer}_{column}")
-        elif nodes.image[node] >= 0:  # cells of two pictures may share a column
-            ids.append(f"E_soft{node}_{column}")
-        else:
-            ids.append(source_id(kind, layer, column, int(nodes.index[node])))
-    assert len(set(ids)) == len(ids), "two nodes have one id"
-    return ids
-
-
 def graph_to_json(
     pruned: PrunedGraph,
     slug: str,
@@ -250,6 +233,7 @@ def graph_to_json(
         "pruning_settings": {"node_threshold": pruned.node_threshold, "edge_threshold": pruned.edge_threshold},
     }
     details = {
+        "schema_version": SCHEMA_VERSION,
         "tokens": [
             {"token": token, "role": str(role), **place}
             for token, role, place in zip(graph.tokens, graph.roles, where, strict=True)
@@ -263,81 +247,11 @@ def graph_to_json(
         "pictures": [embedded(picture) for picture in pictures],
         **(extra or {}),
     }
-    return _body(metadata, nodes, links, details)
-
-
-def merged_to_json(merged: Merged, slug: str, labels: Labels = None) -> dict[str, Any]:
-    """A comparison or an aggregate as the viewers' JSON."""
-    ids, table = merged_ids(merged), merged.nodes
-    comparison = isinstance(merged, GraphComparison)
-    strength = merged.share.max(axis=0) if comparison else merged.share
-    cumulative = cumulative_share(strength) if strength.sum() > 0 else np.ones(len(ids))
-    finite = np.where(np.isnan(merged.activation), -np.inf, merged.activation)
-    values = finite.max(axis=0) if comparison else finite
-    best = values[table.kind == NodeKind.LOGIT].max(initial=-np.inf)
-    nodes = []
-    for node, name in enumerate(ids):
-        value = float(values[node]) if np.isfinite(values[node]) else None
-        label = _merged_label(table, node, value, labels or {})
-        record = _viewer_node(table, node, name, label, value, cumulative[node])
-        column = int(table.position[node])
-        record["is_target_logit"] = bool(table.kind[node] in ENDS and value == best)
-        record["modality"] = None if column < 0 else "image" if merged.column_is_image[column] else "text"
-        if table.image[node] >= 0:
-            record["patch"] = {"image": int(table.image[node]), "box": table.box[node].tolist()}
-        if isinstance(merged, GraphComparison):
-            activations = [None if np.isnan(value) else float(value) for value in merged.activation[:, node]]
-            kept = kept_by(merged, merged.kept[:, node])
-            details = {"shares": merged.share[:, node].tolist(), "activations": activations, "kept_by": kept}
-        else:
-            details = {"share": float(merged.share[node]), "kept_in": int(merged.count[node])}
-        nodes.append({**record, **details})
-    links = []
-    for edge, (source, target) in enumerate(zip(merged.sources.tolist(), merged.targets.tolist(), strict=True)):
-        if isinstance(merged, GraphComparison):
-            first, second = merged.weights[:, edge].tolist()
-            kept, shares = kept_by(merged, merged.edge_kept[:, edge]), merged.edge_share[:, edge].tolist()
-            details = {"weight": first - second, "weights": [first, second], "shares": shares, "kept_by": kept}
-        else:
-            kept, absolute = int(merged.edge_count[edge]), float(merged.absolute[edge])
-            details = {"weight": float(merged.weight[edge]), "mean_absolute": absolute, "kept_in": kept}
-        links.append({"source": ids[source], "target": ids[target], **details})
-    mean = f"mean weights of {len(merged.names)} graphs"
-    weights = f"weights are {merged.names[0]} minus {merged.names[1]}" if comparison else mean
-    metadata = {
-        "slug": slug,
-        "scan": merged.model,
-        "prompt_tokens": list(merged.columns),
-        "prompt": " | ".join(dict.fromkeys(merged.prompts)),
-        "info": {
-            "generator": {"name": "vlmscope"},
-            "description": f"{weights}; nodes matched by {merged.match}",
-        },
-    }
-    details = {
-        "kind": "comparison" if comparison else "aggregate",
-        "match": merged.match,
-        "names": merged.names,
-        "prompts": merged.prompts,
-        "columns_with_soft_tokens": np.flatnonzero(merged.column_is_image).tolist(),
-    }
-    return _body(metadata, nodes, links, details)
-
-
-def kept_by(merged: GraphComparison, kept: np.ndarray) -> str:
-    """Which of the two graphs keeps a node or edge, from `kept [2]`."""
-    return "both" if kept.all() else merged.names[0] if kept[0] else merged.names[1] if kept[1] else "neither"
-
-
-def _body(metadata: dict[str, Any], nodes: list[Any], links: list[Any], details: dict[str, Any]) -> dict[str, Any]:
     view = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
-    details = {"schema_version": SCHEMA_VERSION, **details}
     return {"metadata": metadata, "qParams": view, "nodes": nodes, "links": links, "vlmscope": details}
 
 
-def _viewer_node(
-    table: NodeTable | MatchedNodes, node: int, name: str, label: str, value: float | None, cumulative: float
-) -> dict[str, Any]:
+def _viewer_node(table: NodeTable, node: int, name: str, label: str, value: float, cumulative: float) -> dict[str, Any]:
     """A node as the viewers read it; `value` is a feature's activation or a logit's probability."""
     kind, layer, index = NodeKind(int(table.kind[node])), int(table.layer[node]), int(table.index[node])
     end = kind in ENDS
@@ -350,7 +264,7 @@ def _viewer_node(
         # The viewers need a position; nodes without one are drawn at the first.
         "ctx_idx": max(int(table.position[node]), 0),
         "feature_type": _FEATURE_TYPES[kind],
-        "token_prob": (value or 0.0) if kind == NodeKind.LOGIT else 0.0,
+        "token_prob": value if kind == NodeKind.LOGIT else 0.0,
         "jsNodeId": name,
         "clerp": label,
         "influence": None if end else float(cumulative),
@@ -378,18 +292,6 @@ def _label(graph: AttributionGraph, node: int, first_end: int, labels: Mapping[F
             return f"{graph.logit_tokens[end]} = {table.target[node]:+.3f}"
 
 
-def _merged_label(nodes: MatchedNodes, node: int, value: float | None, labels: Mapping[FeatureId, str]) -> str:
-    match NodeKind(int(nodes.kind[node])):
-        case NodeKind.LOGIT:
-            return f'Output "{nodes.label[node]}" (p={value or 0.0:.3f})'
-        case NodeKind.TOKEN:
-            return f"Emb: {nodes.label[node]}"
-        case NodeKind.FEATURE:
-            return labels.get(FeatureId(int(nodes.layer[node]), int(nodes.index[node])), "")
-        case _:
-            return nodes.label[node]
-
-
 def _number(value: np.floating) -> float:
     """The shortest decimal that gives the same bits in the value's own dtype."""
     return float(str(value))
@@ -408,21 +310,11 @@ def write_graph_json(
 
     A file too large for an upload to Neuronpedia is written too, with a warning.
     """
-    advice = "attribution.edge_threshold, attribution.node_threshold or attribution.max_nodes lower"
-    return _write(path, graph_to_json(pruned, slug, scan, labels, extra, pictures), advice)
-
-
-def write_merged_json(path: str | Path, merged: Merged, slug: str, labels: Labels = None) -> float:
-    """Write `merged_to_json` as `write_graph_json` does."""
-    advice = "attribution.node_threshold or attribution.edge_threshold of the traces lower"
-    advice = advice if isinstance(merged, GraphComparison) else f"task.min_present higher, or {advice}"
-    return _write(path, merged_to_json(merged, slug, labels), advice)
-
-
-def _write(path: str | Path, body: Mapping[str, Any], advice: str) -> float:
+    body = graph_to_json(pruned, slug, scan, labels, extra, pictures)
     text = json.dumps(body, ensure_ascii=False, allow_nan=False) + "\n"
     size = len(text.encode()) / 1e6
     if size > UPLOAD_MB:
+        advice = "attribution.edge_threshold, attribution.node_threshold or attribution.max_nodes lower"
         _LOG.warning("%s has %.0f MB, Neuronpedia takes %.0f at most; make %s", path, size, UPLOAD_MB, advice)
     write_text(path, text)
     return size

@@ -30,11 +30,11 @@ class Config:
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
-    """Write aggregate.safetensors, graph.json, nodes.csv, edges.csv and the figure."""
+    """Write aggregate.safetensors, nodes.csv, edges.csv and the figure."""
     from tqdm import tqdm
 
     from vlmscope.attribution.compare import aggregate, write_tables
-    from vlmscope.attribution.export import save_merged, write_merged_json
+    from vlmscope.attribution.export import save_merged
     from vlmscope.attribution.trace import graph_files
     from vlmscope.config.wiring import feature_labels, look_for_labels
     from vlmscope.report.graph_figure import aggregate_graph
@@ -52,7 +52,6 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     merged = aggregate(files, names, cfg.task.match, cfg.task.min_present, bar)
     save_merged(context.run_dir / "aggregate.safetensors", merged)
     labels = feature_labels(cfg, merged.model)
-    size = write_merged_json(context.run_dir / "graph.json", merged, context.run_dir.name, labels)
     write_tables(context.run_dir, merged, labels)
     if cfg.task.figure and len(merged.sources):
         aggregate_graph(merged, context.run_dir / "figures" / "aggregate.png", labels=labels)
@@ -63,5 +62,4 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         "aggregate/edges": float(len(merged.sources)),
         "aggregate/nodes_in_all": float((merged.count == merged.n_graphs).sum()),
         "aggregate/edges_in_all": float((merged.edge_count == merged.n_graphs).sum()),
-        "graph/json_mb": size,
     }

@@ -45,9 +45,9 @@ class _Side(NamedTuple):
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
-    """Write comparison.safetensors, graph.json, nodes.csv, edges.csv and the figures."""
+    """Write comparison.safetensors, nodes.csv, edges.csv and the figures."""
     from vlmscope.attribution.compare import compare, write_tables
-    from vlmscope.attribution.export import save_merged, write_merged_json
+    from vlmscope.attribution.export import save_merged
     from vlmscope.config.wiring import feature_labels, look_for_labels
     from vlmscope.report.graph_figure import difference_graph, share_bars
 
@@ -58,14 +58,12 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     comparison = compare(first, second, names, cfg.task.match)
     save_merged(context.run_dir / "comparison.safetensors", comparison)
     labels = feature_labels(cfg, comparison.model)
-    size = write_merged_json(context.run_dir / "graph.json", comparison, context.run_dir.name, labels)
     write_tables(context.run_dir, comparison, labels)
     if cfg.task.figure and len(comparison.sources):
         difference_graph(comparison, context.run_dir / "figures" / "difference.png", labels=labels)
         share_bars(comparison, context.run_dir / "figures" / "shares.png", labels=labels)
     print(comparison)
-    numbers = {f"compare/{name}": float(value) for name, value in vars(comparison.summary()).items()}
-    return {**numbers, "graph/json_mb": size}
+    return {f"compare/{name}": float(value) for name, value in vars(comparison.summary()).items()}
 
 
 def _sides(cfg: AppConfig) -> tuple[_Side, _Side]:

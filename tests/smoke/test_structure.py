@@ -31,10 +31,9 @@ def test_tables_and_figures(made: Path, tmp_path: Path, refusal: Callable[..., s
     assert "other transcoders" in refusal("task=structure", f"study.path={made / 'study'}", "transcoder=random")
     features = pq.read_table(tmp_path / "structure.parquet")
     assert features.num_rows == 8 * 2048
-    names = {"monosemanticity", "modality_group", "twin_both_other_layers", "cluster_firing"}
+    names = {"monosemanticity", "modality_group", "cosine_both_other_layers", "cluster"}
     assert names <= set(features.schema.names)
     clusters = pq.read_table(tmp_path / "clusters.parquet").to_pylist()
-    assert {row["kind"] for row in clusters} == {"firing", "direction"}
     assert all(row["size"] == len(row["features"]) >= 2 for row in clusters)
     assert any(row["name"] == "a zebra" for row in clusters), "the labels of the study"
     page = (tmp_path / "report.html").read_text()

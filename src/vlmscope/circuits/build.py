@@ -236,7 +236,7 @@ def _choose(
         return _Choice(members, f"label {node.label.query!r}", " ".join(node.label.query.split()))
     if node.cluster is not None:
         members, name = selectors.by_cluster(sources.clusters[key], node.cluster, node, known)
-        return _Choice(members, f"cluster {node.cluster.cluster} by {node.cluster.kind}", name)
+        return _Choice(members, f"cluster {node.cluster.cluster}", name)
     if node.influence is not None:
         target, run = node.influence.target, node.influence.run
         if (graph := sources.graphs.get(key)) is not None:

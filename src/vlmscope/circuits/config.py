@@ -297,11 +297,10 @@ class InfluenceConfig:
 
 @dataclass
 class ClusterConfig:
-    """Members of a cluster of a task=structure run, by its number or name; `kind` is "firing" or "direction"."""
+    """Members of a cluster of a task=structure run, by its number or name."""
 
     run: str
     cluster: Any
-    kind: str = "firing"
 
 
 @dataclass
@@ -375,8 +374,6 @@ class SupernodeConfig:
         share = None if self.influence is None else self.influence.share
         bad = share is not None and not 0 < share <= 1
         _refuse(bad, f"{where}.influence.share={share}: it is a share; choose a number above 0 and at most 1")
-        if self.cluster is not None:
-            check_choice(f"{where}.cluster.kind", self.cluster.kind, ("firing", "direction"))
         empty = self.label is not None and not self.label.query.strip()
         _refuse(empty, f"{where}.label.query is empty; give words of a label, as in query: red planet")
 

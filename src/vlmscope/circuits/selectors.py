@@ -139,7 +139,7 @@ def by_cluster(
     table: pa.Table, config: ClusterConfig, node: SupernodeConfig, known: Influence
 ) -> tuple[list[CircuitFeature], str]:
     """Members of a cluster, those of most influence first, and the cluster's name."""
-    rows = [row for row in table.to_pylist() if row["kind"] == config.kind]
+    rows = table.to_pylist()
     query = str(config.cluster).strip()
     hits = [row for row in rows if query in (str(row["cluster"]), row["name"])]
     if len(hits) > 1:
@@ -149,7 +149,7 @@ def by_cluster(
         names = [row["name"] for row in rows if row["name"]]
         near = get_close_matches(query, names, n=2, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {len(rows)}: 0 is {names[:1]}"
-        raise UserError(f"cluster {query!r}: {config.run} has no such cluster by {config.kind}; {hint}")
+        raise UserError(f"cluster {query!r}: {config.run} has no such cluster; {hint}")
     features = sorted(map(FeatureId.parse, hits[0]["features"]), key=lambda f: (-known.get(f, 0.0), f))
     return _members(features, known, node), hits[0]["name"]
 
@@ -160,7 +160,7 @@ def read_clusters(run: str | Path) -> pa.Table:
     if not path.is_file():
         raise UserError(f"{run} holds no {CLUSTERS}; give the run folder of a task=structure")
     try:
-        return pq.read_table(path, columns=["kind", "cluster", "name", "features"])
+        return pq.read_table(path, columns=["cluster", "name", "features"])
     except (pa.ArrowInvalid, OSError, KeyError) as error:
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); run task=structure again") from error
 

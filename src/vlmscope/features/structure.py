@@ -34,25 +34,22 @@ from vlmscope.features.labels import Labels, short_label
 from vlmscope.features.study import StudyInput, grouped
 from vlmscope.features.study_files import StudyFolder
 from vlmscope.metrics.dictionary import (
-    Neighbours,
     coactive,
     louvain,
     modality,
     monosemanticity,
-    nearest_of,
-    nearest_twins,
+    nearest_cosines,
     unit_embeddings,
 )
 from vlmscope.metrics.rates import wilson_interval
 from vlmscope.models.batching import joined
 from vlmscope.scope import Scope
 
-KINDS = ("firing", "direction")  # of clusters
-LEAST_PHI, LEAST_COSINE, RESOLUTION = 0.3, 0.3, 4.0  # of the graphs that are divided into clusters, and how finely
+LEAST_PHI, RESOLUTION = 0.3, 4.0  # of the graph that is divided into clusters, and how finely
 NAMED_BY = 3  # strongest examples of each member
 SPACES, WHERE = ("write", "read", "both"), ("own_layer", "other_layers")  # in which partners are looked for
 CLUSTER_TABLE = pa.schema(
-    {"kind": pa.string(), "cluster": pa.int64(), "name": pa.string(), "size": pa.int64(), "first_layer": pa.int32()}
+    {"cluster": pa.int64(), "name": pa.string(), "size": pa.int64(), "first_layer": pa.int32()}
     | {"last_layer": pa.int32(), "modality_index": pa.float64(), "features": pa.list_(pa.string())}
 )
 GROUPS = ("image", "both", "words beside a picture", "words in either", "words alone", "unsettled", "rare", "dead")
@@ -236,13 +233,12 @@ def read_directions(scope: Scope) -> dict[int, Tensor]:
 def feature_table(
     scope: Scope, seen: StructurePass, modality_of: pd.DataFrame, neighbours: int, seed: int
 ) -> pd.DataFrame:
-    """A row per feature, by layer: scores, modality, nearest parallel partners, neighbours by firing, and clusters.
+    """A row per feature, by layer: scores, modality, how near its nearest parallel is, neighbours by firing, cluster.
 
     Columns: `layer`, `feature`, `monosemanticity` and `shuffled` (the same when pictures have each other's embeddings),
-    `pictures` on which it fires; `modality_index`, `_low`, `_high`, `_kind`, `_group`; `cosine_<space>_<where>` and
-    `twin_<space>_<where>`, the partner most nearly parallel in what features write, read, or both, in the `own_layer`
-    or in `other_layers`; `fires_with` and `phi`, strongest first; `cluster_firing` and `cluster_direction`, of graphs
-    of the nearest `neighbours`.
+    `pictures` on which it fires; `modality_index`, `_low`, `_high`, `_kind`, `_group`; `cosine_<space>_<where>`, of the
+    partner most nearly parallel in what features write, read, or both, in the `own_layer` or in `other_layers`;
+    `fires_with` and `phi` of the nearest `neighbours`, strongest first; `cluster`, of the graph of these.
     """
     peaks, units = seen.peaks(), unit_embeddings(seen.embeddings())
     order = generator(seed, "shuffled pictures").permutation(len(units))
@@ -257,32 +253,17 @@ def feature_table(
     directions = {"write": (write,), "read": (read,), "both": (write, read)}
     for space, where in product(SPACES, WHERE):
         by_layer = {layer: [vectors[layer] for vectors in directions[space]] for layer in write}
-        twins = nearest_twins(by_layer, alive, where == "own_layer", device=scope.adapter.device).values()
-        partners = [pair for twin in twins for pair in zip(twin.layer.tolist(), twin.index.tolist(), strict=True)]
-        columns[f"cosine_{space}_{where}"] = torch.cat([twin.cosine for twin in twins]).numpy()
-        columns[f"twin_{space}_{where}"] = [str(FeatureId(*pair)) if pair[0] >= 0 else None for pair in partners]
+        nearest = nearest_cosines(by_layer, alive, where == "own_layer", device=scope.adapter.device)
+        columns[f"cosine_{space}_{where}"] = torch.cat([*nearest.values()]).numpy()
     together = coactive(seen.active(), neighbours)
     columns["fires_with"] = [[str(ids[i]) for i in row if i >= 0] for row in together.index.tolist()]
     columns["phi"] = [[score for score in row if score > 0] for row in together.score.tolist()]
-    parallel = _near_directions(torch.cat(list(write.values())), living, neighbours)
-    columns["cluster_firing"] = louvain(together.graph(LEAST_PHI), seed, RESOLUTION)
-    columns["cluster_direction"] = louvain(parallel.graph(LEAST_COSINE), seed, RESOLUTION)
+    columns["cluster"] = louvain(together.graph(LEAST_PHI), seed, RESOLUTION)
     return pd.DataFrame(columns)
 
 
-def _near_directions(directions: Tensor, alive: np.ndarray, neighbours: int) -> Neighbours:
-    """The features with the largest cosines to each, from directions [F, d] of all layers."""
-    units = torch.nn.functional.normalize(directions.float(), dim=1)
-
-    def scores(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        cosines = (units[torch.from_numpy(features)] @ units.T).numpy(force=True)
-        return cosines, np.zeros(cosines.shape, np.int64)
-
-    return nearest_of(scores, len(units), neighbours, alive)
-
-
 def cluster_rows(study: StudyFolder, features: pd.DataFrame) -> list[dict[str, Any]]:
-    """A row of `CLUSTER_TABLE` per cluster of two or more features of `feature_table`, the largest of a kind first.
+    """A row of `CLUSTER_TABLE` per cluster of two or more features of `feature_table`, the largest first.
 
     Its name is made of the labels of its members where the study has trusted ones, else of the words of their
     strongest examples.
@@ -302,19 +283,18 @@ def cluster_rows(study: StudyFolder, features: pd.DataFrame) -> list[dict[str, A
                 strongest.append(item)
     labels = {place[feature]: short_label(label.text) for feature, label in Labels(study).trusted().items()}
     index = features.modality_index.to_numpy()
+    members: dict[int, list[int]] = {}
+    for i, cluster in enumerate(features.cluster.tolist()):
+        members.setdefault(cluster, []).append(i)
+    members = {cluster: places for cluster, places in sorted(members.items()) if len(places) > 1}
+    names = cluster_names(members, examples, words, labels)
     rows: list[dict[str, Any]] = []
-    for kind in KINDS:
-        members: dict[int, list[int]] = {}
-        for i, cluster in enumerate(features[f"cluster_{kind}"].tolist()):
-            members.setdefault(cluster, []).append(i)
-        members = {cluster: places for cluster, places in sorted(members.items()) if len(places) > 1}
-        names = cluster_names(members, examples, words, labels)
-        for cluster, places in members.items():
-            known = index[places][~np.isnan(index[places])]
-            row = {"kind": kind, "cluster": cluster, "name": names[cluster], "size": len(places)}
-            row |= {"first_layer": ids[places[0]].layer, "last_layer": ids[places[-1]].layer}  # features are by layer
-            row |= {"modality_index": float(known.mean()) if len(known) else None}
-            rows.append(row | {"features": [str(ids[i]) for i in places]})
+    for cluster, places in members.items():
+        known = index[places][~np.isnan(index[places])]
+        row = {"cluster": cluster, "name": names[cluster], "size": len(places)}
+        row |= {"first_layer": ids[places[0]].layer, "last_layer": ids[places[-1]].layer}  # features are by layer
+        row |= {"modality_index": float(known.mean()) if len(known) else None}
+        rows.append(row | {"features": [str(ids[i]) for i in places]})
     return rows
 
 
@@ -382,9 +362,8 @@ def structure_metrics(
         metrics[f"layers/monosemanticity/layer_{layer:02d}"] = score.quantile()
         metrics |= {f"layers/duplicates_{way}/layer_{layer:02d}": values[number] for way, values in shares.items()}
     metrics |= {f"duplicates/{way}": float(np.mean(values)) for way, values in shares.items()}
-    for kind in KINDS:
-        sizes = [row["size"] for row in clusters if row["kind"] == kind]
-        metrics[f"clusters/{kind}/count"] = float(len(sizes))
-        metrics[f"clusters/{kind}/features_frac"] = sum(sizes) / max(len(features), 1)
-        metrics[f"clusters/{kind}/largest"] = float(max(sizes, default=0))
+    sizes = [row["size"] for row in clusters]
+    metrics["clusters/count"] = float(len(sizes))
+    metrics["clusters/features_frac"] = sum(sizes) / max(len(features), 1)
+    metrics["clusters/largest"] = float(max(sizes, default=0))
     return metrics

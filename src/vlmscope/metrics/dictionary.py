@@ -189,30 +189,15 @@ def duplicated_fraction(
     return {layer: float((cosines >= cosine).double().mean()) for layer, cosines in best.items() if len(cosines)}
 
 
-@dataclass(frozen=True)
-class Twin:
-    """For every feature of a layer its nearest live partner in another layer, or in its own.
-
-    Attributes:
-        cosine: [F] float32, of directions; -1 without a partner and for a dead feature.
-        layer: [F] int64, of the partner, -1 without one.
-        index: [F] int64, likewise.
-    """
-
-    cosine: Tensor
-    layer: Tensor
-    index: Tensor
-
-
 @torch.no_grad()
-def nearest_twins(
+def nearest_cosines(
     directions: Mapping[int, Sequence[Tensor]],
     alive: Mapping[int, Tensor],
     own_layer: bool,
     device: torch.device | str = "cpu",
     block: int = _SAMPLE,
-) -> dict[int, Twin]:
-    """Nearest live partner, by cosine, of every live feature.
+) -> dict[int, Tensor]:
+    """Layer -> [F] float32, the cosine of each live feature and its nearest live partner; -1 without one.
 
     Args:
         directions: layer -> one or several [F, d]; with several (what a feature writes, what it reads) a pair is as
@@ -226,29 +211,22 @@ def nearest_twins(
         layer: [functional.normalize(rows.to(device).float(), dim=1) for rows in tables]
         for layer, tables in directions.items()
     }
-    twins: dict[int, Twin] = {}
+    nearest: dict[int, Tensor] = {}
     for layer, mine in units.items():
-        count = len(mine[0])
-        best = mine[0].new_full((count,), -1.0)
-        where, which = (torch.full((count,), -1, dtype=torch.int64, device=device) for _ in range(2))
+        best = mine[0].new_full((len(mine[0]),), -1.0)
         for other in [layer] if own_layer else [key for key in units if key != layer]:
             dead = ~alive[other].to(device)
-            for start in range(0, count, block):
-                rows = slice(start, min(start + block, count))
+            for start in range(0, len(best), block):
+                rows = slice(start, start + block)
                 pairs = [a[rows] @ b.T for a, b in zip(mine, units[other], strict=True)]
                 cosines = torch.stack(pairs).amin(0)
                 cosines[:, dead] = -1.0
                 if own_layer:  # a feature is no partner of itself
-                    cosines[torch.arange(len(cosines)), torch.arange(rows.start, rows.stop)] = -1.0
-                value, partner = cosines.max(1)
-                better = value > best[rows]
-                best[rows] = torch.where(better, value, best[rows])
-                where[rows] = torch.where(better, torch.full_like(partner, other), where[rows])
-                which[rows] = torch.where(better, partner, which[rows])
-        gone = ~alive[layer].to(device)
-        best[gone], where[gone], which[gone] = -1.0, -1, -1
-        twins[layer] = Twin(best.cpu(), where.cpu(), which.cpu())
-    return twins
+                    cosines[torch.arange(len(cosines)), torch.arange(start, start + len(cosines))] = -1.0
+                best[rows] = torch.maximum(best[rows], cosines.amax(1))
+        best[~alive[layer].to(device)] = -1.0
+        nearest[layer] = best.cpu()
+    return nearest
 
 
 def unit_embeddings(embeddings: np.ndarray, centre: bool = True) -> np.ndarray:
@@ -361,12 +339,10 @@ class Neighbours:
     Attributes:
         index: [F, m] int64, -1 where there are fewer.
         score: [F, m] float64, 0 there.
-        together: [F, m] int64, cases in which both fire; 0 where that was not counted.
     """
 
     index: np.ndarray
     score: np.ndarray
-    together: np.ndarray
 
     def graph(self, least: float) -> sparse.csr_array:
         """[F, F], the score of each pair at or above `least` of which one names the other, symmetric, no diagonal."""
@@ -394,47 +370,20 @@ def coactive(active: Any, neighbours: int = 10, least: int = 5, block: int = BLO
     n, count = table.shape
     fired = np.diff(table.indptr)
     transposed = table.T.tocsr()
-
-    def scores(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        together = (transposed[features] @ table).toarray()
-        return phi(together, fired[features, None], fired, n), together
-
-    return nearest_of(scores, count, neighbours, fired >= least, block)
-
-
-def nearest_of(
-    scores: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-    count: int,
-    neighbours: int,
-    eligible: np.ndarray,
-    block: int = BLOCK,
-) -> Neighbours:
-    """Each feature's best partners, block by block.
-
-    Args:
-        scores: features [b] -> their scores and counts against all, [b, F] each.
-        count: F.
-        neighbours: kept for each; fewer where a feature has fewer partners with a score above 0.
-        eligible: [F] bool, features that may have partners and be partners.
-        block: b.
-    """
     width = min(neighbours, max(count - 1, 0))
-    index = np.full((count, width), -1)
-    score, shared = np.zeros((count, width)), np.zeros((count, width), np.int64)
-    chosen = np.flatnonzero(eligible)
+    index, score = np.full((count, width), -1), np.zeros((count, width))
+    chosen = np.flatnonzero(fired >= least)
     for start in range(0, len(chosen) if width else 0, block):
         features = chosen[start : start + block]
-        values, together = scores(features)
-        values = np.where(eligible[None], values, 0.0)
+        values = phi((transposed[features] @ table).toarray(), fired[features, None], fired, n)
+        values[:, fired < least] = 0.0
         values[np.arange(len(features)), features] = 0.0
         near = np.argpartition(-values, width - 1, axis=1)[:, :width]
         near = np.take_along_axis(near, np.argsort(-np.take_along_axis(values, near, 1), axis=1, kind="stable"), 1)
         best = np.take_along_axis(values, near, 1)
-        kept = best > 0
-        index[features] = np.where(kept, near, -1)
-        score[features] = np.where(kept, best, 0.0)
-        shared[features] = np.where(kept, np.take_along_axis(together, near, 1), 0)
-    return Neighbours(index, score, shared)
+        index[features] = np.where(best > 0, near, -1)
+        score[features] = np.maximum(best, 0.0)
+    return Neighbours(index, score)
 
 
 _ROUNDS = 50  # passes over all nodes before a level is left; it settles in a few

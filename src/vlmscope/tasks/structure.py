@@ -23,7 +23,6 @@ Row = dict[str, Any]  # of the table of clusters
 
 USES = ("data", "study")
 MEMORY = "study.forward_tokens or study.batch_size"
-KINDS = {"firing": "that fire together", "direction": "that write in a like direction"}
 FIGURES = {
     "modality_by_layer": "How many features of each layer belong to soft tokens, to words, to both",
     "monosemanticity": "How alike the pictures are on which a feature fires, by layer and modality",
@@ -37,7 +36,7 @@ class Config:
     """`study.path` names the study (docs/structure.md).
 
     The model runs again over the first `items` rows of the study's data; features that fire together are counted at
-    `per_item` positions of each. The graphs that are divided into clusters have `neighbours` edges per feature. Two
+    `per_item` positions of each. The graph that is divided into clusters has `neighbours` edges per feature. Two
     directions count as one from the cosine `twin` on. `seed` draws positions and the order of clustering.
     """
 
@@ -116,26 +115,23 @@ def write_page(
     """Write report.html: sizes, figures (already in figures/), the largest clusters with names and examples."""
     from vlmscope.report.page import Card, Cards, Figure, Percent, ReportPage, Section, Text, drawn, mapping_table
 
-    counts = {kind: metrics[f"clusters/{kind}/count"] for kind in KINDS}
     median, shuffled = metrics["monosemanticity/median"], metrics["monosemanticity/shuffled_median"]
     cards = (
         Card("monosemanticity, median", median, f"pictures shuffled: {shuffled:.3f}"),
         Card("write as another of their layer", Percent(metrics["duplicates/write_own_layer"]), "of live features"),
         Card("read and write as another", Percent(metrics["duplicates/both_own_layer"]), "of their layer"),
-        Card("clusters by firing", counts["firing"], f"by direction: {counts['direction']:.0f}"),
+        Card("clusters of features that fire together", len(clusters)),
     )
     by_layer = tuple(drawn(folder / "figures" / f"{name}.png", alt) for name, alt in FIGURES.items())
     sections: list[Section] = [Cards("In short", cards), Figure("By layer", by_layer)]
-    largest = [row for row in clusters if row["kind"] == "firing"][:PICTURED]
-    sheet = draw_clusters(folder / "figures" / "clusters.png", study, largest)
+    sheet = draw_clusters(folder / "figures" / "clusters.png", study, clusters[:PICTURED])
     if sheet:
-        alt = "Inputs on which members are most active: " + "; ".join(row["name"] for row in largest)
+        alt = "Inputs on which members are most active: " + "; ".join(row["name"] for row in clusters[:PICTURED])
         sections.append(Figure("The largest clusters of features that fire together", (drawn(sheet, alt),)))
-    for kind, what in KINDS.items():
-        sections.append(cluster_list(f"Clusters of features {what}", [row for row in clusters if row["kind"] == kind]))
+    sections.append(cluster_list(clusters))
     use = (
         "clusters.parquet has all clusters, structure.parquet a row a feature. A cluster can be a supernode: in a "
-        f"circuit_spec, cluster: {{run: {folder}, cluster: 0, kind: firing}} (docs/circuits.md)."
+        f"circuit_spec, cluster: {{run: {folder}, cluster: 0}} (docs/circuits.md)."
     )
     pages = f"{program()} task=pages study.path={study.path} 'task.features=[L0/0]'"
     sections += [Text("Go on", (use,), code=pages), mapping_table("All numbers", dict(metrics), ("metric", "value"))]
@@ -143,8 +139,8 @@ def write_page(
         title=f"Structure of {sum(study.info.n_features.values()):,} features",
         question="What do the features of all layers look like together: which belong to pictures or to words, which "
         "are double, which fire together?",
-        summary=f"{counts['firing']:.0f} clusters of features that fire together hold "
-        f"{100 * metrics['clusters/firing/features_frac']:.0f} % of the features; features of both modalities are most "
+        summary=f"{len(clusters)} clusters of features that fire together hold "
+        f"{100 * metrics['clusters/features_frac']:.0f} % of the features; features of both modalities are most "
         f"frequent in layer {metrics['modality/meeting_layer']:.0f}.",
         sections=tuple(sections),
         footer=f"vlmscope · {model} · {folder.name}",
@@ -152,8 +148,8 @@ def write_page(
     page.write(folder / "report.html")
 
 
-def cluster_list(title: str, clusters: Sequence[Row]) -> Table:
-    """A table of the largest clusters of a kind."""
+def cluster_list(clusters: Sequence[Row]) -> Table:
+    """A table of the largest clusters."""
     from vlmscope.report.page import Percent, Table
 
     rows = tuple(
@@ -172,7 +168,7 @@ def cluster_list(title: str, clusters: Sequence[Row]) -> Table:
         f"The {len(rows)} largest of {len(clusters)}. At soft tokens: mean modality index, 0 % for words alone, 100 % "
         "for pictures alone."
     )
-    return Table(title, columns, rows, note=note)
+    return Table("Clusters of features that fire together", columns, rows, note=note)
 
 
 def draw_clusters(path: Path, study: StudyFolder, clusters: Sequence[Row]) -> Path | None:

@@ -65,10 +65,9 @@ LABELS = labels(
     L2_9=("red planet", 0.9, False),
 )
 ROWS = [
-    {"kind": "firing", "cluster": 0, "name": "red planet", "features": ["L0/3", "L1/5"]},
-    {"kind": "firing", "cluster": 1, "name": "digits", "features": ["L2/7", "L2/8"]},
-    {"kind": "firing", "cluster": 2, "name": "digits", "features": ["L2/9", "L2/10"]},
-    {"kind": "direction", "cluster": 0, "name": "other", "features": ["L2/1", "L2/2"]},
+    {"cluster": 0, "name": "red planet", "features": ["L0/3", "L1/5"]},
+    {"cluster": 1, "name": "digits", "features": ["L2/7", "L2/8"]},
+    {"cluster": 2, "name": "digits", "features": ["L2/9", "L2/10"]},
 ]
 CLUSTERS = pa.Table.from_pylist(ROWS)
 
@@ -85,7 +84,6 @@ def test_by_cluster_by_number_and_by_name(tmp_path: Path) -> None:
         table = selectors.read_clusters(tmp_path)
         members, name = selectors.by_cluster(table, ClusterConfig("run", cluster), PLAIN, {B: 0.5})
         assert (ids(members), name) == ([B, A], "red planet")
-    assert selectors.by_cluster(CLUSTERS, ClusterConfig("run", 0, "direction"), PLAIN, {})[1] == "other"
 
 
 def means(transcoders, **at: tuple[str, int, int, float]) -> RoleMeans:

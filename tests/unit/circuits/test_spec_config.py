@@ -42,7 +42,6 @@ def test_a_file_of_ones_own_is_read(tmp_path: Path) -> None:
         ("{ids: [L1/3], count: 0}", "count=0"),
         ("{influence: {}, layers: [3, 1]}", "first and the last layer"),
         ("{influence: {share: 1.5}}", "share=1.5"),
-        ("{cluster: {run: run, cluster: 1, kind: colour}}", "kind=colour: no such choice"),
         ("{label: {study: run, query: '  '}}", "query is empty"),
         (f"{{contrast: {{of: {MARS}}}}}", "needs two sets"),
         (f"{{contrast: {{of: {MARS}, against: {MARS}}}}}", "the same inputs"),

@@ -81,6 +81,5 @@ def test_nearest_are_those_of_the_whole_table(table: np.ndarray, block: int) -> 
         wanted = [g for g in np.argsort(-whole[feature], kind="stable")[:4] if whole[feature, g] > 0]
         kept = found.index[feature] >= 0
         np.testing.assert_allclose(found.score[feature][kept], whole[feature, wanted], atol=1e-6)
-        assert found.together[feature][kept].tolist() == together[feature, found.index[feature][kept]].tolist()
     assert found.index[0, 0] == 1 and found.index[1, 0] == 0
     assert (found.index[5] == -1).all()

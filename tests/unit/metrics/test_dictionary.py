@@ -15,7 +15,7 @@ from vlmscope.metrics.dictionary import (
     fvu,
     modality,
     monosemanticity,
-    nearest_twins,
+    nearest_cosines,
     unit_embeddings,
 )
 from vlmscope.metrics.rates import wilson_interval
@@ -117,13 +117,10 @@ def test_twins_are_those_of_the_whole_table_of_cosines() -> None:
     cosines = torch.nn.functional.cosine_similarity(first[:, None], second[None], dim=-1)
     cosines[:, 22] = -1
     for block in (3, 2048):
-        found = nearest_twins({0: [first], 3: [second]}, alive, own_layer=False, block=block)
+        found = nearest_cosines({0: [first], 3: [second]}, alive, own_layer=False, block=block)
         living = alive[0]
-        torch.testing.assert_close(found[0].cosine[living], cosines.max(1).values[living])
-        assert torch.equal(found[0].index[living], cosines.max(1).indices[living])
-        assert found[0].cosine[30] == -1 and found[0].layer[30] == -1 and found[3].index[22] == -1
-        assert found[3].index[20:22].tolist() == [7, 8] and found[3].layer[20:22].tolist() == [0, 0]
-        assert (found[0].cosine >= 0.8).sum() == 2
+        torch.testing.assert_close(found[0][living], cosines.max(1).values[living])
+        assert found[0][30] == -1 and found[3][22] == -1 and (found[0] >= 0.8).sum() == 2
 
 
 def test_the_index_is_a_share_of_rates() -> None:

@@ -70,7 +70,7 @@ class DataConfig:
     does not exist; for a mix, `task=build_data` writes its shards there.
     `val_share` of the user's own examples is held out for validation if there is no file or split for it.
     The rest configures a mix: rows per source that are shuffled with each other (`shuffle`), tokens per packed text
-    (`context`), and corrupt shards or files of a local table that may be skipped (`max_bad_shards`).
+    (`context`), and corrupt shards that may be skipped (`max_bad_shards`).
     """
 
     name: str = "???"  # omegaconf: it must be given

@@ -37,7 +37,7 @@ def open_source(name: str, config: SourceConfig, split: str | None = None, max_b
     """Open a source from its settings.
 
     `name` is its key in `data.sources`; `split` replaces `config.split`. A pass may skip up to `max_bad_shards` corrupt
-    shards, or corrupt files of a local table.
+    shards.
 
     Raises:
         UserError: the settings are wrong, or the data are missing, empty or of another schema.
@@ -49,7 +49,7 @@ def open_source(name: str, config: SourceConfig, split: str | None = None, max_b
     if config.kind == "shards":
         return shard_source(name, config, split, max_bad_shards, row_of_shard)
     if config.kind.startswith("hf_"):
-        return hf_source(name, config, split, max_bad_shards)
+        return hf_source(name, config, split)
     if split not in SPLITS:
         raise UserError(f"data.sources.{name}.split={split}: Orrery's scenes have {', '.join(SPLITS)}")
     if config.kind == "scenes":

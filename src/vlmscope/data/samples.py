@@ -333,7 +333,7 @@ Mark = Any  # plain JSON
 class Reader(Iterator[Row], ABC):
     """One pass over a share of a source; `row` is the number of the next row in the share."""
 
-    bad_shards = 0  # corrupt shards, or files of a table, met so far
+    bad_shards = 0  # corrupt shards met so far
 
     def __init__(self, row: int) -> None:
         self.row = row
@@ -356,11 +356,11 @@ class Source:
     sample: Callable[[int], RawSample] | None = None  # one sample by its number, where random access is possible
 
 
-def indexed(name: str, count: int, sample: Callable[[int], RawSample], bad: int = 0) -> Source:
-    """A source with random access, whose sample `i` is `sample(i)`; `bad` corrupt files were left out of it."""
+def indexed(name: str, count: int, sample: Callable[[int], RawSample]) -> Source:
+    """A source with random access, whose sample `i` is `sample(i)`."""
 
     def open_share(share: Share, mark: Mark = None) -> Reader:
-        return _IndexedReader(sample, share.rows(count), mark or 0, bad)
+        return _IndexedReader(sample, share.rows(count), mark or 0)
 
     return Source(name, count, open_share, sample)
 
@@ -368,9 +368,9 @@ def indexed(name: str, count: int, sample: Callable[[int], RawSample], bad: int 
 class _IndexedReader(Reader):
     """Pass over a source with random access; its mark is the number of rows read."""
 
-    def __init__(self, sample: Callable[[int], RawSample], rows: range, done: int, bad: int) -> None:
+    def __init__(self, sample: Callable[[int], RawSample], rows: range, done: int) -> None:
         super().__init__(done)
-        self.sample, self.rows, self.bad_shards = sample, rows, bad
+        self.sample, self.rows = sample, rows
 
     def __next__(self) -> Row:
         if self.row >= len(self.rows):
@@ -383,7 +383,7 @@ class _IndexedReader(Reader):
 
 
 class BadFiles:
-    """Corrupt shards of a source, or files of a table: left out with a warning, up to a limit."""
+    """Corrupt shards of a source: left out with a warning, up to a limit."""
 
     def __init__(self, name: str, most: int, mend: str, before: int = 0) -> None:
         """`most` is `data.max_bad_shards`, `mend` how to get a good copy, `before` the count of a resumed pass."""

@@ -9,8 +9,8 @@ stores it undecoded. Output of `Dataset.save_to_disk` is read by row number; Par
 streamed, and nothing is copied or cached. `split_dataset_by_node` splits streams: whole files per consumer if their
 number is divisible, else every n-th row.
 
-A Parquet file without a readable footer, or an Arrow file without record batches, is corrupt, as an interrupted copy or
-download leaves it. Damage inside a Parquet file is found when its row group is reached, which is then skipped.
+A damaged file ends a run in one line that names it: a Parquet file's footer is read at the start, its row groups when
+they are reached.
 
 A folder of the user's own data holds `train.jsonl`, optionally `val.jsonl`, and the pictures that they name: one JSON
 object per line (layouts: `vlmscope.data.samples`), paths relative to the folder. The files are read once at the start,
@@ -51,7 +51,6 @@ from vlmscope.core.records import (
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.images import check_image, open_image
 from vlmscope.data.samples import (
-    BadFiles,
     Mark,
     RawSample,
     Reader,
@@ -76,12 +75,11 @@ _LOG = logging.getLogger(__name__)
 Parser = Callable[[Mapping[str, Any], str], RawSample]  # (row, origin) -> sample
 
 
-def hf_source(name: str, config: SourceConfig, split: str, max_bad: int = 0) -> Source:
-    """The samples of one split; up to `max_bad` corrupt files of a folder are skipped."""
+def hf_source(name: str, config: SourceConfig, split: str) -> Source:
+    """The samples of one split."""
     from datasets import IterableDataset, interleave_datasets
 
-    bad = BadFiles(name, max_bad, "copy it anew")
-    tables = [_undecoded(_table(name, config, subset, split, bad)) for subset in config.subsets or [None]]
+    tables = [_undecoded(_table(name, config, subset, split)) for subset in config.subsets or [None]]
     for table in tables:
         _check_columns(name, config, table)
     parse = row_parser(config, getattr((tables[0].features or {}).get(config.label), "names", None))
@@ -97,11 +95,11 @@ def hf_source(name: str, config: SourceConfig, split: str, max_bad: int = 0) -> 
     table = tables[0] if len(tables) == 1 else interleave_datasets(tables, stopping_strategy=_TAKE_TURNS)
     size = min((number for number in (count, config.limit) if number is not None), default=None)
     if not streamed:
-        return indexed(name, size or 0, lambda row: parse(table[row], f"{name} row {row}"), len(bad))
+        return indexed(name, size or 0, lambda row: parse(table[row], f"{name} row {row}"))
     columns = table.select_columns(columns_of(config))
 
     def open_share(share: Share, mark: Mark = None) -> Reader:
-        return _StreamReader(name, columns, bad, parse, config.limit, share, mark)
+        return _StreamReader(name, columns, parse, config.limit, share, mark)
 
     return Source(name, size, open_share)
 
@@ -165,7 +163,7 @@ def _picture(picture: Any, origin: str, folder: str | None) -> bytes:
     raise UserError(f"{origin}: it has no picture")
 
 
-def _table(name: str, config: SourceConfig, subset: str | None, split: str, bad: BadFiles) -> Any:
+def _table(name: str, config: SourceConfig, subset: str | None, split: str) -> Any:
     if config.path is None:
         return _from_hub(name, config, subset, split)
     folder = Path(config.path) / subset if subset else Path(config.path)
@@ -174,8 +172,8 @@ def _table(name: str, config: SourceConfig, subset: str | None, split: str, bad:
             f"no folder {folder}; data.sources.{name}.path must hold save_to_disk's output or Parquet files"
         )
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _saved(name, folder, split, bad)
-    return _parquet(name, folder, split, bad)
+        return _saved(name, folder, split)
+    return _parquet(name, folder, split)
 
 
 def _from_hub(name: str, config: SourceConfig, subset: str | None, split: str) -> Any:
@@ -199,9 +197,9 @@ def _from_hub(name: str, config: SourceConfig, subset: str | None, split: str) -
         return load_dataset(hub, subset, split=split, revision=revision, streaming=True)
 
 
-def _saved(name: str, folder: Path, split: str, bad: BadFiles) -> Any:
+def _saved(name: str, folder: Path, split: str) -> Any:
     """Output of `save_to_disk`: the folder of one split, or a folder with one folder per split."""
-    from datasets import Dataset, concatenate_datasets, load_from_disk
+    from datasets import load_from_disk
 
     part = folder
     with _in_one_line(f"cannot read {folder}"):
@@ -211,79 +209,43 @@ def _saved(name: str, folder: Path, split: str, bad: BadFiles) -> Any:
         else:
             saved = read_json(folder / "state.json").get("_split")
             _check_split(name, folder, split, re.findall(r"^\w+", saved or "train"))  # such as "test[:10%]"
-        files = [part / entry["filename"] for entry in read_json(part / "state.json")["_data_files"]]
-        if not files:  # `load_from_disk` fails on a table that was saved without rows
+        if not read_json(part / "state.json")["_data_files"]:  # `load_from_disk` fails on a table without rows
             raise UserError(f"data.sources.{name}: {part} is empty; give data with samples")
-        good = _readable(files, lambda file: Dataset.from_file(str(file)), bad)
-        if len(good) == len(files):
-            return load_from_disk(str(part))
-        return concatenate_datasets([Dataset.from_file(str(file)) for file in good])
+        return load_from_disk(str(part))
 
 
-def _parquet(name: str, folder: Path, split: str, bad: BadFiles) -> Any:
-    """Parquet files, streamed, damaged row groups left out."""
-    from datasets import load_dataset_builder
-    from pyarrow.parquet import read_metadata
+def _parquet(name: str, folder: Path, split: str) -> Any:
+    """Parquet files, streamed."""
+    from datasets import load_dataset
 
     files = sorted(folder.rglob("*.parquet"))
     if not files:
         raise UserError(
             f"{folder} holds neither save_to_disk's output nor Parquet files; check data.sources.{name}.path"
         )
-    chosen = [str(file) for file in _readable(_of_split(name, folder, files, split), read_metadata, bad)]
+    chosen = _of_split(name, folder, files, split)
+    for file in chosen:
+        _check_groups(file)
     with _in_one_line(f"cannot read {folder}"):
-        builder: Any = load_dataset_builder("parquet", data_files=chosen)
-        builder._generate_tables = _SoundGroups(builder._generate_tables, bad)
-        return builder.as_streaming_dataset(split="train")
+        return load_dataset("parquet", data_files=list(map(str, chosen)), split="train", streaming=True)
 
 
-def _readable(files: Sequence[Path], opens: Callable[[Path], object], bad: BadFiles) -> list[Path]:
-    """The files of a local table that can be opened, in order; the others are added to `bad`."""
-    good: list[Path] = []
-    for file in files:
-        try:
-            opens(file)
-        except Exception as error:  # pyarrow, the disk and zlib each raise their own
-            if is_out_of_memory(error):
-                raise
-            bad.add(file, error)
-        else:
-            good.append(file)
-    if not good:
-        raise UserError(f"data.sources.{bad.name}: cannot read any file, first {files[0]}; copy them anew")
-    return good
+def _check_groups(file: Path) -> None:
+    """Refuse a Parquet file whose footer is damaged, or with a row group, which is read whole, that memory cannot hold.
 
-
-class _SoundGroups:
-    """Replacement for `datasets`' Parquet reader that reads one row group at a time and skips damaged ones.
-
-    Of a whole file pyarrow reads ahead, so the number of rows before an error varies between runs. A row group comes
-    completely or not at all, so that a pass can resume from a mark.
+    From the metadata, before anything is read.
     """
+    from pyarrow.parquet import read_metadata
 
-    def __init__(self, generate: Callable[..., Iterator[Any]], bad: BadFiles) -> None:
-        self.generate, self.bad = generate, bad
-
-    def __call__(self, files: list[str], row_groups_list: list[Any]) -> Iterator[Any]:
-        from pyarrow.parquet import read_metadata
-
-        for file, groups in zip(files, row_groups_list, strict=True):
-            metadata = read_metadata(file)
-            for number in range(metadata.num_row_groups) if groups is None else groups:
-                group = metadata.row_group(number)
-                size, rows = group.total_byte_size, group.num_rows
-                try:
-                    # From the metadata, before anything is read: a whole row group must fit into memory.
-                    if size > MAX_ROW_BYTES * rows:
-                        each = f"rows of {size // max(1, rows):,} bytes"
-                        raise ValueError(f"{each} in its row group {number}, at most {MAX_ROW_BYTES:,}")
-                    if size > MEMORY:
-                        raise ValueError(f"its row group {number} takes {size:,} bytes, more than the machine's memory")
-                    yield from self.generate([file], [(number,)])
-                except Exception as error:  # pyarrow raises its own, OSError and ValueError
-                    if is_out_of_memory(error):
-                        raise
-                    self.bad.add(file, error)
+    with _in_one_line(f"{file} is corrupt", "copy it anew"):
+        metadata = read_metadata(file)
+    for number in range(metadata.num_row_groups):
+        size, rows = metadata.row_group(number).total_byte_size, metadata.row_group(number).num_rows
+        if size > MAX_ROW_BYTES * rows:
+            each = f"rows of {size // max(1, rows):,} bytes"
+            raise UserError(f"{file} has {each} in its row group {number}, at most {MAX_ROW_BYTES:,}; leave it out")
+        if size > MEMORY:
+            raise UserError(f"{file}: its row group {number} takes {size:,} bytes, more than the machine's memory")
 
 
 def _of_split(name: str, folder: Path, files: list[Path], split: str) -> list[Path]:
@@ -361,23 +323,17 @@ def _check_columns(name: str, config: SourceConfig, table: Any) -> None:
 
 
 class _StreamReader(Reader):
-    """Pass over a stream; its mark is `datasets`' state (file and row), the rows read and the damaged files."""
+    """Pass over a stream; its mark is `datasets`' state (file and row) and the rows read."""
 
-    def __init__(
-        self, name: str, table: Any, bad: BadFiles, parse: Parser, limit: int | None, share: Share, mark: Mark
-    ) -> None:
-        """`bad` holds the files already left out; the pass adds those that it finds damaged."""
+    def __init__(self, name: str, table: Any, parse: Parser, limit: int | None, share: Share, mark: Mark) -> None:
         from datasets.distributed import split_dataset_by_node
 
         super().__init__(0 if mark is None else mark["done"])
-        # A deep copy per pass, since tables hold the state of their iteration and shallow copies share it. Both in one
-        # call, so that the copied table reports damage to the copied `bad`.
-        self.table, self.bad = copy.deepcopy((table, bad))
+        # A deep copy per pass, since tables hold the state of their iteration and shallow copies share it.
+        self.table = copy.deepcopy(table)
         if share.total > 1:
             self.table = split_dataset_by_node(self.table, share.index, share.total)
-        self.left_out = len(self.bad.files)
         if mark is not None:
-            self.bad.files += mark.get("damaged", [])  # missing in marks of earlier versions
             self.table.load_state_dict(mark["state"])
         self.name, self.parse, self.rows = name, parse, iter(self.table)
         self.stop = None if limit is None else len(share.rows(limit))
@@ -394,15 +350,8 @@ class _StreamReader(Reader):
         self.row += 1
         return partial(self.parse, row, f"{self.name} row {self.row - 1}{self.part}")
 
-    @property
-    def bad_shards(self) -> int:
-        """Files left out or found damaged so far."""
-        return len(self.bad)
-
     def mark(self) -> Mark:
-        if self.row == 0:
-            return None
-        return {"done": self.row, "state": self.table.state_dict(), "damaged": self.bad.files[self.left_out :]}
+        return {"done": self.row, "state": self.table.state_dict()} if self.row else None
 
 
 T = TypeVar("T")

@@ -51,7 +51,6 @@ MISTAKES = [
     ("paper task.training.gpus=40", "40 processes on a host for 34 layers"),
     ("paper trainer.precision=64", "trainer.precision=64: no such choice"),
     ("paper task.training.tokens=0", "task.training.tokens=0: it must be at least 1"),
-    ("paper task.device=l4 task.training.hosts=2", "no network between hosts is known of NVIDIA L4"),
     ("plan model=gemma3_4b_it transcoder=path transcoder.path=/no/set", "no transcoder set in /no/set"),
     ("trace image=/no/such.png", "no such file"),
     ("trace prompt='what planet is this zebra ?'", "zebra"),

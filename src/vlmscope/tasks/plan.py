@@ -3,8 +3,8 @@
 Counts follow the code that would run. Exact: parameters, the recorded state of a forward, a graph's rows, columns and
 nodes, and the tensors that training keeps. Edges of a graph are those that causal attention can carry, with rows spread
 evenly over layers and positions. Buffers inside a forward and a step are estimates. Times are lower bounds by the
-roofline (Williams, Waterman and Patterson 2009): the slowest of arithmetic, memory, link and network.
-Legend: T positions, d width, k active features of a position, F features of a layer; n tokens of a step on one host.
+roofline (Williams, Waterman and Patterson 2009): the slowest of arithmetic, memory and link.
+Legend: T positions, d width, k active features of a position, F features of a layer; n tokens of a step.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FLOAT = 4  # training's parameters, gradients, moments and standardised activat
 class Machine(NamedTuple):
     """Rates in 10^12 operations a second (a multiply and an add are two), GB/s, and memory in GB (None: unbounded).
 
-    `link` is what one device sends to the others of its host, `network` to other hosts (None: not known).
+    `link` is what one device sends to the others.
     """
 
     name: str
@@ -44,42 +44,36 @@ class Machine(NamedTuple):
     bandwidth: float
     memory: float | None
     link: float
-    network: float | None = None
 
 
 # GPUs by NVIDIA's datasheets of the GPU and of its DGX. float32 is of the plain units, not TF32; half precision of
 # the tensor cores without sparsity. The link is half of the datasheet's NVLink (PCIe for L4), which counts both
-# directions; the network is one adapter a GPU (ConnectX-7, 400 Gbit/s; ConnectX-6, 200 Gbit/s). The CPU: measured with
-# torch 2.13, one thread, best of 12, matmul of 2048 x 2048 and copy of 128 MiB.
+# directions. The CPU: measured with torch 2.13, one thread, best of 12, matmul of 2048 x 2048 and copy of 128 MiB.
 MACHINES = {
-    "h100": Machine("NVIDIA H100 SXM, 80 GB (by its datasheet)", 34, 67, 989, 3350, 80, 450, 50),
-    "h200": Machine("NVIDIA H200 SXM, 141 GB (by its datasheet)", 34, 67, 989, 4800, 141, 450, 50),
-    "a100": Machine("NVIDIA A100 SXM, 80 GB (by its datasheet)", 9.7, 19.5, 312, 2039, 80, 300, 25),
+    "h100": Machine("NVIDIA H100 SXM, 80 GB (by its datasheet)", 34, 67, 989, 3350, 80, 450),
+    "h200": Machine("NVIDIA H200 SXM, 141 GB (by its datasheet)", 34, 67, 989, 4800, 141, 450),
+    "a100": Machine("NVIDIA A100 SXM, 80 GB (by its datasheet)", 9.7, 19.5, 312, 2039, 80, 300),
     "l4": Machine("NVIDIA L4, 24 GB (by its datasheet)", 0.5, 30.3, 121, 300, 24, 32),
     "cpu": Machine("one core of an AMD EPYC, without half precision (measured)", 0.027, 0.072, 0.0007, 7.7, None, 7.7),
 }
 
 
 class Work(NamedTuple):
-    """Operations in a dtype, and bytes through memory, the host's link and the network between hosts."""
+    """Operations in a dtype, and bytes through memory and the host's link."""
 
     flops: float = 0.0
     moved: float = 0.0
     dtype: str = "float32"
     linked: float = 0.0
-    networked: float = 0.0
 
 
 def least_time(work: Work, machine: Machine) -> tuple[float, str]:
-    """The roofline: least seconds for the work, and which of the four rates bounds them."""
-    if work.networked and machine.network is None:
-        raise UserError(f"no network between hosts is known of {machine.name}; plan one host")
+    """The roofline: least seconds for the work, and which of the three rates bounds them."""
     rate = {"float64": machine.float64, "float32": machine.float32}.get(work.dtype, machine.half)
     return max(
         (work.flops / (rate * 1e12), "arithmetic"),
         (work.moved / (machine.bandwidth * 1e9), "memory"),
         (work.linked / (machine.link * 1e9), "link"),
-        (work.networked / ((machine.network or 1.0) * 1e9), "network"),
     )
 
 
@@ -91,8 +85,7 @@ class TrainingPlan:
     soft tokens of their pictures are among the tokens.
     """
 
-    gpus: int = 8  # of a host
-    hosts: int = 1
+    gpus: int = 8  # of one host
     tokens: int | None = None
     images: int | None = None
     context: int = 2048  # length of a text
@@ -105,7 +98,7 @@ USES = ("attribution", "data", "optim")
 class Config(RecipeConfig, BatchConfig):
     """The prompt is `tokens` long: by default `images` pictures' soft tokens and `text_tokens` of text.
 
-    With transcoder=arch, their training is planned: of `task.tokens_per_batch` tokens on all hosts and the other keys
+    With transcoder=arch, their training is planned: of `task.tokens_per_batch` tokens and the other keys
     that task=train_transcoders has, so that `experiment=NAME task=plan` plans an experiment that trains.
     """
 
@@ -325,7 +318,7 @@ def rank_memory(
     The set is gathered, to validate and to save, on the device of a single rank; of several, on the CPU.
     """
     tokens = recipe.tokens_per_batch
-    layers, n, share = len(layout.layers(rank)), ceil(tokens / layout.hosts), tokens / layout.world
+    layers, n, share = len(layout.layers(rank)), tokens, tokens / layout.world
     f, encoder, captured = arch.expansion_factor * d, BYTES[encoder_dtype], 2 * d * BYTES[dtype]
     weights = _FLOAT * transcoder_numbers(d, f, arch.skip, arch.activation)
     # All layers of the own share, what is sent, received and joined; alone, with padding and then without.
@@ -369,9 +362,9 @@ def plan_training(cfg: AppConfig, adapter: Adapter) -> dict[str, float | tuple[f
         raise UserError("task=plan counts transcoders of single layers; leave out transcoder.cross_layer")
     recipe, plan, arch, dtype, d = cfg.task, cfg.task.training, cfg.transcoder, cfg.model.dtype, adapter.d_model
     half = "bfloat16" if cfg.trainer.precision == "bf16-mixed" else "float32"
-    layout = Layout(adapter.n_layers, plan.gpus * plan.hosts, plan.gpus)
+    layout = Layout(adapter.n_layers, plan.gpus, plan.gpus)
     ranks, layers = layout.members(0), len(layout.layers(0))  # rank 0 owns the most layers
-    n, share = ceil(recipe.tokens_per_batch / plan.hosts), ceil(recipe.tokens_per_batch / layout.world)
+    n, share = recipe.tokens_per_batch, ceil(recipe.tokens_per_batch / layout.world)
     steps, tokens = cfg.trainer.max_steps, plan.tokens
     if tokens is None:
         tokens = ceil(steps / recipe.steps_per_batch) * recipe.tokens_per_batch
@@ -388,22 +381,18 @@ def plan_training(cfg: AppConfig, adapter: Adapter) -> dict[str, float | tuple[f
         passing = [forward, parts["exchange"], parts["work"], parts["gathered"]]
         peaks.append(sum(parts.values()) - sum(passing[1:]) + max(passing))
     captured = 2 * d * BYTES[dtype]  # bytes of a layer's input and output at one token
-    in_host = share * sum(captured * len(layout.layers(rank)) + 1 for rank in ranks[1:])
+    sent = share * sum(captured * len(layout.layers(rank)) + 1 for rank in ranks[1:])
     # Activations are written by the forward, packed, unpacked and joined; then each step is drawn from the pool.
     handled = 3 * captured * (share * layout.n_layers + n * layers) / recipe.steps_per_batch
     drawn = 4 * captured * n * layers * (recipe.pool_batches > 1)
     flops = forward_flops(adapter, share, pictures, plan.context)
     work = {
         "forward": Work(flops / recipe.steps_per_batch, (model + forward) / recipe.steps_per_batch, dtype),
-        "exchange": Work(0.0, handled + drawn, linked=in_host / recipe.steps_per_batch),
+        "exchange": Work(0.0, handled + drawn, linked=sent / recipe.steps_per_batch),
     }
     for part, needs in layer_work(n, d, arch, half).items():
         work[part] = needs._replace(flops=needs.flops * layers, moved=needs.moved * layers)
     f, weights = arch.expansion_factor * d, memory[0]["weights"] // layers
-    if plan.hosts > 1:  # three sums and a mean of FVU, gradients, and what fired
-        summed = layers * (_FLOAT * (d + 3) + weights + 8 * (f + 1))
-        # In a ring each device sends 2 (H - 1) / H of a tensor.
-        work["sums"] = Work(0.0, 3.0 * summed, networked=summed * 2 * (plan.hosts - 1) / plan.hosts)
     times = {part: least_time(needs, MACHINES[cfg.task.device]) for part, needs in work.items()}
     hours = sum(seconds for seconds, _ in times.values()) * steps / 3600
     # BatchTopK's threshold is written for every feature of the set, which is in bfloat16.
@@ -413,8 +402,7 @@ def plan_training(cfg: AppConfig, adapter: Adapter) -> dict[str, float | tuple[f
         "training/memory/forward": forward,
         **{f"training/memory/{part}": size for part, size in memory[0].items()},
         **{f"training/peak/rank_{rank:02d}": size for rank, size in enumerate(peaks)},
-        "training/traffic/in_host": in_host,  # by rank 0, of a captured batch
-        "training/traffic/between_hosts": work.get("sums", Work()).networked,  # in a step
+        "training/traffic": sent,  # sent by rank 0, of a captured batch
         "training/disk/checkpoint": 3 * weights * layout.n_layers,  # two stand while one is written
         "training/disk/set": stored * layout.n_layers,
         "training/disk/cache": tokens * captured * layout.n_layers,  # of all activations (task.cache), if wanted

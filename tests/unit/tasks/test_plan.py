@@ -222,11 +222,10 @@ def test_ranks_work_and_precision() -> None:
 
 
 def test_what_bounds_a_part_is_named() -> None:
-    machine = Machine("a machine", 1e-11, 1e-11, 1e-11, 5e-9, None, 2e-9, 1e-9)
+    machine = Machine("a machine", 1e-11, 1e-11, 1e-11, 5e-9, None, 2e-9)
     for work, seconds, bound in (
         (Work(100, 10), 10, "arithmetic"),
         (Work(100, 100), 20, "memory"),
         (Work(10, 10, linked=10), 5, "link"),
-        (Work(10, 10, linked=10, networked=10), 10, "network"),
     ):
         assert least_time(work, machine) == (pytest.approx(seconds), bound)

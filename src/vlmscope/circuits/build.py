@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import pyarrow as pa
 from PIL import Image
 from tqdm import tqdm
 
@@ -145,13 +144,10 @@ def spread_answers(pairs: Sequence[Pair], count: int) -> list[Pair]:
 
 @dataclass
 class Sources:
-    """Sources of supernodes, by the supernode's key: graphs of named traces, labels of studies, tables of clusters, and
-    both sets of inputs of contrasts.
-    """
+    """Of supernodes, by their keys: graphs of named traces, labels of studies, and both sets of inputs of contrasts."""
 
     graphs: dict[str, AttributionGraph] = field(default_factory=dict)
     labels: dict[str, Labels] = field(default_factory=dict)
-    clusters: dict[str, pa.Table] = field(default_factory=dict)
     contrasts: dict[str, tuple[list[Asked], list[Asked]]] = field(default_factory=dict)
 
     @classmethod
@@ -167,8 +163,6 @@ class Sources:
                 sources.labels[key] = Labels(StudyFolder(node.label.study))
                 if not sources.labels[key].all():
                     raise UserError(f"{where}: {node.label.study} has no labels; run task=label on it")
-            if node.cluster is not None:
-                sources.clusters[key] = selectors.read_clusters(node.cluster.run)
             if node.contrast is not None:
                 sources.contrasts[key] = _contrast_sets(f"{where}.contrast", node.contrast, prompts, pairs, seed)
         return sources
@@ -234,9 +228,6 @@ def _choose(
         check_same(labels.study, model, widths)
         members = selectors.by_label(node.label, labels, node, known)
         return _Choice(members, f"label {node.label.query!r}", " ".join(node.label.query.split()))
-    if node.cluster is not None:
-        members, name = selectors.by_cluster(sources.clusters[key], node.cluster, node, known)
-        return _Choice(members, f"cluster {node.cluster.cluster}", name)
     if node.influence is not None:
         target, run = node.influence.target, node.influence.run
         if (graph := sources.graphs.get(key)) is not None:

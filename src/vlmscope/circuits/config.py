@@ -206,7 +206,7 @@ class MarkConfig:
     file: str | None = None  # a Parquet file (table, curve, groups), or a pattern of names in figures/ (picture)
 
 
-SELECTORS = ("ids", "label", "contrast", "influence", "cluster")
+SELECTORS = ("ids", "label", "contrast", "influence")
 AUTO = "auto"  # a supernode that is to be named after its features
 SOFT, TEXT, OTHER, ERRORS, BIASES = "soft tokens", "question", "other features", "errors", "biases"
 SURROUNDINGS = (SOFT, TEXT, OTHER, ERRORS, BIASES)  # what edges of a circuit may come from besides supernodes
@@ -296,14 +296,6 @@ class InfluenceConfig:
 
 
 @dataclass
-class ClusterConfig:
-    """Members of a cluster of a task=structure run, by its number or name."""
-
-    run: str
-    cluster: Any
-
-
-@dataclass
 class PositionsConfig:
     """Where in a prompt a supernode acts: the union of positions by role (special, image, question, last, answer)
     and of the soft tokens whose own part of the picture overlaps a box (left, top, right, bottom as fractions of it).
@@ -327,17 +319,16 @@ class PositionsConfig:
 
 @dataclass
 class SupernodeConfig:
-    """A supernode, whose features are chosen in exactly one of five ways.
+    """A supernode, whose features are chosen in exactly one of four ways.
 
-    The `name`, instead of the supernode's key, may be "auto": from labels, the cluster, or the words that its features
-    write. Contrast and influence are measured at the supernode's `positions`, everywhere when None.
+    The `name`, instead of the supernode's key, may be "auto": from labels, or the words that its features write.
+    Contrast and influence are measured at the supernode's `positions`, everywhere when None.
     """
 
     ids: list[str] = field(default_factory=list)  # such as L5/709
     label: LabelConfig | None = None
     contrast: ContrastConfig | None = None
     influence: InfluenceConfig | None = None
-    cluster: ClusterConfig | None = None
     name: str | None = None
     count: int = 12  # at most so many features (but `ids`, and `influence` with a `share`)
     layers: list[int] = field(default_factory=list)  # the first and the last that features may be of

@@ -1,4 +1,4 @@
-"""Choosing the features of supernodes: by id, label, cluster, influence in graphs, or contrast of inputs.
+"""Choosing the features of supernodes: by id, label, influence in graphs, or contrast of inputs.
 
 *Contrast.* For each feature the difference of mean activations (one set of inputs minus another) is taken by position
 role and weighted by the norm of what it writes, since that is how far the feature moves the residual stream; a feature
@@ -18,11 +18,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
@@ -31,7 +28,7 @@ from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.influence import influence
 from vlmscope.attribution.trace import Trace, trace
 from vlmscope.circuits.circuit import Circuit
-from vlmscope.circuits.config import ClusterConfig, LabelConfig, SupernodeConfig
+from vlmscope.circuits.config import LabelConfig, SupernodeConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.core.records import FeatureId, Places, Positions
@@ -44,7 +41,6 @@ from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 Influence = Mapping[FeatureId, float]  # a feature's share of influence, mean over graphs
-CLUSTERS = "clusters.parquet"
 CONFIRMING = 0.98  # share of influence whose nodes confirm a feature of two concepts
 CONFIRMABLE = 4  # times the features of a layer: below these the contrast of two concepts says nothing
 CANDIDATES = 8  # times `count`, of the largest differences of declared inputs
@@ -133,36 +129,6 @@ def by_label(config: LabelConfig, labels: Labels, node: SupernodeConfig, known: 
         raise UserError(f"label query {config.query!r}: no label of {config.study} has these words; {hint}")
     ranked = sorted(score, key=lambda f: (-known.get(f, 0.0), -score[f], f))
     return _members(ranked, known, node)
-
-
-def by_cluster(
-    table: pa.Table, config: ClusterConfig, node: SupernodeConfig, known: Influence
-) -> tuple[list[CircuitFeature], str]:
-    """Members of a cluster, those of most influence first, and the cluster's name."""
-    rows = table.to_pylist()
-    query = str(config.cluster).strip()
-    hits = [row for row in rows if query in (str(row["cluster"]), row["name"])]
-    if len(hits) > 1:
-        numbers = ", ".join(str(row["cluster"]) for row in hits[:5])
-        raise UserError(f"cluster {query!r}: {len(hits)} clusters of {config.run} are called so; give one of {numbers}")
-    if not hits:
-        names = [row["name"] for row in rows if row["name"]]
-        near = get_close_matches(query, names, n=2, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {len(rows)}: 0 is {names[:1]}"
-        raise UserError(f"cluster {query!r}: {config.run} has no such cluster; {hint}")
-    features = sorted(map(FeatureId.parse, hits[0]["features"]), key=lambda f: (-known.get(f, 0.0), f))
-    return _members(features, known, node), hits[0]["name"]
-
-
-def read_clusters(run: str | Path) -> pa.Table:
-    """The clusters of a run of task=structure."""
-    path = Path(run) / CLUSTERS
-    if not path.is_file():
-        raise UserError(f"{run} holds no {CLUSTERS}; give the run folder of a task=structure")
-    try:
-        return pq.read_table(path, columns=["cluster", "name", "features"])
-    except (pa.ArrowInvalid, OSError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); run task=structure again") from error
 
 
 def by_influence(

@@ -130,8 +130,8 @@ def write_page(
         sections.append(Figure("The largest clusters of features that fire together", (drawn(sheet, alt),)))
     sections.append(cluster_list(clusters))
     use = (
-        "clusters.parquet has all clusters, structure.parquet a row a feature. A cluster can be a supernode: in a "
-        f"circuit_spec, cluster: {{run: {folder}, cluster: 0}} (docs/circuits.md)."
+        "clusters.parquet has all clusters, structure.parquet a row a feature. The features of a cluster can be the "
+        "`ids` of a supernode in a circuit_spec (docs/circuits.md)."
     )
     pages = f"{program()} task=pages study.path={study.path} 'task.features=[L0/0]'"
     sections += [Text("Go on", (use,), code=pages), mapping_table("All numbers", dict(metrics), ("metric", "value"))]

@@ -2,18 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.trace import trace
 from vlmscope.circuits import selectors
-from vlmscope.circuits.config import ClusterConfig, InfluenceConfig, LabelConfig, SupernodeConfig
+from vlmscope.circuits.config import InfluenceConfig, LabelConfig, SupernodeConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId, PatchBox, Places, Positions
 from vlmscope.features.labels import Label, Labels
@@ -64,26 +61,12 @@ LABELS = labels(
     L2_8=("red shape", 0.9, True),
     L2_9=("red planet", 0.9, False),
 )
-ROWS = [
-    {"cluster": 0, "name": "red planet", "features": ["L0/3", "L1/5"]},
-    {"cluster": 1, "name": "digits", "features": ["L2/7", "L2/8"]},
-    {"cluster": 2, "name": "digits", "features": ["L2/9", "L2/10"]},
-]
-CLUSTERS = pa.Table.from_pylist(ROWS)
 
 
 def test_by_label_wants_all_words_and_ranks_by_influence_then_score() -> None:
     config = LabelConfig("study", "red planet")
     assert ids(selectors.by_label(config, LABELS, PLAIN, {C: 0.5})) == [C, B, A]
     assert ids(selectors.by_label(config, LABELS, SupernodeConfig(layers=[1, 2], count=1), {})) == [B]
-
-
-def test_by_cluster_by_number_and_by_name(tmp_path: Path) -> None:
-    pq.write_table(CLUSTERS, tmp_path / "clusters.parquet")
-    for cluster in (0, "0", "red planet"):
-        table = selectors.read_clusters(tmp_path)
-        members, name = selectors.by_cluster(table, ClusterConfig("run", cluster), PLAIN, {B: 0.5})
-        assert (ids(members), name) == ([B, A], "red planet")
 
 
 def means(transcoders, **at: tuple[str, int, int, float]) -> RoleMeans:
@@ -152,13 +135,6 @@ def test_by_influence_takes_the_first_or_up_to_a_share(bench) -> None:
     ("mistake", "says"),
     [
         (lambda *_: selectors.by_label(LabelConfig("s", "plamet"), LABELS, PLAIN, {}), "did you mean planet"),
-        (lambda *_: selectors.by_cluster(CLUSTERS, ClusterConfig("run", 9), PLAIN, {}), "no such cluster"),
-        (
-            lambda *_: selectors.by_cluster(CLUSTERS, ClusterConfig("run", "red plant"), PLAIN, {}),
-            "did you mean 'red p",
-        ),
-        (lambda *_: selectors.by_cluster(CLUSTERS, ClusterConfig("run", "digits"), PLAIN, {}), "2 clusters"),
-        (lambda *_: selectors.read_clusters("/no/run"), "holds no clusters.parquet"),
         (
             lambda scope, _: selectors.by_contrast(scope.transcoders, NO_ROLE, NO_ROLE, PLAIN, {}),
             "no position role in common",

@@ -25,7 +25,6 @@ from itertools import combinations
 
 import numpy as np
 from scipy.stats import rankdata
-from sklearn.linear_model import LogisticRegression
 
 from vlmscope.core.records import generator
 from vlmscope.core.results import Rate
@@ -312,6 +311,8 @@ def held_out_scores(
 
     Values [n, k] are standardised by the training cases; with strata [n] each counts from its stratum's mean there.
     """
+    from sklearn.linear_model import LogisticRegression  # here, as few runs fit one and the import is slow
+
     scores = np.zeros(len(wrong))
     for fold in np.unique(folds):
         test = folds == fold

@@ -9,7 +9,6 @@ from textwrap import fill
 from typing import Any
 
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator
@@ -153,6 +152,8 @@ def layer_role_heatmap(
 
 
 def _heatmap(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Any, **look: Any) -> None:
+    import seaborn as sns  # here, as most runs draw no heatmap and the import takes half a second
+
     look = {"annot": True, "annot_kws": {"fontsize": 9}, "xticklabels": columns, "yticklabels": rows} | look
     sns.heatmap(values, ax=axes, **look)
     axes.tick_params(axis="y", labelrotation=0)
@@ -304,6 +305,8 @@ def score_by_layer(layers: np.ndarray, score: np.ndarray, group: np.ndarray, pat
         group: [F], names of `features.structure.GROUPS`.
         path: of the PNG.
     """
+    import seaborn as sns
+
     kind = np.array([_GROUPS.get("text" if name.startswith("words") else str(name), "") for name in group])
     known = ~np.isnan(score) & (kind != "")
     if not known.any():

@@ -15,7 +15,6 @@ from textwrap import fill
 from typing import NamedTuple
 
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -298,7 +297,7 @@ def soft_token_words(
     """
     drawn = [(token, box) for token, (picture, box) in enumerate(places) if picture == 0 and box is not None]
     rows = -(-(len(words) + 1) // _COLUMNS)
-    colours = sns.light_palette(POSITIVE, as_cmap=True)
+    colours = LinearSegmentedColormap.from_list("light", ["#eff1f3", POSITIVE])
     with drawing(path, 2.1 * _COLUMNS, 2.3 * rows + 0.3) as figure:
         grid = figure.subplots(rows, _COLUMNS, squeeze=False)
         for axes in grid.flat:

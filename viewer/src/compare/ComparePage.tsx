@@ -54,7 +54,7 @@ function Loaded({ a, b }: { a: string; b: string }) {
   return <Shown graphs={data} ids={[a, b]} />;
 }
 
-const NAMES = { both: "in both", first: "in the first alone", second: "in the second alone" };
+const NAMES = { both: "both", first: "first alone", second: "second alone" };
 
 function Shown({ graphs, ids }: { graphs: [GraphFile, GraphFile]; ids: [string, string] }) {
   const list = useMemo(() => matched(graphs[0], graphs[1]), [graphs]);

@@ -48,7 +48,9 @@ function NoStudy({ feature }: { feature: string }) {
   );
 }
 
-const level = (name: string): string => (name === "top" ? "strongest" : name === "q1" ? "weakest" : name);
+/** Groups of drawn examples go from q1, the weakest, up to q4. */
+const STRENGTHS: Record<string, string> = { top: "strongest", q4: "strong", q3: "middle", q2: "weak", q1: "weakest" };
+const level = (name: string): string => STRENGTHS[name] ?? name;
 
 /** All about one feature; `wide` lays the parts out side by side. */
 export function FeatureView({ feature, onOpen, wide = false }: { feature: Feature; onOpen: (feature: string) => void; wide?: boolean }) {
@@ -78,7 +80,7 @@ export function FeatureView({ feature, onOpen, wide = false }: { feature: Featur
       </div>
       <div class={wide ? "feature-wide" : ""}>
         <Panel
-          title="Where it fires hardest"
+          title="Examples"
           class="examples-part"
           actions={
             groups.length > 1 && (

@@ -130,6 +130,7 @@ function Browser({ study, studies, query }: { study: Study; studies: Study[]; qu
           )}
         </div>
         {asked && work.busy.value && <Progress fraction={work.job.value?.progress.fraction ?? null} text="looking for features" />}
+        {!asked && !data && busy && <Progress fraction={null} text="loading the features" />}
         {error && <Empty icon="warn" title="The study could not be read"><p>{error}</p></Empty>}
         {!asked && data && !rows.length && (
           <Empty icon="search" title="No label or promoted word fits">

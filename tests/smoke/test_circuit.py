@@ -4,11 +4,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vlmscope.app import main
 from vlmscope.attribution.export import load_graph
-from vlmscope.circuits.circuit import direct_edges, load_circuit
+from vlmscope.attribution.influence import subgraph_scores
+from vlmscope.circuits.circuit import direct_edges, load_circuit, supernode_mask
 from vlmscope.models.tiny import tiny_image
 
 MODEL = ["model=tiny", "transcoder=random", "tracking=none"]
@@ -56,6 +58,9 @@ def test_the_circuit_is_what_was_declared_and_its_edges_are_the_graphs(made: Pat
     found = metrics(made / "run")
     assert found["circuit/supernodes"] == 3 and found["circuit/left/features"] == 4
     assert 0 < found["circuit/influence_share"] < 1
+    pinned = np.any([supernode_mask(graph, node) for node in circuit.supernodes.values()], axis=0)
+    replacement, completeness = subgraph_scores(graph, pinned)
+    assert (found["circuit/replacement_score"], found["circuit/completeness_score"]) == (replacement, completeness)
     page = (made / "run" / "report.html").read_text()
     assert "contrast of 2 images with 2 images" in page
     assert (made / "run" / "figures" / "circuit.png").stat().st_size > 10_000

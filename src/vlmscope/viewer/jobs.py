@@ -29,7 +29,7 @@ from vlmscope.core.launch import program
 from vlmscope.core.records import FeatureId
 from vlmscope.core.study import study_folder
 from vlmscope.viewer.safety import Refused, inside
-from vlmscope.viewer.worker import FLUSHED, WORKER
+from vlmscope.viewer.worker import FLUSHED, INTERRUPTED, WORKER
 
 SHIPPED = "shipped:"  # begins the name of a picture of assets/pictures, or alone means the shipped study
 _TASKS = {"trace": "trace", "steer": "steer", "generate": "steer", "find": "find"}
@@ -212,6 +212,8 @@ class Jobs:
                 job.error = _ended(code)
             return
         code = json.loads(line)["done"]
+        if code in INTERRUPTED:  # it ends now; the next job must not meet it
+            process.wait()
         if code == 0 and job.status != "cancelled":
             job.result = result_of(job)
         elif job.status != "cancelled":

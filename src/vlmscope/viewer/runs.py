@@ -10,6 +10,7 @@ import fcntl
 import os
 import re
 import shlex
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -54,11 +55,13 @@ class Runs:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._known: dict[str, tuple[tuple[int, ...], Run]] = {}
+        self._lock = threading.Lock()  # requests are answered in threads
 
     def all(self) -> list[Run]:
         """All runs, the newest first."""
-        found = [self._run(folder, names) for folder, names in self._folders()]
-        self._known = {run.id: self._known[run.id] for run in found}
+        with self._lock:
+            found = [self._run(folder, names) for folder, names in self._folders()]
+            self._known = {run.id: self._known[run.id] for run in found}
         # A set of transcoders has a config.yaml too, without a task.
         found = [run for run in found if run.body["task"]]
         return sorted(found, key=lambda run: run.body["started"], reverse=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 WORKER = "--worker"  # first argument of the command line that makes it; the second is the number of the pipe
+INTERRUPTED = (130, 143)  # exit codes of a command line that a signal ended
 FLUSHED = "(the end of this job's output)"
 
 
@@ -36,6 +37,6 @@ def run_worker(main: Callable[[Sequence[str]], int], pipe: int) -> int:
         sys.stderr.flush()
         print(f"\n{FLUSHED}", flush=True)
         say(done=code)
-        if code in (130, 143):  # interrupted in the middle of something: the next job gets a new process
+        if code in INTERRUPTED:  # interrupted in the middle of something: the next job gets a new process
             return code
     return 0

@@ -1,0 +1,39 @@
+"""A run's graph as one HTML file with its feature panels, to open from disk or send: task.run=FOLDER."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmscope.core.errors import UserError
+
+if TYPE_CHECKING:
+    from vlmscope.config import AppConfig
+    from vlmscope.tasks.registry import RunContext
+
+RECORDED = False  # nothing is measured
+
+
+@dataclass
+class Config:
+    """`run` is a folder with a graph.json; graph.html is written next to it.
+
+    `study` is the run of a study that tells what features stand for; by default the one that comes with vlmscope.
+    """
+
+    run: str | None = None
+    study: str | None = None
+
+
+def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
+    """Write graph.html and print where it is, its size, and how many features have a panel."""
+    from vlmscope.tasks.job import remove_empty
+    from vlmscope.viewer.export import export_graph
+
+    if cfg.task.run is None:
+        raise UserError("task.run is not given: a folder with a graph.json, as in task.run=outputs/my_trace")
+    path, panels = export_graph(Path(cfg.task.run), Path(cfg.task.study) if cfg.task.study else None)
+    remove_empty(context.run_dir)
+    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB, {panels} features with examples)")
+    return {}

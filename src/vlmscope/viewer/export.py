@@ -1,0 +1,94 @@
+"""A graph as one HTML file that opens from disk: the page of the workbench, the graph, and what its features stand for.
+
+The page is `static/single.html`, built with the workbench's; its policy allows its own script and style by their hashes
+alone and fetches nothing. The data is JSON in an element that is never run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlmscope.core.artifacts import read_json, read_text, shipped, write_text
+from vlmscope.core.errors import UserError
+from vlmscope.core.records import FeatureId
+from vlmscope.viewer.graphs import ANNOTATIONS, checked, feature_of
+from vlmscope.viewer.runs import GRAPH
+
+PAGE = "graph.html"
+TEMPLATE = Path(__file__).parent / "static" / "single.html"
+_PLACE = "<!--DATA-->"
+_BYTES = 18_000_000  # of a page; features with less influence lose their panels beyond it
+_EXAMPLES = 4  # of each feature
+
+
+def is_built() -> bool:
+    """Whether the page's template is there: a clone has it after `make viewer`, a wheel always."""
+    return TEMPLATE.is_file()
+
+
+def export_graph(folder: Path, study: Path | None = None) -> tuple[Path, int]:
+    """Write graph.html next to the graph.json in `folder`; returns its path and how many features have a panel.
+
+    `study` tells what features stand for; without one, the study that comes with vlmscope does for its own model.
+
+    Raises:
+        UserError: there is no graph, the page is not built, or the study is another model's.
+    """
+    if not (folder / GRAPH).is_file():
+        raise UserError(f"{folder} has no {GRAPH}; give the folder of a run of task=trace or of an experiment with a graph")
+    if not is_built():
+        raise UserError("the page is not built: run `make viewer` once (it needs Node.js), or install the wheel")
+    graph = read_json(folder / GRAPH)
+    if not isinstance(graph, dict) or not isinstance(graph.get("nodes"), list):
+        raise UserError(f"{folder / GRAPH} is no graph: it has no nodes")
+    data: dict[str, Any] = {"name": folder.resolve().name, "graph": graph, "features": {}}
+    if (folder / ANNOTATIONS).is_file():
+        data["annotations"] = checked(read_json(folder / ANNOTATIONS), str(folder / ANNOTATIONS))
+    room = _BYTES - TEMPLATE.stat().st_size - len(embedded_json(data))
+    data["features"] = feature_panels(graph, study, room)
+    path = folder / PAGE
+    write_text(path, read_text(TEMPLATE).replace(_PLACE, embedded_json(data), 1))
+    return path, len(data["features"])
+
+
+def embedded_json(data: Mapping[str, Any]) -> str:
+    """The element that holds `data`; nothing in it can end the element or begin another."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for sign, escaped in (("<", "\\u003c"), (">", "\\u003e"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
+        text = text.replace(sign, escaped)
+    return f'<script type="application/json" id="data">{text}</script>'
+
+
+def feature_panels(graph: Mapping[str, Any], study: Path | None, room: int) -> dict[str, Any]:
+    """What a study says about the graph's features, the most influential first, in at most `room` bytes."""
+    from vlmscope.viewer.studies import OpenStudy
+
+    model = str(graph.get("metadata", {}).get("scan", ""))
+    try:
+        opened = OpenStudy("", shipped("assets/orrery_study") if study is None else study)
+    except UserError:
+        if study is None:  # not shipped with this copy
+            return {}
+        raise
+    if opened.study.info.model != model:
+        if study is None:
+            return {}
+        raise UserError(f"the study {study} is of model {opened.study.info.model}, the graph of {model}; give another")
+    nodes = sorted(graph["nodes"], key=lambda node: node.get("influence") or 0.0)  # cumulative: the first has most
+    panels: dict[str, Any] = {}
+    for name in dict.fromkeys(feature_of(node) for node in nodes):
+        if name is None:
+            continue
+        try:
+            panel = opened.feature(FeatureId.parse(name))
+        except UserError:  # a feature that the study does not know
+            continue
+        panel["groups"] = [{**group, "examples": group["examples"][:_EXAMPLES]} for group in panel["groups"][:1]]
+        room -= len(embedded_json(panel))
+        if room < 0:
+            break
+        panels[name] = panel
+    return panels

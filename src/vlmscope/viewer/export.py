@@ -38,7 +38,7 @@ def export_graph(folder: Path, study: Path | None = None) -> tuple[Path, int]:
         UserError: there is no graph, the page is not built, or the study is another model's.
     """
     if not (folder / GRAPH).is_file():
-        raise UserError(f"{folder} has no {GRAPH}; give the folder of a run of task=trace or of an experiment with a graph")
+        raise UserError(f"{folder} has no {GRAPH}; give a run of task=trace or of an experiment with a graph")
     if not is_built():
         raise UserError("the page is not built: run `make viewer` once (it needs Node.js), or install the wheel")
     graph = read_json(folder / GRAPH)

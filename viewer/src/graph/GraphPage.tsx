@@ -228,7 +228,7 @@ function GraphView({ store, route }: { store: GraphStore; route: Route }) {
   const best = model.file.nodes.findIndex((node) => node.answer);
   const pinned = store.content.value.pinned.length;
   return (
-    <div class={`graph-page view-${view.value}`}>
+    <div class={`graph-page view-${view.value}`} data-saving={store.saving.value}>
       <div class="toolbar">
         <h1 title={model.file.prompt}>
           <span class="prompt">{model.file.prompt}</span>

@@ -49,7 +49,7 @@ export function Subgraph({ store }: { store: GraphStore }) {
   useSignalEffect(() => {
     const ids = store.content.value.pinned;
     if (store.id === null || !ids.length) {
-      score.value = null;
+      score.value = ids.length ? store.model.score(store.pinnedSet.value) : null;
       return;
     }
     let current = true;
@@ -109,12 +109,14 @@ export function Subgraph({ store }: { store: GraphStore }) {
 }
 
 function Scores({ store, score }: { store: GraphStore; score: Score | string | null }) {
-  const whole = store.model.file.scores;
+  if (score === null) return null;
   if (typeof score === "string") return <span class="chip" title={score}>no score</span>;
-  if (score === null) return store.id === null ? <span class="chip" title="Scores need all edges, which only the run folder has: open the graph in task=serve">no score in a file</span> : null;
+  // Without the run folder, all that is known are the edges that pruning left in the file.
+  const pruned = store.id === null;
+  const whole = pruned ? null : store.model.file.scores;
   const of = (value: number | undefined): string => (value === undefined ? "" : ` of ${value.toFixed(2)}`);
   return (
-    <span class="scores" title="Of the pinned nodes alone, next to those of the whole graph">
+    <span class="scores" title={pruned ? "Of the pinned nodes alone, by the edges in this file" : "Of the pinned nodes alone, next to those of the whole graph"}>
       Replacement <b>{score.replacement.toFixed(2)}</b>
       {of(whole?.replacement)} · Completeness <b>{score.completeness.toFixed(2)}</b>
       {of(whole?.completeness)}

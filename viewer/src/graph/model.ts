@@ -29,6 +29,8 @@ export class GraphModel {
   readonly strongest: Int32Array;
   readonly edgeShare: Float64Array;
   readonly hasBoxes: boolean;
+  /** All nodes, the top row first. */
+  private readonly downwards: number[];
   private readonly inStart: Int32Array;
   private readonly inEdges: Int32Array;
   private readonly outStart: Int32Array;
@@ -48,8 +50,9 @@ export class GraphModel {
       for (const [start, edges] of [[this.inStart, this.inEdges], [this.outStart, this.outEdges]] as const)
         edges.subarray(start[node]!, start[node + 1]!).sort((a, b) => sizes[b]! - sizes[a]!);
     }
+    this.downwards = Array.from(this.rowOf.keys()).sort((a, b) => this.rowOf[b]! - this.rowOf[a]!);
     this.edgeShare = new Float64Array(this.m);
-    this.influence = this.spread(sizes);
+    this.influence = this.spread(sizes, undefined, this.edgeShare);
     this.strongest = Int32Array.from(this.edgeShare.keys()).sort((a, b) => this.edgeShare[b]! - this.edgeShare[a]!);
     this.cumulative = this.cumulated();
     this.hasBoxes = file.tokens.some((token) => token.patch !== null);
@@ -76,21 +79,39 @@ export class GraphModel {
     }));
   }
 
+  /**
+   * Replacement and completeness score of the pinned nodes, of the edges in this file: features that are not pinned count
+   * as errors. The rule is `attribution.influence.subgraph_scores`, which the server applies to the whole graph.
+   */
+  score(pinned: ReadonlySet<number>): { replacement: number; completeness: number } {
+    const { nodes } = this.file;
+    const inside = (node: number): boolean => nodes[node]!.kind === "logit" || (nodes[node]!.kind === "feature" && pinned.has(node));
+    const flow = this.spread(this.file.weight.map(Math.abs), inside);
+    let [inputs, unexplained, total] = [0, 0, 0];
+    flow.forEach((value, node) => {
+      const { kind } = nodes[node]!;
+      total += value;
+      if (kind === "token") inputs += value;
+      else if (kind === "error" || kind === "rest" || (kind === "feature" && !inside(node))) unexplained += value;
+    });
+    return { replacement: inputs + unexplained ? inputs / (inputs + unexplained) : 0, completeness: total ? 1 - unexplained / total : 0 };
+  }
+
   /** Influence flows from the outputs down: each node divides its own among its inputs by their absolute weights. */
-  private spread(sizes: Float64Array): Float64Array {
+  private spread(sizes: Float64Array, through: (node: number) => boolean = () => true, shares?: Float64Array): Float64Array {
     const influence = new Float64Array(this.n);
     const { nodes } = this.file;
     const ends = nodes.flatMap((node, number) => (node.kind === "logit" ? [number] : []));
     const total = ends.reduce((sum, end) => sum + nodes[end]!.probability, 0);
     ends.forEach((end) => (influence[end] = total > 0 ? nodes[end]!.probability / total : 1 / ends.length));
-    const order = Array.from(this.rowOf.keys()).sort((a, b) => this.rowOf[b]! - this.rowOf[a]!);
-    for (const node of order) {
+    for (const node of this.downwards) {
+      if (!through(node)) continue;
       const edges = this.inEdges.subarray(this.inStart[node]!, this.inStart[node + 1]!);
       const sum = edges.reduce((all, edge) => all + sizes[edge]!, 0);
       if (sum === 0 || influence[node] === 0) continue;
       for (const edge of edges) {
         const share = (influence[node]! * sizes[edge]!) / sum;
-        this.edgeShare[edge] = share;
+        if (shares) shares[edge] = share;
         const from = this.file.source[edge]!;
         if (this.rowOf[from]! < this.rowOf[node]!) influence[from]! += share;
       }

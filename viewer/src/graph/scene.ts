@@ -100,6 +100,7 @@ export class Scene {
       image.src = url;
       return image;
     });
+    Object.assign(box, { scene: this }); // for tests and measurements, which cannot see what WebGL drew
     this.watch = new ResizeObserver(() => this.resized());
     this.watch.observe(box);
   }
@@ -149,7 +150,10 @@ export class Scene {
   at(node: number): { x: number; y: number } {
     return this.sigma.graphToViewport({ x: this.map.x[node]!, y: -this.map.y[node]! });
   }
-  /** For measurements: a pan and a zoom without a mouse. */
+  /** The same of a node by its id. */
+  whereIs(id: string): { x: number; y: number } {
+    return this.at(this.store.model.index.get(id)!);
+  }
   camera(): ReturnType<Sigma["getCamera"]> {
     return this.sigma.getCamera();
   }

@@ -1,0 +1,269 @@
+"""The workbench's graph view: what a user clicks and types, what is saved, what leaves the page, and hostile files."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import uvicorn
+import yaml
+from PIL import Image
+from playwright.sync_api import Browser, BrowserContext, Page, expect
+
+from vlmscope.core.artifacts import shipped
+from vlmscope.viewer import export
+from vlmscope.viewer.server import STATIC, _listen, create_app
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not (STATIC / "index.html").is_file(), reason="the page is not built: make viewer"),
+]
+EXAMPLE = json.loads((shipped("assets/example_graph") / "graph.json").read_text())
+ANSWER, FIRST, SECOND = "9_56_28", "5_709_28", "4_1802_28"
+HOSTILE = "</script><img src=http://127.0.0.1:9/x.png onerror='window.hacked=1'><script>window.hacked=1</script>"
+SLOW = 60_000  # ms; WebGL in software on a busy machine
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    for name in ("mars", "groups", "tabs", "exported"):
+        (root / name).mkdir()
+        (root / name / "config.yaml").write_text("task:\n  name: trace\n")
+        (root / name / "graph.json").write_text(json.dumps(EXAMPLE))
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(root: Path) -> Iterator[str]:
+    listener = _listen("127.0.0.1", 0, True)
+    server = uvicorn.Server(uvicorn.Config(create_app(root), log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture
+def context(chromium: Browser) -> Iterator[BrowserContext]:
+    context = chromium.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
+    context.set_default_timeout(SLOW)
+    expect.set_options(timeout=SLOW)
+    yield context
+    context.close()
+    expect.set_options(timeout=5000)
+
+
+@pytest.fixture
+def opened(context: BrowserContext, address: str) -> Callable[[str], Page]:
+    def graph(name: str) -> Page:
+        page = context.new_page()
+        page.goto(f"{address}#/graph/{name}")
+        expect(page.locator(".stage .canvas canvas.sigma-nodes")).to_be_visible()
+        return page
+
+    return graph
+
+
+def click(page: Page, node: str, **options: Any) -> None:
+    """Click a node where it is drawn."""
+    x, y = page.evaluate(
+        """id => { const box = document.querySelector('.stage .canvas'), at = box.scene.whereIs(id);
+                   const { left, top } = box.getBoundingClientRect(); return [left + at.x, top + at.y]; }""",
+        node,
+    )
+    if options.pop("shift", False):
+        page.keyboard.down("Shift")
+        page.mouse.click(x, y, **options)
+        page.keyboard.up("Shift")
+    else:
+        page.mouse.click(x, y, **options)
+
+
+def saved(root: Path, name: str, page: Page) -> dict[str, Any]:
+    """The annotations of a graph, once the page has saved."""
+    page.wait_for_timeout(500)
+    file = root / name / "annotations.json"
+    for _ in range(100):
+        if file.is_file() and not page.evaluate("document.querySelector('[data-saving=saving]') !== null"):
+            break
+        page.wait_for_timeout(100)
+    return json.loads(file.read_text())
+
+
+def test_a_clicked_node_shows_its_edges_and_search_and_keys_lead_on(opened: Callable[[str], Page]) -> None:
+    page = opened("mars")
+    click(page, FIRST)
+    side = page.get_by_label("Details", exact=True)
+    expect(side.locator(".node")).to_contain_text("L5/709")
+    incoming = [link for link in EXAMPLE["links"] if link["target"] == FIRST]
+    expect(side.get_by_role("button", name=f"Inputs {len(incoming)}")).to_be_visible()
+    strongest = max(abs(link["weight"]) for link in incoming)
+    assert f"{strongest:.3g}"[:4] in side.locator(".edges li").first.inner_text()
+    page.keyboard.press("/")
+    page.keyboard.type("L4/1802")
+    page.keyboard.press("Enter")
+    expect(side.locator(".node")).to_contain_text("L4/1802")
+    assert f"sel={SECOND}" in page.url
+    page.keyboard.press("Escape")
+    page.keyboard.press("ArrowUp")  # begins at the answer
+    expect(side.locator(".node h2")).to_contain_text("mars")
+    page.keyboard.press("ArrowDown")
+    expect(side.locator(".node h2")).not_to_contain_text("mars")
+
+
+def test_patches_of_the_picture_lead_to_their_soft_tokens(opened: Callable[[str], Page]) -> None:
+    page = opened("mars")
+    page.locator(".picture rect").nth(5).click()
+    expect(page.locator(".picture rect.lit")).to_have_count(1)
+    expect(page.locator(".side .node h2")).to_contain_text("patch 5")
+
+
+def test_groups_names_undo_and_reload(opened: Callable[[str], Page], root: Path) -> None:
+    page = opened("groups")
+    click(page, FIRST, shift=True)
+    click(page, SECOND, shift=True)
+    page.keyboard.press("g")
+    page.get_by_role("button", name="Pinned 2").click()
+    page.locator(".subgraph g.item").first.dblclick()
+    page.get_by_label("Name of the group").fill("says mars")
+    page.keyboard.press("Enter")
+    expect(page.locator(".subgraph g.item")).to_contain_text("says mars")
+    group = saved(root, "groups", page)["supernodes"]
+    assert [(one["name"], sorted(one["members"])) for one in group] == [("says mars", sorted([FIRST, SECOND]))]
+    page.keyboard.press("z")
+    expect(page.locator(".subgraph g.item")).not_to_contain_text("says mars")
+    page.keyboard.press("Shift+Z")
+    expect(page.locator(".subgraph g.item")).to_contain_text("says mars")
+    assert saved(root, "groups", page)["supernodes"] == group
+    page.reload()
+    expect(page.locator(".subgraph g.item")).to_contain_text("says mars")
+
+
+def test_two_tabs_keep_what_both_did(opened: Callable[[str], Page], root: Path) -> None:
+    first, second = opened("tabs"), opened("tabs")
+    for page, node in ((first, FIRST), (second, SECOND)):
+        page.bring_to_front()
+        click(page, node)
+        page.keyboard.press("p")
+        saved(root, "tabs", page)
+    second.wait_for_timeout(1000)
+    assert set(saved(root, "tabs", second)["pinned"]) == {FIRST, SECOND}
+    first.bring_to_front()
+    first.evaluate("dispatchEvent(new Event('focus'))")
+    expect(first.get_by_role("button", name="Pinned 2")).to_be_visible()
+
+
+def test_what_is_pinned_leaves_as_svg_png_yaml_and_graph(context: BrowserContext, address: str) -> None:
+    page = context.new_page()
+    page.goto(f"{address}#/graph/exported?view=subgraph&pins={ANSWER},{FIRST},{SECOND}")
+    expect(page.locator(".subgraph g.item")).to_have_count(3)
+
+    def download(button: str) -> bytes:
+        with page.expect_download() as found:
+            page.get_by_role("button", name=button).click()
+        return Path(found.value.path()).read_bytes()
+
+    svg = ElementTree.fromstring(download("SVG"))
+    assert "L5/709" in "".join(svg.itertext())
+    with Image.open(BytesIO(download("PNG"))) as picture:
+        assert picture.width > 200
+    circuit = yaml.safe_load(download("Circuit YAML"))
+    assert sorted(node["ids"] for node in circuit["supernodes"].values()) == [["L4/1802"], ["L5/709"]]
+    graph = json.loads(download("Save the graph file"))
+    assert graph["qParams"]["pinnedIds"] == [ANSWER, FIRST, SECOND] and graph["links"] == EXAMPLE["links"]
+    expect(page.locator(".scores")).to_contain_text("Replacement")
+
+
+def peer_graph() -> dict[str, Any]:
+    """What circuit-tracer writes: no key of ours, layers of a CLT, an error node, a label that would like to run."""
+    node = {"run_idx": 0, "reverse_ctx_idx": 0, "is_target_logit": False, "influence": 0.5, "activation": 1.0}
+    nodes = [
+        {"node_id": "E_26865_1", "feature": 1, "layer": "E", "ctx_idx": 1, "feature_type": "embedding", "clerp": "x"},
+        {"node_id": "0_2_1", "feature": 5, "layer": "0", "ctx_idx": 1, "feature_type": "cross layer transcoder"},
+        {"node_id": "0_x_1", "feature": -1, "layer": "0", "ctx_idx": 1, "feature_type": "mlp reconstruction error"},
+        {"node_id": "27_22605_1", "feature": 22605, "layer": "27", "ctx_idx": 1, "feature_type": "logit"},
+    ]
+    nodes = [{**node, "jsNodeId": one["node_id"], "clerp": "", **one} for one in nodes]
+    nodes[1]["clerp"] = HOSTILE
+    nodes[3] |= {"is_target_logit": True, "influence": None, "token_prob": 0.4, "clerp": 'Output " Austin" (p=0.400)'}
+    links = [("E_26865_1", "0_2_1", 2.0), ("0_2_1", "27_22605_1", 1.0), ("0_x_1", "27_22605_1", -0.5)]
+    return {
+        "metadata": {"slug": "dallas", "scan": "gemma-2-2b", "prompt_tokens": ["<bos>", HOSTILE], "prompt": HOSTILE},
+        "qParams": {"pinnedIds": ["0_2_1"], "supernodes": []},
+        "nodes": nodes,
+        "links": [{"source": a, "target": b, "weight": weight} for a, b, weight in links],
+    }
+
+
+def give(page: Page, name: str, content: str) -> None:
+    file = {"name": name, "mimeType": "application/json", "buffer": content.encode()}
+    page.get_by_label("Graph file", exact=True).set_input_files(file)
+
+
+def broken(**parts: Any) -> str:
+    return json.dumps(peer_graph() | parts)
+
+
+def test_a_peers_file_opens_and_nothing_in_it_runs(opened: Callable[[str], Page]) -> None:
+    page = opened("mars")
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    give(page, "dallas.json", json.dumps(peer_graph()))
+    expect(page.locator(".toolbar .answer")).to_contain_text("Austin")
+    page.get_by_role("button", name="Pinned 1").click()
+    expect(page.locator(".subgraph g.item")).to_have_count(1)
+    page.locator(".subgraph g.item").click()
+    expect(page.locator(".side .node h2")).to_contain_text("<img")
+    assert page.evaluate("window.hacked") is None
+    assert not [url for url in requests if "127.0.0.1:9/" in url]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "no JSON"),
+        ("[]", "not a JSON object"),
+        ('{"nodes": [], "links": []}', "no nodes"),
+        ('{"a": 1}', "no lists of nodes and links"),
+        ('{"nodes": [{"node_id": "a"}], "links": []}', "has no layer"),
+        (broken(nodes=[*peer_graph()["nodes"], peer_graph()["nodes"][0]]), "Two nodes"),
+        (
+            json.dumps({**peer_graph(), "links": [{"source": "0_2_1", "target": "E_26865_1", "weight": "1"}]}),
+            "no weight",
+        ),
+        (
+            json.dumps({**peer_graph(), "links": [{"source": "q", "target": "r", "weight": 1}]}),
+            "names two of its nodes",
+        ),
+    ],
+)
+def test_a_malformed_file_is_one_clear_message(content: str, says: str, opened: Callable[[str], Page]) -> None:
+    page = opened("mars")
+    give(page, "bad.json", content)
+    expect(page.get_by_role("alert")).to_contain_text(says)
+    expect(page.locator(".toolbar .answer")).to_contain_text("mars")  # the graph that was open stays
+
+
+def test_a_single_file_opens_from_disk_and_asks_for_nothing(
+    context: BrowserContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "graph.json").write_text(json.dumps(peer_graph()))
+    monkeypatch.setattr(export, "feature_panels", lambda graph, study, room: {})
+    path, _ = export.export_graph(tmp_path)
+    page = context.new_page()
+    errors: list[str] = []
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.goto(path.as_uri())
+    expect(page.locator(".toolbar .answer")).to_contain_text("Austin")
+    page.get_by_role("button", name="Both").click()
+    expect(page.locator(".scores")).to_contain_text("Replacement")
+    assert page.evaluate("window.hacked") is None and errors == []
+    assert [url for url in requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]

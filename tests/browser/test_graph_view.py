@@ -254,7 +254,7 @@ def test_a_single_file_opens_from_disk_and_asks_for_nothing(
     context: BrowserContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "graph.json").write_text(json.dumps(peer_graph()))
-    monkeypatch.setattr(export, "feature_panels", lambda graph, study, room: {})
+    monkeypatch.setattr(export, "feature_panels", lambda *given: ({}, []))
     path, _ = export.export_graph(tmp_path)
     page = context.new_page()
     errors: list[str] = []

@@ -60,7 +60,9 @@ def outcome(run_dir: Path) -> dict:
         prefix = "" if file.parent == run_dir else f"{file.parent.name}/"
         found = json.loads(file.read_text())
         numbers |= {prefix + key: found[key] for key in found if not any(part in key for part in MACHINE_FACTS)}
-    files = sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file())
+    # graph.html is only where the workbench's page is built.
+    found = (path for path in run_dir.rglob("*") if path.is_file() and path.name != "graph.html")
+    files = sorted(str(path.relative_to(run_dir)) for path in found)
     return {"machine": machine(), "metrics": dict(sorted(numbers.items())), "files": files}
 
 

@@ -248,6 +248,8 @@ export interface Embedded {
   graph: unknown;
   annotations?: Annotations;
   features: Record<string, Feature>;
+  /** Of the features' examples, whose `url` is a number in this list. */
+  pictures: string[];
 }
 
 export class ApiError extends Error {
@@ -292,6 +294,13 @@ function served<T>(make: (data: Embedded) => T | undefined, fetchIt: () => Promi
   return value === undefined ? Promise.reject(new ApiError("This file does not contain it.", 404)) : Promise.resolve(value);
 }
 
+function withPictures({ features, pictures }: Embedded, name: string): Feature | undefined {
+  const feature = features[name];
+  if (feature === undefined) return undefined;
+  const known = (example: Example): Example => ({ ...example, pictures: example.pictures.map((one) => ({ ...one, url: pictures[Number(one.url)] ?? "" })) });
+  return { ...feature, groups: feature.groups.map((group) => ({ ...group, examples: group.examples.map(known) })) };
+}
+
 export interface FeatureQuery {
   layer?: string;
   modality?: string; // "image", "text", "answer": where it fires most
@@ -324,7 +333,7 @@ export const api = {
   features: (study: string, query: FeatureQuery, signal?: AbortSignal) =>
     request<{ total: number; rows: FeatureRow[] }>(`api/studies/${path(study)}/features?${asked(query)}`, { signal }),
   feature: (study: string, feature: string) =>
-    served<Feature>((data) => data.features[feature], () => request(`api/studies/${path(study)}/features/${path(feature)}`)),
+    served<Feature>((data) => withPictures(data, feature), () => request(`api/studies/${path(study)}/features/${path(feature)}`)),
   trials: (id: string) => request<Trials>(`api/runs/${path(id)}/trials`),
   fvu: () => request<{ runs: FvuRow[] }>("api/fvu"),
   /** Pictures that come with the package. */

@@ -43,6 +43,7 @@ def draw_report(folder: Path, settings: Mapping[str, Any], metrics: Mapping[str,
         question=catalog.options("experiment").get(name, ""),
         summary="; ".join(f"{number.says}: {show(measured(number))}" for number in numbers) or "See the figures.",
         sections=tuple(sections),
+        graph="graph.html" if (folder / "graph.html").is_file() else "",
         footer=f"vlmscope · {settings['model']['name']} · {folder.name}",
     )
     return page.write(folder / "report.html")

@@ -232,7 +232,7 @@ def _plain(value: int | float | Percent | Rate) -> int | float:
 class ReportPage:
     """A page: `question` and `summary`, of the answer, are a paragraph each.
 
-    `footer` is a closing line, for example name and time of the run.
+    `footer` is a closing line, for example name and time of the run. `graph` is the page of the run's graph, next to it.
     """
 
     title: str
@@ -240,6 +240,7 @@ class ReportPage:
     summary: str
     sections: tuple[Section, ...] = ()
     footer: str = ""
+    graph: str = ""
 
     def render(self) -> str:
         """The page as one HTML string."""

@@ -73,6 +73,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.analyses.run_report import draw_report
     from vlmscope.metrics.claims import claims_text
     from vlmscope.report.marks import check_marks
+    from vlmscope.viewer.export import export_with_report
 
     check_own_pictures(cfg.images)
     chosen = HydraConfig.get().runtime.choices.get("experiment")  # `name=` may call the run something else
@@ -96,6 +97,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
             bench.metrics |= analysis.analyse(bench)
     bench.used.save(context.run_dir)
     try:
+        export_with_report(context.run_dir)
         draw_report(context.run_dir, asdict(cfg), bench.metrics)
     except Exception as error:  # a fault in a page must not cost hours of measuring
         _LOG.exception("report.html")

@@ -26,6 +26,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Read the run's own configuration and numbers, and draw its marks."""
     from vlmscope.analyses.run_report import draw_report
     from vlmscope.core.artifacts import read_json, read_yaml
+    from vlmscope.viewer.export import export_with_report
 
     if cfg.task.run is None:
         raise UserError("task.run is not given: the folder of a finished experiment, as in task.run=outputs/my_run")
@@ -33,5 +34,6 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     settings, metrics = read_yaml(folder / "config.yaml"), read_json(folder / "metrics.json")
     if not isinstance(settings, dict) or not settings.get("report"):
         raise UserError(f"task.run={folder}: its config.yaml declares no report; give the folder of an experiment")
+    export_with_report(folder)
     print(draw_report(folder, settings, metrics))
     return {}

@@ -22,6 +22,7 @@ TEMPLATE = Path(__file__).parent / "static" / "single.html"
 _PLACE = "<!--DATA-->"
 _BYTES = 18_000_000  # of a page; features with less influence lose their panels beyond it
 _EXAMPLES = 4  # of each feature
+_WITH_REPORT = 40  # features with a panel in the page of a report; task=export makes one with all
 
 
 def is_built() -> bool:
@@ -29,10 +30,11 @@ def is_built() -> bool:
     return TEMPLATE.is_file()
 
 
-def export_graph(folder: Path, study: Path | None = None) -> tuple[Path, int]:
+def export_graph(folder: Path, study: Path | None = None, most: int | None = None) -> tuple[Path, int]:
     """Write graph.html next to the graph.json in `folder`; returns its path and how many features have a panel.
 
-    `study` tells what features stand for; without one, the study that comes with vlmscope does for its own model.
+    `study` tells what features stand for; without one, the study that comes with vlmscope does for its own model. At
+    `most` so many features get a panel (a tenth of a second each), those with most influence.
 
     Raises:
         UserError: there is no graph, the page is not built, or the study is another model's.
@@ -48,10 +50,16 @@ def export_graph(folder: Path, study: Path | None = None) -> tuple[Path, int]:
     if (folder / ANNOTATIONS).is_file():
         data["annotations"] = checked(read_json(folder / ANNOTATIONS), str(folder / ANNOTATIONS))
     room = _BYTES - TEMPLATE.stat().st_size - len(embedded_json(data))
-    data["features"] = feature_panels(graph, study, room)
+    data["features"], data["pictures"] = feature_panels(graph, study, room, most)
     path = folder / PAGE
     write_text(path, read_text(TEMPLATE).replace(_PLACE, embedded_json(data), 1))
     return path, len(data["features"])
+
+
+def export_with_report(folder: Path) -> None:
+    """Write graph.html for the report in `folder` to link, where there is a graph and the page is built."""
+    if (folder / GRAPH).is_file() and is_built():
+        export_graph(folder, most=_WITH_REPORT)
 
 
 def embedded_json(data: Mapping[str, Any]) -> str:
@@ -62,33 +70,43 @@ def embedded_json(data: Mapping[str, Any]) -> str:
     return f'<script type="application/json" id="data">{text}</script>'
 
 
-def feature_panels(graph: Mapping[str, Any], study: Path | None, room: int) -> dict[str, Any]:
-    """What a study says about the graph's features, the most influential first, in at most `room` bytes."""
-    from vlmscope.viewer.studies import OpenStudy
+def feature_panels(
+    graph: Mapping[str, Any], study: Path | None, room: int, most: int | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """What a study says about the graph's features, the most influential first, in at most `room` bytes.
+
+    Features share many pictures: each is in the list once, and the panels name its number.
+    """
+    from vlmscope.report.feature_page import PageMaker
+    from vlmscope.viewer.studies import OpenStudy, feature_body
 
     model = str(graph.get("metadata", {}).get("scan", ""))
     try:
         opened = OpenStudy("", shipped("assets/orrery_study") if study is None else study)
     except UserError:
         if study is None:  # not shipped with this copy
-            return {}
+            return {}, []
         raise
     if opened.study.info.model != model:
         if study is None:
-            return {}
+            return {}, []
         raise UserError(f"the study {study} is of model {opened.study.info.model}, the graph of {model}; give another")
+    maker = PageMaker(opened.study, opened.labels, {}, {}, _EXAMPLES, 0)
     nodes = sorted(graph["nodes"], key=lambda node: node.get("influence") or 0.0)  # cumulative: the first has most
     panels: dict[str, Any] = {}
-    for name in dict.fromkeys(feature_of(node) for node in nodes):
-        if name is None:
-            continue
+    pictures: dict[str, int] = {}
+    for name in list(dict.fromkeys(name for node in nodes if (name := feature_of(node))))[:most]:
         try:
-            panel = opened.feature(FeatureId.parse(name))
+            page, _ = maker.page(opened.study.feature(FeatureId.parse(name)))
         except UserError:  # a feature that the study does not know
             continue
-        panel["groups"] = [{**group, "examples": group["examples"][:_EXAMPLES]} for group in panel["groups"][:1]]
-        room -= len(embedded_json(panel))
+        panel = feature_body(page, "", {"decoder": [], "coactivation": []})
+        known = len(pictures)
+        for group in panel["groups"]:
+            for picture in (one for example in group["examples"] for one in example["pictures"]):
+                picture["url"] = str(pictures.setdefault(picture["url"], len(pictures)))
+        room -= len(embedded_json(panel)) + sum(map(len, list(pictures)[known:]))
         if room < 0:
             break
         panels[name] = panel
-    return panels
+    return panels, list(pictures)

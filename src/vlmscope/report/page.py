@@ -232,7 +232,7 @@ def _plain(value: int | float | Percent | Rate) -> int | float:
 class ReportPage:
     """A page: `question` and `summary`, of the answer, are a paragraph each.
 
-    `footer` is a closing line, for example name and time of the run. `graph` is the page of the run's graph, next to it.
+    `footer` is a closing line, for example name and time of the run. `graph` is the page of its graph, next to it.
     """
 
     title: str

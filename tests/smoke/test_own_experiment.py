@@ -18,49 +18,56 @@ from vlmscope.report.marks import MARKS
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "experiments.md"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", DOCUMENT.read_text(encoding="utf-8"), re.M | re.S)
+def blocks() -> list[tuple[str, str, str]]:
+    """Language, text and the words before it, of every block of code that is written or run."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    found = re.finditer(r"^```(yaml|python|bash)\n(.*?)^```", text, re.M | re.S)
+    return [(block[1], block[2], text[: block.start()]) for block in found]
 
 
 @pytest.fixture(scope="module")
-def my(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The document's folder /my with its experiments and the pictures that they name."""
-    folder = tmp_path_factory.mktemp("my")
-    (folder / "conf" / "experiment").mkdir(parents=True)
-    (folder / "pictures").mkdir()
-    for text in blocks("yaml"):
-        (name,) = re.findall(r"^name: (\w+)$", text, re.M)
-        assert len(text.splitlines()) <= 30
-        (folder / "conf" / "experiment" / f"{name}.yaml").write_text(text.replace("/my/", f"{folder}/"))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The document followed from top to bottom: its files written, its commands run at the size of debug=fast."""
+    my = tmp_path_factory.mktemp("my")
     for colour in ("red", "blue"):
-        for split in ("train", "test"):
-            for number, picture in enumerate(pictures(colour_scenes(colour, split, 3)), 1):
-                Image.fromarray(picture).save(folder / "pictures" / f"{colour}_{split}_{number}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def runs(my: Path) -> list[Path]:
-    """Every command at the size of debug=fast, and their folders."""
-    found = []
-    for number, line in enumerate(line for block in blocks("bash") for line in block.splitlines()):
-        words = [word.replace("/my/", f"{my}/") for word in shlex.split(line)]
-        assert words[:2] == ["python", "run.py"], line
-        given = [word.partition("=")[2] for word in words if word.startswith("hydra.run.dir=")]
-        found.append(Path(given[0]) if given else my / f"run{number}")
-        arguments = words[2:]
-        if "task=report" not in words:
-            arguments += ["tracking=none", *({"debug=fast"} - set(words))]
-            arguments += [] if given else [f"hydra.run.dir={found[-1]}"]
-        assert main(arguments) == 0, line
+        (my / colour).mkdir()
+        for number, picture in enumerate(pictures(colour_scenes(colour, "test", 6)), 1):
+            Image.fromarray(picture).save(my / colour / f"{number}.png")
+    found: dict[str, Path] = {"my": my}
+    for language, text, before in blocks():
+        if language != "bash":
+            name = re.findall(r"`/my/([\w.]+)`", before)[-1]
+            assert name.endswith({"yaml": ".yaml", "python": ".py"}[language]) and len(text.splitlines()) <= 30
+            (my / name).write_text(text)
+            continue
+        for line in text.splitlines():
+            words = [word.replace("/my/", f"{my}/") for word in shlex.split(line)]
+            assert words[:2] == ["python", "run.py"], line
+            given = [word.partition("=")[2] for word in words if word.startswith("hydra.run.dir=")]
+            folder = Path(given[0]) if given else my / f"run{len(found)}"
+            arguments = words[2:]
+            if "task=report" not in words:
+                arguments += ["tracking=none", *({"debug=fast"} - set(words))]
+                arguments += [] if given else [f"hydra.run.dir={folder}"]
+            assert main(arguments) == 0, line
+            found[folder.name] = folder
     return found
 
 
-def test_every_command_does_what_it_says(my: Path, runs: list[Path]) -> None:
-    assert [path.name for path in runs] == ["run0", "tried", "run", "run3", "settled", "run5", "red_blue"]
-    for path in (my / "run", my / "run3", my / "red_blue"):
-        assert (path / "report.html").stat().st_size > 100_000
-    first, other, own = (pd.read_parquet(my / name / "trials.parquet") for name in ("run", "run3", "red_blue"))
+def table(runs: dict[str, Path], name: str) -> pd.DataFrame:
+    return pd.read_parquet(runs[name] / "trials.parquet")
+
+
+def metrics(runs: dict[str, Path], name: str) -> dict[str, float]:
+    return json.loads((runs[name] / "metrics.json").read_text())
+
+
+def test_every_command_does_what_it_says(runs: dict[str, Path]) -> None:
+    assert list(runs) == ["my", "run1", "tried", "run", "run4", "settled", "run6", "red_blue", "sentence", "measured"]
+    for name in ("tried", "run", "run4", "red_blue", "measured"):
+        assert (runs[name] / "report.html").stat().st_size > 100_000
+    assert {case.split()[0] for case in table(runs, "tried").query("cases == 'test'").case} == {"jupiter"}
+    first, other, own = (table(runs, name) for name in ("run", "run4", "red_blue"))
     assert set(first.operation) == {"steer", "patch"}
     assert set(first.cases) == {"test", "third", "unrelated"}
     assert sorted(other[other.setting == "dose"].strength.unique()) == [1, 8]
@@ -68,23 +75,37 @@ def test_every_command_does_what_it_says(my: Path, runs: list[Path]) -> None:
     assert set(own[own.cases == "test"].question) == {"colour"}
     assert set(own["mode"]) == {"free", "generate"}
     assert set(own[own.setting == "early"].layers) == {"0-3"}
-    metrics = json.loads((my / "run" / "metrics.json").read_text())
-    assert {"steer/main", "steer/main_ci_low", "patch/main_control", "steer/main/name", "steer/unrelated_kl"} <= set(
-        metrics
-    )
-    assert 0 < json.loads((my / "red_blue" / "metrics.json").read_text())["base/colour/accuracy"] <= 1
+    names = {"steer/main", "steer/main_ci_low", "patch/main_control", "steer/main/name", "steer/unrelated_kl"}
+    assert names <= set(metrics(runs, "run"))
+    assert 0 < metrics(runs, "red_blue")["base/colour/accuracy"] <= 1
 
 
-def test_the_run_says_on_which_pictures_it_chose_and_tested(my: Path, runs: list[Path]) -> None:
-    planets, own, settled = (json.loads((path / "pictures.json").read_text()) for path in (runs[2], runs[-1], runs[4]))
+def test_a_sentence_is_an_answer(runs: dict[str, Path]) -> None:
+    rows = table(runs, "sentence").query("control == '' and setting == 'sentence'")
+    earth = "earth , a blue planet covered with water"
+    assert (rows.hit == rows.text.str.startswith(earth)).all() and len(rows)
+    assert (rows.changed == ~rows.text.str.startswith("mars , a red planet covered with dust")).all()
+    assert metrics(runs, "sentence")["base/describe/accuracy"] > 0.5
+
+
+def test_a_measure_of_ones_own_is_run_and_shown(runs: dict[str, Path]) -> None:
+    assert "chances/mean" not in metrics(runs, "red_blue")  # before its Python was written
+    rows = table(runs, "measured").query("operation == 'steer' and setting == 'main' and control == ''")
+    assert metrics(runs, "measured")["chances/mean"] == pytest.approx(rows.p_target.mean())
+    assert "chances" in (runs["measured"] / "report.html").read_text()
+
+
+def test_the_run_says_on_which_pictures_it_chose_and_tested(runs: dict[str, Path]) -> None:
+    names = ("run", "red_blue", "settled")
+    planets, own, settled = (json.loads((runs[name] / "pictures.json").read_text()) for name in names)
     assert set(planets["chosen"]) == {"contrast", "confirming graphs", "evidence"}
     assert set(planets["tested"]) == {"trials", "unrelated"}
     assert set(planets["chosen"]["confirming graphs"]) <= set(planets["chosen"]["contrast"])
     assert "jupiter train 0 0" in planets["chosen"]["contrast"] and "saturn test 0 0" in planets["tested"]["trials"]
     assert {"red_train 0", "blue_train 0"} <= set(own["chosen"]["contrast"])
-    assert set(own["tested"]["trials"]) == {"red 0", "red 1", "red 2", "blue 0", "blue 1"}
+    assert set(own["tested"]["trials"]) == {f"{colour} {number}" for colour in ("red", "blue") for number in range(3)}
     assert "jupiter val 0 0" in settled["chosen"]["strengths"]
-    assert json.loads((runs[4] / "metrics.json").read_text())["settled/name"] in (1, 2, 3)
+    assert metrics(runs, "settled")["settled/name"] in (1, 2, 3)
     for used in (planets, own, settled):
         keys = [{key for names in used[use].values() for key in names.values()} for use in ("chosen", "tested")]
         assert keys[0] and keys[1] and not keys[0] & keys[1]

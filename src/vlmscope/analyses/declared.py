@@ -23,7 +23,7 @@ from vlmscope.analyses.bench import Bench
 from vlmscope.attribution.export import save_graph, write_graph_json
 from vlmscope.attribution.trace import spread, spread_in_words
 from vlmscope.circuits.baselines import Baselines
-from vlmscope.circuits.cases import answer_token, bystanders, concept_cases, matrix_cases
+from vlmscope.circuits.cases import Question, bystanders, concept_cases, concept_questions, matrix_cases
 from vlmscope.circuits.circuit import Circuit, direct_edges, labelled, load_circuit, save_circuit, with_labels
 from vlmscope.circuits.config import CircuitConfig, TrialConfig
 from vlmscope.circuits.experiment import ALL, EACH, ConceptMaterial, Declared, PairSource, concept_operation, settle
@@ -92,13 +92,13 @@ def modes_of(bench: Bench) -> set[str]:
     return {mode for setting in bench.cfg.settings.values() for mode in setting.mode}
 
 
-def training(bench: Bench) -> tuple[dict[str, list[Image.Image]], dict[str, str]]:
-    """Training pictures by concept, and prompts by question."""
+def training(bench: Bench) -> tuple[dict[str, list[Image.Image]], dict[str, Question]]:
+    """Training pictures by concept, and the questions."""
     config = bench.circuit_config
     images = {c: bench.concept_pictures(c, "train", config.pictures, purpose="contrast") for c in config.concepts}
     for concept, shown in images.items():
         bench.recorded("train", f"{concept} train {config.seed}", shown[: config.graphs], "confirming graphs")
-    return images, {name: question.prompt for name, question in config.questions.items()}
+    return images, concept_questions(bench.scope, config)
 
 
 def from_circuit(bench: Bench) -> Declared:
@@ -133,10 +133,10 @@ def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, Ro
     their figures.
     """
     config, folder = bench.circuit_config, bench.run_dir
-    train, prompts = training(bench)
-    batches = concept_batches(bench.scope, train, prompts)
+    train, questions = training(bench)
+    batches = concept_batches(bench.scope, train, questions)
     means = concept_means(bench.scope, batches)
-    influence, traces, graphs = concept_influence(bench.scope, train, prompts, config.graphs, bench.cfg.attribution)
+    influence, traces, graphs = concept_influence(bench.scope, train, questions, config.graphs, bench.cfg.attribution)
     circuit, metrics = contrast_circuit(bench.transcoders, means, influence, config.per_layer, bench.vlm.name)
     circuit, pruned = labelled(circuit, bench.labels), traces[0].pruned
     save_circuit(circuit, folder / "circuits" / "_".join(config.concepts))
@@ -183,8 +183,9 @@ def evidence_items(bench: Bench, count: int = 10) -> list[CaptionedPrompt]:
     items = []
     for concept in bench.all_concepts:
         images = bench.concept_pictures(concept, "train", count, purpose="evidence")
-        for question in bench.circuit_config.questions.values():
-            pairs = zip(bench.inputs(images, question.prompt), images, strict=True)
+        for question in concept_questions(bench.scope, bench.circuit_config).values():
+            asked = [question.inputs(bench.scope, [image]) for image in images]
+            pairs = zip(asked, images, strict=True)
             items += [CaptionedPrompt(inputs, concept, png_bytes(image)) for inputs, image in pairs]
     return items
 
@@ -197,9 +198,9 @@ def third_cases(bench: Bench) -> Sequence[Cases]:
     images = bench.concept_pictures(config.third, "test", bench.cfg.intervention.pictures)
     ids = [f"{config.third} {i}" for i in range(len(images))]
     cases = []
-    for name, question in config.questions.items():
-        target = answer_token(bench.scope, question.answers[config.concepts[1]])
-        cases.append(bystanders(bench.scope, "third", name, bench.inputs(images, question.prompt), ids, target))
+    for name, question in concept_questions(bench.scope, config).items():
+        inputs = [question.inputs(bench.scope, [image]) for image in images]
+        cases.append(bystanders(bench.scope, "third", name, inputs, ids, question.token(config.concepts[1])))
     return cases
 
 
@@ -228,10 +229,10 @@ def from_matrix(bench: Bench) -> Declared:
         shown = len(pictures(recipient, "test", count))
         bench.metrics[f"base/{subset.question}/{recipient}/accuracy"] = subset.batch.size / shown
     bench.metrics |= priors(config)
-    train, prompts = training(bench)
-    batches = concept_batches(bench.scope, train, prompts)
+    train, questions = training(bench)
+    batches = concept_batches(bench.scope, train, questions)
     means = concept_means(bench.scope, batches)
-    influence, _, _ = concept_influence(bench.scope, train, prompts, config.graphs, bench.cfg.attribution)
+    influence, _, _ = concept_influence(bench.scope, train, questions, config.graphs, bench.cfg.attribution)
     circuits: dict[frozenset[str], Circuit] = {}
     for pair in combinations(config.concepts, 2):
         both = {concept: means[concept] for concept in pair}

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vlmscope.circuits.cases import concept_cases
+from vlmscope.circuits.cases import concept_cases, concept_questions
 from vlmscope.circuits.circuit import save_circuit
 from vlmscope.circuits.discovery.discover import discover_question, moving_questions
 from vlmscope.circuits.discovery.report import write_discoveries
@@ -96,7 +96,8 @@ class MeanAblation:
         adapter, config = bench.scope.adapter, bench.circuit_config
         images = [image for concept in bench.all_concepts for image in
                   bench.concept_pictures(concept, "train", self.pictures, purpose="means")]  # fmt: skip
-        batches = [bench.scope.batch(bench.inputs(images, q.prompt)) for q in config.questions.values()]
+        asked = concept_questions(bench.scope, config).values()
+        batches = [bench.scope.batch([question.inputs(bench.scope, [image]) for image in images]) for question in asked]
         sites = all_sites(adapter, ["mlp"])
         means = Averages(adapter, batches, sites, by_role=True)
         count = bench.cfg.intervention.pictures

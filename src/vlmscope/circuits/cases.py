@@ -16,9 +16,10 @@ from PIL import Image
 from vlmscope.circuits.config import CircuitConfig
 from vlmscope.circuits.pairs import PairSubject, pair_subject
 from vlmscope.core.errors import UserError
+from vlmscope.core.records import ANSWER
 from vlmscope.data.config import PairsConfig
 from vlmscope.data.images import png_bytes
-from vlmscope.data.inputs import Pair, Side, load_pairs
+from vlmscope.data.inputs import Pair, load_pairs
 from vlmscope.interventions.run import base_run, log_likelihoods, whole_answers, without_special
 from vlmscope.interventions.trials import Cases
 from vlmscope.models.base import ModelInputs
@@ -37,6 +38,87 @@ def answer_token(scope: Scope, word: str) -> int:
     return int(ids[0])
 
 
+def answer_tokens(scope: Scope, answer: str) -> tuple[int, ...]:
+    """The ids of an answer of one or several tokens."""
+    tokenizer = scope.vlm.tokenizer
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if not ids or tokenizer.unk_token_id in ids:
+        raise UserError(f"the answer {answer!r} has a word that this model does not know: choose another")
+    return tuple(map(int, ids))
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, asked up to the first token that tells its answers apart.
+
+    Answers of several tokens may begin alike ("a red ball", "a blue ball"): the model is given what all of them begin
+    with, so that the next token decides, as it does for answers of one token.
+    """
+
+    prompt: str
+    begin: tuple[int, ...]  # what all answers begin with
+    answers: Mapping[str, tuple[int, ...]]  # name, such as a concept -> its answer from the deciding token on
+
+    def token(self, name: str) -> int:
+        """The deciding token of an answer."""
+        return self.answers[name][0]
+
+    @property
+    def long(self) -> bool:
+        """Whether some answer has several tokens, so that the first one alone does not make it right."""
+        return bool(self.begin) or any(len(ids) > 1 for ids in self.answers.values())
+
+    def inputs(self, scope: Scope, images: Sequence[Image.Image]) -> ModelInputs:
+        """The question of some pictures, with the beginning of the answer; the last token is of role "last"."""
+        asked = scope.inputs(self.prompt, images)
+        if not self.begin:
+            return asked
+        whole = continued(scope.adapter, asked, self.begin, scope.vlm.tokenizer)
+        roles = np.where(np.isin(whole.roles, ("last", ANSWER)), "special", whole.roles)
+        roles[-1] = "last"
+        return replace(whole, roles=roles)
+
+    def whole(self, name: str) -> list[int]:
+        """All tokens of an answer."""
+        return [*self.begin, *self.answers[name]]
+
+
+def ask(scope: Scope, prompt: str, answers: Mapping[str, str], where: str = "answers") -> Question:
+    """The question with its `answers`, name -> words; equal answers are not told apart.
+
+    Raises:
+        UserError: a word that the model does not know, or an answer that another one begins with.
+    """
+    ids = {name: answer_tokens(scope, answer) for name, answer in answers.items()}
+    distinct = set(ids.values())
+    begin: tuple[int, ...] = ()
+    if len(distinct) > 1:
+        begin = next(iter(distinct))
+        while any(each[: len(begin)] != begin for each in distinct):
+            begin = begin[:-1]
+        short = [name for name, each in ids.items() if each == begin]
+        if short:
+            raise UserError(
+                f"{where}: another answer begins with {answers[short[0]]!r}, so no token tells them apart; reword one"
+            )
+    return Question(prompt, begin, {name: each[len(begin) :] for name, each in ids.items()})
+
+
+def _answered(scope: Scope, inputs: Sequence[ModelInputs], answers: Sequence[Sequence[int]]) -> torch.Tensor:
+    """[n] bool, whether the greedy answer to each prompt begins with the tokens of an answer."""
+    said = whole_answers(scope, inputs, max(map(len, answers)))
+    right = [ids[: len(answer)] == list(answer) for (ids, _), answer in zip(said, answers, strict=True)]
+    return torch.tensor(right, device=scope.adapter.device)
+
+
+def concept_questions(scope: Scope, config: CircuitConfig) -> dict[str, Question]:
+    """The questions of a circuit by name, with the answers of its concepts."""
+    return {
+        name: ask(scope, asked.prompt, {c: asked.answers[c] for c in config.concepts}, f"circuit.questions.{name}")
+        for name, asked in config.questions.items()
+    }
+
+
 def bystanders(
     scope: Scope, name: str, question: str, inputs: Sequence[ModelInputs], ids: Sequence[str], target: int = -1
 ) -> Cases:
@@ -53,19 +135,21 @@ def right_cases(
     """Test pictures of a concept that are answered rightly under a question (at least `config.least`), without target
     or donors; the numbers of these pictures; and all pictures as a batch.
     """
-    question = config.questions[name]
-    inputs = [scope.inputs(question.prompt, [image]) for image in images]
-    right = answer_token(scope, question.answers[concept])
+    question = concept_questions(scope, config)[name]
+    inputs = [question.inputs(scope, [image]) for image in images]
     everything = scope.batch(inputs)
     answers = scope.forward(everything).argmax(-1)
-    rows = torch.nonzero(answers == right).flatten()
+    right = answers == question.token(concept)
+    if question.long:
+        plain = [scope.inputs(question.prompt, [image]) for image in images]
+        right &= _answered(scope, plain, [question.whole(concept)] * len(plain))
+    rows = torch.nonzero(right).flatten()
     kept = rows.tolist()
     if len(kept) < config.least:
-        words = ", ".join(sorted({scope.vlm.tokenizer.decode([token]).strip() for token in answers.tolist()}))
         raise UserError(
             f"{f'only {len(kept)}' if kept else 'none'} of the {len(images)} pictures of {concept} is answered "
-            f"{question.answers[concept]!r} to {question.prompt!r} (the model says: {words}): nothing to flip; give "
-            "other pictures"
+            f"{config.questions[name].answers[concept]!r} to {question.prompt!r} (the model says: "
+            f"{', '.join(_said(scope, question, images, answers))}): nothing to flip; give other pictures"
         )
     batch = everything.select(rows)
     cases = Cases(
@@ -79,8 +163,24 @@ def right_cases(
         inputs=tuple(inputs[row] for row in kept),
         prompt=question.prompt,
         pngs=tuple(png_bytes(images[row], 128) for row in kept),
+        answer_ids=(question.answers[concept],) * len(kept) if question.long else (),
     )
     return cases, kept, everything
+
+
+def _said(scope: Scope, question: Question, images: Sequence[Image.Image], answers: torch.Tensor) -> list[str]:
+    """What the model says to a question, in words: its next tokens, or the beginning of longer answers."""
+    if not question.long:
+        return sorted({scope.vlm.tokenizer.decode([token]).strip() for token in answers.tolist()})
+    length = len(question.begin) + max(map(len, question.answers.values()))
+    asked = [scope.inputs(question.prompt, [image]) for image in images]
+    return sorted({text for _, text in whole_answers(scope, asked, length)})
+
+
+def _aimed(cases: Cases, question: Question, concept: str) -> Cases:
+    """The cases with a concept's answer as the target."""
+    whole = (question.answers[concept],) * len(cases.ids) if question.long else ()
+    return replace(cases, target=torch.full_like(cases.answer, question.token(concept)), target_ids=whole)
 
 
 def concept_cases(
@@ -91,11 +191,10 @@ def concept_cases(
     images = pictures(recipient, "test", count)
     donor_images = pictures(donor, "test", max(len(images), 1))
     case_sets = []
-    for name, question in config.questions.items():
-        target = answer_token(scope, question.answers[donor])
+    for name, question in concept_questions(scope, config).items():
         cases, rows, _ = right_cases(scope, config, name, recipient, images, modes)
-        donors = [scope.inputs(question.prompt, [donor_images[row % len(donor_images)]]) for row in rows]
-        case_sets.append(replace(cases, target=torch.full_like(cases.answer, target), donors=scope.batch(donors)))
+        donors = [question.inputs(scope, [donor_images[row % len(donor_images)]]) for row in rows]
+        case_sets.append(replace(_aimed(cases, question, donor), donors=scope.batch(donors)))
     return case_sets
 
 
@@ -110,21 +209,22 @@ def matrix_cases(
     images = {concept: pictures(concept, "test", count) for concept in config.concepts}
     test: list[Cases] = []
     third: list[Cases] = []
-    for number, (name, question) in enumerate(config.questions.items()):
-        token = {concept: answer_token(scope, question.answers[concept]) for concept in images}
+    for number, (name, question) in enumerate(concept_questions(scope, config).items()):
         right = {concept: right_cases(scope, config, name, concept, shown, modes) for concept, shown in images.items()}
         outside = {}
         for concept, shown in images.items() if number == 0 else ():
-            inputs = [scope.inputs(question.prompt, [image]) for image in shown]
+            inputs = [question.inputs(scope, [image]) for image in shown]
             outside[concept] = bystanders(scope, "third", name, inputs, [f"{concept} {i}" for i in range(len(shown))])
         for recipient, donor in permutations(images, 2):
             tags = {"recipient": recipient, "donor": donor}
 
-            def turned(cases: Cases, tags: Mapping[str, str] = tags, target: int = token[donor]) -> Cases:
-                return replace(cases, target=torch.full_like(cases.answer, target), tags=tags)
+            def turned(
+                cases: Cases, tags: Mapping[str, str] = tags, question: Question = question, donor: str = donor
+            ) -> Cases:
+                return replace(_aimed(cases, question, donor), tags=tags)
 
             third += [turned(cases) for concept, cases in outside.items() if concept not in (recipient, donor)]
-            if token[recipient] != token[donor]:
+            if question.token(recipient) != question.token(donor):
                 cases, rows, _ = right[recipient]
                 donors = right[donor][2].select([row % len(images[donor]) for row in rows])
                 test.append(replace(turned(cases), donors=donors))
@@ -150,20 +250,43 @@ def subject_of_pairs(
     modes: Collection[str] = ("free",),
 ) -> PairSubject:
     """Both sides of a question's pairs, run once (see `pair_subject`)."""
+    asked = [ask_pair(scope, pair) for pair in pairs]
+    if len({len(each.begin) for each, _ in asked}) > 1:
+        raise UserError(
+            f"question {question!r}: the two answers of some pairs differ from their first token on, those of others "
+            "only later; give the pairs questions of their own"
+        )
 
-    def made(sides: Sequence[Side]) -> tuple[list[ModelInputs], torch.Tensor]:
-        known = {word: answer_token(scope, word) for word in {side.answer for side in sides}}
-        tokens = torch.tensor([known[side.answer] for side in sides], device=scope.adapter.device)
-        return [scope.inputs(side.prompt, list(side.images)) for side in sides], tokens
+    def made(number: int) -> tuple[list[ModelInputs], torch.Tensor]:
+        sides = [(each[number], (pair.original, pair.counterfactual)[number])
+                 for each, pair in zip(asked, pairs, strict=True)]  # fmt: skip
+        tokens = torch.tensor([each.token("") for each, _ in sides], device=scope.adapter.device)
+        return [each.inputs(scope, list(side.images)) for each, side in sides], tokens
 
-    originals, tokens = made([pair.original for pair in pairs])
-    others, other_tokens = made([pair.counterfactual for pair in pairs])
-    return pair_subject(scope, question, originals, others, tokens, other_tokens, least, answerable, modes)
+    def whole(number: int) -> torch.Tensor:
+        sides = [(pair.original, pair.counterfactual)[number] for pair in pairs]
+        plain = [scope.inputs(side.prompt, list(side.images)) for side in sides]
+        return _answered(scope, plain, [each[number].whole("") for each in asked])
+
+    (originals, tokens), (others, other_tokens) = made(0), made(1)
+    right = (whole(0), whole(1)) if any(side.long for each in asked for side in each) else None
+    return pair_subject(scope, question, originals, others, tokens, other_tokens, least, answerable, modes, right)
+
+
+def ask_pair(scope: Scope, pair: Pair) -> tuple[Question, Question]:
+    """The two sides of a pair as questions, whose answer is called ""."""
+    both = {"original": pair.original.answer, "counterfactual": pair.counterfactual.answer}
+    told = ask(scope, pair.original.prompt, both, f"pair {pair.id}")
+    sides = zip((pair.original, pair.counterfactual), told.answers.values(), strict=True)
+    first, second = (Question(side.prompt, told.begin, {"": ids}) for side, ids in sides)
+    return first, second
 
 
 def pair_cases(scope: Scope, subject: PairSubject, pairs: Sequence[Pair], name: str = "test") -> Cases:
     """The originals as recipients and the counterfactuals as donors; `pairs` are those that the subject chose from."""
     kept = [pairs[row] for row in subject.rows.tolist()]
+    asked = [ask_pair(scope, pair) for pair in kept]
+    long = any(side.long for each in asked for side in each)
     return Cases(
         name,
         subject.question,
@@ -174,9 +297,11 @@ def pair_cases(scope: Scope, subject: PairSubject, pairs: Sequence[Pair], name: 
         tuple(pair.id for pair in kept),
         subject.other,
         subject.other_logits,
-        inputs=tuple(scope.inputs(pair.original.prompt, list(pair.original.images)) for pair in kept),
+        inputs=tuple(each[0].inputs(scope, list(pair.original.images)) for each, pair in zip(asked, kept, strict=True)),
         prompt=kept[0].original.prompt,
         pngs=tuple(_both_sides(pair) for pair in kept),
+        answer_ids=tuple(each[0].answers[""] for each in asked) if long else (),
+        target_ids=tuple(each[1].answers[""] for each in asked) if long else (),
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmscope.circuits.baselines import Baselines, RoleVectors, mean_outputs
-from vlmscope.circuits.cases import TextPair, answer_token, pair_cases, subject_of_pairs
+from vlmscope.circuits.cases import TextPair, answer_tokens, ask_pair, concept_questions, pair_cases, subject_of_pairs
 from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.config import CircuitConfig, InterchangeConfig, SettingConfig, TrialConfig, baselines_of
 from vlmscope.circuits.operations import Ablate, Carry, Exchange, Level, Shift, Toward, all_features
@@ -176,8 +176,14 @@ class ConceptMaterial:
 
     def answers(self, cases: Cases) -> list[int]:
         """The tokens of all concepts' words that answer the question."""
-        words = {word for name in self._questions(cases) for word in self.config.questions[name].answers.values()}
-        return [answer_token(self.scope, word) for word in sorted(words)]
+        return sorted({token for name in self._questions(cases) for token in self._words(name)})
+
+    def _words(self, name: str) -> Iterator[int]:
+        """The token that stands for each answer of a question: the deciding one."""
+        begin = concept_questions(self.scope, self.config)[name].begin
+        for word in self.config.questions[name].answers.values():
+            ids = answer_tokens(self.scope, word)
+            yield ids[len(begin)] if ids[: len(begin)] == begin and len(ids) > len(begin) else ids[0]
 
     def prompts(self, cases: Cases) -> list[tuple[InputBatch, Tensor]]:
         """Training pictures of the recipient and of the donor under the question, with their answers."""
@@ -185,7 +191,7 @@ class ConceptMaterial:
         for name in self._questions(cases):
             for concept in self._pair(cases):
                 batch = self.train[concept][name]
-                token = answer_token(self.scope, self.config.questions[name].answers[concept])
+                token = concept_questions(self.scope, self.config)[name].token(concept)
                 asked.append((batch, torch.full((batch.size,), token, device=self.scope.adapter.device)))
         return asked
 
@@ -345,8 +351,7 @@ class PairSource:
     def answers(self, cases: Cases) -> list[int]:
         """Every token that answers the question in a training or a test pair."""
         pairs = [*self._training.get(cases.question, ()), *self.load("test", self.pairs)[cases.question]]
-        words = {side.answer for pair in pairs for side in (pair.original, pair.counterfactual)}
-        return [answer_token(self.scope, word) for word in sorted(words)]
+        return sorted({side.token("") for pair in pairs for side in ask_pair(self.scope, pair)})
 
     def prompts(self, cases: Cases) -> list[tuple[InputBatch, Tensor]]:
         """Both sides of the training pairs, with their answers."""

@@ -71,10 +71,12 @@ def pair_subject(
     least: int,
     answerable: bool = True,
     modes: Collection[str] = MODES,
+    answered: tuple[Tensor, Tensor] | None = None,
 ) -> PairSubject:
     """Run both sides of n pairs; if `answerable`, keep only those that are answered rightly on both.
 
-    Right answers [n] differ between the sides in all rows or in none. The originals' run is recorded for `modes`.
+    Right answers [n] differ between the sides in all rows or in none; `answered` [n] says of each side whether all of
+    a longer answer is right, of which `tokens` are one. The originals' run is recorded for `modes`.
 
     Raises:
         UserError: the sides do not align, or fewer than `least` pairs are left.
@@ -83,6 +85,8 @@ def pair_subject(
     n = len(originals)
     logits = scope.forward(both)
     right, other_right = logits[:n].argmax(-1) == tokens, logits[n:].argmax(-1) == other_tokens
+    if answered is not None:
+        right, other_right = right & answered[0], other_right & answered[1]
     rows = torch.nonzero(right & other_right).flatten() if answerable else torch.arange(n, device=logits.device)
     if len(rows) < least:
         raise UserError(

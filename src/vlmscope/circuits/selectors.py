@@ -27,6 +27,7 @@ from torch import Tensor
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.influence import influence
 from vlmscope.attribution.trace import Trace, trace
+from vlmscope.circuits.cases import Question
 from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.config import LabelConfig, SupernodeConfig
 from vlmscope.core.errors import UserError
@@ -282,12 +283,12 @@ def mean_levels(members: Sequence[CircuitFeature], means: RoleMeans, question: s
 
 
 def concept_batches(
-    scope: Scope, train: Mapping[str, Sequence[Image.Image]], prompts: Mapping[str, str]
+    scope: Scope, train: Mapping[str, Sequence[Image.Image]], questions: Mapping[str, Question]
 ) -> dict[str, dict[str, InputBatch]]:
     """Concept -> question -> the question asked of each of the concept's pictures."""
     return {
         concept: {
-            name: scope.batch([scope.inputs(prompt, [image]) for image in images]) for name, prompt in prompts.items()
+            name: scope.batch([asked.inputs(scope, [image]) for image in images]) for name, asked in questions.items()
         }
         for concept, images in train.items()
     }
@@ -304,7 +305,7 @@ def concept_means(scope: Scope, train: Mapping[str, Mapping[str, InputBatch]]) -
 def concept_influence(
     scope: Scope,
     train: Mapping[str, Sequence[Image.Image]],
-    prompts: Mapping[str, str],
+    questions: Mapping[str, Question],
     graphs: int,
     attribution: AttributionConfig,
 ) -> tuple[dict[str, dict[FeatureId, float]], list[Trace], list[dict[str, float]]]:
@@ -316,10 +317,10 @@ def concept_influence(
     metrics: list[dict[str, float]] = []
     for concept, images in train.items():
         tables = []
-        for prompt in prompts.values():
+        for asked in questions.values():
             for image in images[:graphs]:
                 start = time.perf_counter()
-                traced = trace(scope, scope.inputs(prompt, [image]), attribution)
+                traced = trace(scope, asked.inputs(scope, [image]), attribution)
                 metrics.append(traced.metrics() | {"graph/seconds": time.perf_counter() - start})
                 tables.append(_confirming(traced))
                 first = first or [traced]

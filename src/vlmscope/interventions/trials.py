@@ -38,7 +38,8 @@ ANSWER_TOKENS = 6  # longest answer in mode "generate"
 WEAK = 0.5  # a control that moves less than this share of what its trial moves is none: it edits next to nothing
 FUTILE = 5  # after so many draws of matched features that are all refused no more are run
 COUNTED = 0.1  # of a trial's squared displacement: roles with less do not decide whether a control bites
-PER_CASE = ("ids", "inputs", "pngs", "texts", "target_texts")  # fields of a case set with one entry per case
+# Fields of a case set with one entry per case.
+PER_CASE = ("ids", "inputs", "pngs", "texts", "target_texts", "answer_ids", "target_ids")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class Cases:
     tags: Mapping[str, str] = field(default_factory=dict)  # columns of the table, such as recipient and donor
     texts: tuple[str, ...] = ()  # whole answers, unedited and aimed at, where whole answers are compared
     target_texts: tuple[str, ...] = ()
+    # Answers of several tokens, right and aimed at, from the token on that tells them apart; for mode "generate".
+    answer_ids: tuple[tuple[int, ...], ...] = ()
+    target_ids: tuple[tuple[int, ...], ...] = ()
     # Further columns of whole answers, from the cases' ids and the generated token ids.
     score: Callable[[Sequence[str], Sequence[Sequence[int]]], Mapping[str, Any]] | None = None
     # What is computed once, for all trials, settings and control draws.
@@ -335,7 +339,8 @@ def _generated(scope: Scope, cases: Cases, setting: Setting, context: AbstractCo
     With target texts also `right_words` and `kept_words`: the shares of the words that differ between the unedited and
     the target text, and of those that do not, that are the target's, each in its place.
     """
-    answers = generate_batch(scope.adapter, cases.inputs, setting.new_tokens, context)
+    longest = max((len(ids) for ids in (*cases.answer_ids, *cases.target_ids)), default=0)
+    answers = generate_batch(scope.adapter, cases.inputs, max(setting.new_tokens, longest), context)
     texts = [scope.vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
     first = [ids[0] if ids else -1 for ids in answers]
     answer, target = cases.answer.tolist(), cases.target.tolist()
@@ -344,6 +349,10 @@ def _generated(scope: Scope, cases: Cases, setting: Setting, context: AbstractCo
     table = pd.DataFrame(
         {"case": cases.ids, "said": first, "text": texts, "hit": hits, "changed": np.not_equal(first, answer)}
     )
+    if cases.answer_ids:
+        table["changed"] = [not _begins(ids, own) for ids, own in zip(answers, cases.answer_ids, strict=True)]
+    if cases.target_ids:
+        table["hit"] = [_begins(ids, aim) for ids, aim in zip(answers, cases.target_ids, strict=True)]
     if cases.texts:
         table["changed"] = np.not_equal(texts, cases.texts)
     if cases.target_texts:
@@ -351,6 +360,10 @@ def _generated(scope: Scope, cases: Cases, setting: Setting, context: AbstractCo
         rows = zip(texts, cases.texts, cases.target_texts, strict=True)
         table[["right_words", "kept_words"]] = [word_shares(*row) for row in rows]
     return table if cases.score is None else table.assign(**cases.score(cases.ids, answers))
+
+
+def _begins(ids: Sequence[int], answer: Sequence[int]) -> bool:
+    return list(ids[: len(answer)]) == list(answer)
 
 
 def word_shares(text: str, before: str, after: str) -> tuple[float, float]:

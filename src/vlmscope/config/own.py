@@ -4,7 +4,8 @@ Hydra finds options by name in the folders of its search path; a file elsewhere 
 option `own/<name>`. In such a file
 
 - the keys are those of the whole configuration (`# @package _global_` is not needed), `name` being the file's;
-- `defaults: [/experiment/mars_earth_patch, _self_]` starts from a shipped experiment;
+- `defaults: [/experiment/mars_earth_patch, _self_]` starts from a shipped experiment, `[./other.yaml, _self_]` from a
+  file;
 - a text that begins with `./` or `../` is a path from the file's folder, and so are the paths under `images:`.
 """
 
@@ -29,7 +30,7 @@ _BASE = re.compile(r"/?experiment/([\w-]+)")
 def own_files(override: str) -> list[Path]:
     """The files that an override `experiment=./a.yaml,./b.yaml` names; none where it names shipped experiments."""
     names = override.removeprefix(_KEY).split(",") if override.startswith(_KEY) else []
-    own = [Path(name) for name in names if name.endswith((".yaml", ".yml"))]
+    own = [Path(name) for name in names if _is_file(name)]
     if own and len(own) < len(names):
         raise UserError(f"{override}: these are files and names; give the shipped experiments in a sweep of their own")
     return own
@@ -39,33 +40,50 @@ def adopt(arguments: Sequence[str]) -> list[str]:
     """The command line with files of experiments registered and replaced by the options that they have become.
 
     Raises:
-        UserError: a file is missing or holds no settings, or two files have the same name.
+        UserError: a file is missing or holds no settings, or files start from each other in a circle.
     """
+    names: dict[Path, str] = {}  # by file, each its own
     adopted: list[str] = []
     for argument in arguments:
         files = own_files(argument)
-        names = [re.sub(r"[^\w-]", "_", file.stem) for file in files]
-        if len(set(names)) < len(names):
-            raise UserError(f"{argument}: two of these files have one name; rename one")
-        for name, file in zip(names, files, strict=True):
-            ConfigStore.instance().store(group=f"experiment/{OWN}", name=name, node=_node(file), package="_global_")
-        adopted.append(_KEY + ",".join(f"{OWN}/{name}" for name in names) if files else argument)
+        options = [f"{OWN}/{_registered(file, names)}" for file in files]
+        adopted.append(_KEY + ",".join(options) if files else argument)
     return adopted
 
 
-def _node(file: Path) -> Any:
-    """The settings of a file, with absolute paths and `experiment_file`, the file itself."""
+def _registered(file: Path, names: dict[Path, str], above: tuple[Path, ...] = ()) -> str:
+    """Register a file with Hydra, and those that it starts from; returns its name there."""
+    file = file.absolute()
+    if file in above:
+        raise UserError(f"{file} starts from itself; correct its defaults")
+    if file in names:
+        return names[file]
     if not file.is_file():
         raise UserError(f"experiment={file}: no such file; give the path of a YAML file (docs/experiments.md)")
     body = read_yaml(file)
     if not isinstance(body, dict):
         raise UserError(f"{file} holds no settings; write an experiment (docs/experiments.md)")
-    folder = file.absolute().parent
-    body = {key: _resolved(value, folder) for key, value in body.items()}
+    if "defaults" in body:
+        body["defaults"] = [
+            f"/experiment/{OWN}/{_registered(file.parent / item, names, (*above, file))}" if _is_file(item) else item
+            for item in body["defaults"]
+        ]
+    body = {key: _resolved(value, file.parent) for key, value in body.items()}
     if isinstance(images := body.get("images"), dict):
         for concept, paths in images.items():
-            images[concept] = [str(folder / path) for path in ([paths] if isinstance(paths, str) else paths or [])]
-    return OmegaConf.create({"name": file.stem, **body, "experiment_file": str(file.absolute())})
+            images[concept] = [str(file.parent / path) for path in ([paths] if isinstance(paths, str) else paths or [])]
+    name = stem = re.sub(r"[^\w-]", "_", file.stem)
+    while name in names.values():
+        name = f"{stem}_{len(names)}"
+    names[file] = name
+    node = OmegaConf.create({"name": file.stem, **body, "experiment_file": str(file)})
+    ConfigStore.instance().store(group=f"experiment/{OWN}", name=name, node=node, package="_global_")
+    return name
+
+
+def _is_file(item: Any) -> bool:
+    """Whether an experiment, or an entry of `defaults`, is a file and no name."""
+    return isinstance(item, str) and item.endswith((".yaml", ".yml"))
 
 
 def _resolved(value: Any, folder: Path) -> Any:
@@ -77,11 +95,17 @@ def _resolved(value: Any, folder: Path) -> Any:
     return str(folder / value) if isinstance(value, str) and value.startswith(("./", "../")) else value
 
 
-def module_file(experiment_file: str) -> Path | None:
-    """The Python of an own experiment: the file of the same name next to it, else that of the experiment it starts
-    from; None without one.
+def module_file(experiment_file: str | Path) -> Path | None:
+    """The Python of an own experiment: the file of the same name next to it, else that of the experiment that it
+    starts from; None without one.
     """
     file = Path(experiment_file)
-    bases = [_BASE.fullmatch(str(item).partition("@")[0]) for item in (read_yaml(file) or {}).get("defaults", [])]
-    places = [file.with_suffix(".py"), *(conf_dir() / "experiment" / f"{base[1]}.py" for base in bases if base)]
-    return next((place for place in places if place.is_file()), None)
+    if file.with_suffix(".py").is_file():
+        return file.with_suffix(".py")
+    for item in (read_yaml(file) or {}).get("defaults", []):
+        base = _BASE.fullmatch(str(item).partition("@")[0])
+        place = conf_dir() / "experiment" / f"{base[1]}.py" if base else None
+        found = module_file(file.parent / item) if _is_file(item) else place
+        if found is not None and found.is_file():
+            return found
+    return None

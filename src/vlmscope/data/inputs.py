@@ -149,7 +149,7 @@ def _checked_paths(value: Any, folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Side:
-    """One input of a pair: prompt, pictures, and the one-word answer."""
+    """One input of a pair: prompt, pictures, and the answer."""
 
     prompt: str
     images: Sequence[Image.Image]

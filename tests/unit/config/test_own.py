@@ -51,7 +51,12 @@ def test_a_file_starts_from_a_shipped_experiment_and_its_paths_are_its_own(
     file.with_suffix(".py").unlink()
     found = module_file(str(file))
     assert found is not None and found.name == "captioning.py"
-    assert composed(capsys, tmp_path, "experiment=./mars_earth_patch.yaml")["name"] == "other"
+    (folder / "mine").mkdir()
+    mine = folder / "mine" / file.name
+    mine.write_text("defaults: [../mars_earth_patch.yaml, _self_]\nanalysis: {others: 3}")
+    cfg = composed(capsys, tmp_path, f"experiment={mine}")
+    assert (cfg["name"], cfg["analysis"]["others"], cfg["analysis"]["new_tokens"]) == ("mars_earth_patch", 3, 16)
+    assert module_file(mine) == found
 
 
 def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,8 +73,9 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, capsys: pytest.Ca
         assert main([f"experiment={file}", "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]) == 2
         errors = capsys.readouterr().err.strip().splitlines()
         assert len(errors) == 1 and says in errors[0], errors
-    with pytest.raises(UserError, match="have one name"):
-        adopt([f"experiment={file},{tmp_path / 'other' / 'mine.yaml'}"])
+    file.write_text("defaults: [./mine.yaml, _self_]")
+    with pytest.raises(UserError, match="starts from itself"):
+        adopt([f"experiment={file}"])
     with pytest.raises(UserError, match="files and names"):
         own_files(f"experiment={file},captioning")
     assert adopt(["experiment=captioning", "task=trace"]) == ["experiment=captioning", "task=trace"]

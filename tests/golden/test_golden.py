@@ -19,7 +19,7 @@ import torch
 from vlmscope.app import main
 from vlmscope.config import catalog
 from vlmscope.data.orrery.dataset import build
-from vlmscope.data.orrery.scenes import KINDS
+from vlmscope.data.orrery.scenes import COMPOSED, KINDS
 
 FOLDER = Path(__file__).parent
 EXPERIMENTS = sorted(catalog.options("experiment"))
@@ -40,7 +40,7 @@ MACHINE_FACTS = ("seconds", "per_s", "_gb", "over_forward")  # in a metric's nam
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    counts: dict[str, int] = dict.fromkeys(KINDS, 24)
+    counts: dict[str, int] = dict.fromkeys((*KINDS, *COMPOSED), 24)
     build(folder, dict.fromkeys(("train", "val", "test"), counts))
     return folder
 

@@ -39,11 +39,13 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
 from vlmscope.core.records import ROLES
 from vlmscope.data.inputs import Side, orrery_questions
+from vlmscope.data.orrery.scenes import COMPOSED, PICTURED, vocabulary
 from vlmscope.interventions.ablation import BLOCKS, METHODS, Ablation, divergence, outcomes
 from vlmscope.metrics.rates import wilson_interval
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch, make_batch
 from vlmscope.models.loading import VLM
+from vlmscope.models.orrery import SPECIAL
 from vlmscope.replacement import build_replacement
 from vlmscope.report.anatomy import headline, need, told
 from vlmscope.scope import Scope
@@ -89,8 +91,13 @@ def case_set(vlm: VLM, name: str, sides: Sequence[Side]) -> CaseSet:
 
 
 def default_questions(vlm: VLM, count: int, seed: int = 0) -> dict[str, list[Side]]:
-    """Orrery's questions, as far as the model takes pictures, or text without one."""
-    return orrery_questions(count, vlm.adapter.has_vision, not vlm.adapter.needs_pictures, seed)
+    """Orrery's questions, as far as the model takes pictures, or text without one.
+
+    Those of composed scenes are for a model with their vocabulary, Orrery 2.
+    """
+    knows_all = set(vlm.tokenizer.get_vocab()) == {*SPECIAL, *vocabulary(COMPOSED)}
+    kinds = (*PICTURED, *COMPOSED) if knows_all else PICTURED
+    return orrery_questions(count, kinds if vlm.adapter.has_vision else (), not vlm.adapter.needs_pictures, seed)
 
 
 def answer_ids(tokenizer: Any, word: str) -> set[int]:

@@ -270,7 +270,6 @@ def study_sources(cfg: AppConfig) -> dict[str, SourceConfig]:
     """
     from vlmscope.data.config import SourceConfig
     from vlmscope.data.orrery.dataset import scene_shards
-    from vlmscope.data.orrery.scenes import KINDS
     from vlmscope.data.shards import read_index
 
     data = cfg.data
@@ -279,7 +278,7 @@ def study_sources(cfg: AppConfig) -> dict[str, SourceConfig]:
     elif data.name == "orrery":
         folder = scene_shards(data.path)
         kind, path = ("scenes", None) if folder is None else ("shards", str(folder))
-        sources = {stream: SourceConfig(kind, path, split="val", stream=stream) for stream in KINDS}
+        sources = {stream: SourceConfig(kind, path, split="val", stream=stream) for stream in data.scenes}
     elif data.name == "folder":
         if not data.path:
             raise UserError("data.path is not set: give the folder with train.jsonl (docs/bring_your_own.md)")

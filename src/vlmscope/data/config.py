@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from vlmscope.core.errors import UserError, check_choice, check_least
 from vlmscope.core.records import CAPTION_REQUEST
+from vlmscope.data.orrery.scenes import COMPOSED
 from vlmscope.data.orrery.scenes import KINDS as SCENE_KINDS
 
 KINDS = ("folder", "hf_text", "hf_image_label", "hf_cauldron", "shards", "orrery", "scenes")
@@ -36,7 +37,7 @@ class SourceConfig:
     request: str = CAPTION_REQUEST  # the user turn that a caption answers
     images: str | None = "images"  # hf_cauldron: the columns of pictures (a list, or one; None: none) and conversations
     texts: str = "texts"
-    # shards: the name of the source that was written; orrery: one of `ORRERY_STREAMS`; scenes: one of `SCENE_KINDS`
+    # shards: the name of the source that was written; orrery: one of `ORRERY_STREAMS`; scenes: a kind of scene
     stream: str | None = None
 
 
@@ -49,7 +50,7 @@ def check_source(name: str, source: SourceConfig) -> None:
     if source.kind == "orrery":
         check_choice(f"{key}.stream", str(source.stream), ORRERY_STREAMS)
     if source.kind == "scenes":
-        check_choice(f"{key}.stream", str(source.stream), SCENE_KINDS)
+        check_choice(f"{key}.stream", str(source.stream), (*SCENE_KINDS, *COMPOSED))
     check_least(key, source, limit=1)
     if not 0 < source.weight < float("inf"):
         raise UserError(f"{key}.weight={source.weight}: a weight must be positive; to leave a source out: ~{key}")
@@ -68,6 +69,7 @@ class DataConfig:
 
     `path` is a folder, or None for data generated during use, as Orrery's scenes are too while their default folder
     does not exist; for a mix, `task=build_data` writes its shards there.
+    Orrery's scenes are of the kinds `scenes`.
     `val_share` of the user's own examples is held out for validation if there is no file or split for it.
     The rest configures a mix: rows per source that are shuffled with each other (`shuffle`), tokens per packed text
     (`context`), and corrupt shards that may be skipped (`max_bad_shards`).
@@ -80,8 +82,11 @@ class DataConfig:
     shuffle: int = 1000
     context: int = 2048
     max_bad_shards: int = 0
+    scenes: list[str] = field(default_factory=lambda: list(SCENE_KINDS))
 
     def __post_init__(self) -> None:
+        for kind in self.scenes:
+            check_choice("data.scenes", kind, (*SCENE_KINDS, *COMPOSED))
         check_least("data", self, shuffle=1, context=2, max_bad_shards=0)
         for name, source in self.sources.items():
             check_source(name, source)

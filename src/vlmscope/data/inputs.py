@@ -291,10 +291,13 @@ def row_questions(rows: Sequence[PromptRow]) -> dict[str, list[Side]]:
     return questions
 
 
-def orrery_questions(count: int, pictured: bool, text: bool, seed: int = 0) -> dict[str, list[Side]]:
-    """At most `count` cases of each of Orrery's questions, in canonical words: of test scenes and of text alone."""
+def orrery_questions(count: int, kinds: Sequence[str], text: bool, seed: int = 0) -> dict[str, list[Side]]:
+    """At most `count` cases of each of Orrery's questions, in canonical words.
+
+    They are about test scenes of these kinds with pictures, and of text alone.
+    """
     questions: dict[str, list[Side]] = {}
-    for kind in PICTURED if pictured else ():
+    for kind in kinds:
         for number in range(count):
             scene = plainly_asked(make_scene("test", kind, number, seed))
             assert scene.image is not None, "scenes of these kinds have pictures"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 PAD, EOS, BOS, UNK = "<pad>", "<eos>", "<bos>", "<unk>"
@@ -99,6 +100,24 @@ def build_orrery(config: OrreryConfig, vocab_size: int, seed: int) -> Any:
             elif name.endswith("_proj.weight"):
                 parameter.normal_(0, parameter.shape[1] ** -0.5)
     return model
+
+
+def take_weights(model: Any, tokenizer: Any, folder: str | Path) -> None:
+    """Start `model` from the Orrery in `folder`: parts of equal name and size, and the embeddings of equal words."""
+    import torch
+    from transformers import AutoTokenizer, Gemma3ForConditionalGeneration
+
+    given = Gemma3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    words = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, values in given.named_parameters():
+            if name.endswith("embed_tokens.weight") and own[name].shape[1] == values.shape[1]:
+                common = [(number, words[word]) for word, number in tokenizer.get_vocab().items() if word in words]
+                rows, theirs = (torch.tensor(numbers) for numbers in zip(*common, strict=True))
+                own[name][rows] = values[theirs]
+            elif name in own and own[name].shape == values.shape:
+                own[name].copy_(values)
 
 
 def build_tokenizer(words: Sequence[str]) -> Any:

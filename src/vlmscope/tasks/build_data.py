@@ -16,9 +16,10 @@ MEMORY = "task.shard_size or task.workers"
 
 @dataclass
 class Config:
-    """Contents of `data.path`: with data=orrery, scenes of each kind in each split; with a mix, all samples.
+    """Contents of `data.path`.
 
-    A mix is written in `parts` parts a source, by `workers` processes (None: one a core, four at most).
+    With data=orrery or orrery2: scenes of each kind of `data.scenes` in each split. A mix is written in `parts` parts a
+    source, by `workers` processes (None: one a core, four at most).
     """
 
     train: dict[str, int] = field(default_factory=lambda: dict(COUNTS["train"]))
@@ -35,7 +36,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
 
     from vlmscope.core.errors import UserError
     from vlmscope.data.orrery.dataset import build
-    from vlmscope.data.orrery.scenes import KINDS
+    from vlmscope.data.orrery.scenes import COMPOSED, KINDS
     from vlmscope.tasks.job import claimed
 
     task: Config = cfg.task
@@ -51,9 +52,12 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
             settings = BuildSettings(folder, task.shard_size, task.parts, cfg.data.val_share)
             workers = task.workers if task.workers is not None else min(4, os.cpu_count() or 1)
             return build_mix(cfg.data.sources, settings, workers)
-        counts = {split: dict(getattr(task, split)) for split in ("train", "val", "test")}
-        for split, kinds in counts.items():
+        counts = {}
+        for split in ("train", "val", "test"):
+            kinds = dict(getattr(task, split))
             for kind, count in kinds.items():
-                if kind not in KINDS or count < 0:
-                    raise UserError(f"task.{split}.{kind}={count}: kinds are {', '.join(KINDS)}, counts 0 or more")
+                if kind not in (*KINDS, *COMPOSED) or count < 0:
+                    known = ", ".join((*KINDS, *COMPOSED))
+                    raise UserError(f"task.{split}.{kind}={count}: kinds are {known}, counts 0 or more")
+            counts[split] = {kind: count for kind, count in kinds.items() if kind in cfg.data.scenes}
         return build(folder, counts, cfg.seed, task.shard_size)

@@ -40,4 +40,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
             stage.warmup = min(stage.warmup, max(stage.max_steps // 4, 1))
     logger = context.tracked.lightning_logger()
     data, resume = scene_shards(cfg.data.path), cfg.trainer.resume
-    return train_orrery(data, task.architecture, task.training, context.run_dir, logger, resume, task.test_scenes)
+    kinds = cfg.data.scenes
+    return train_orrery(
+        data, kinds, task.architecture, task.training, context.run_dir, logger, resume, task.test_scenes
+    )

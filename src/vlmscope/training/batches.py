@@ -32,7 +32,7 @@ from vlmscope.core.artifacts import read_json, write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import Sample
 from vlmscope.data.mixing import ShuffledSource, TokenMix
-from vlmscope.data.orrery.scenes import Scene
+from vlmscope.data.orrery.scenes import Question, Scene
 from vlmscope.data.samples import WHOLE, RawSample, Share, drawn
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import LOSS_MASK, by_shape, encode, ends_of_text, joined, sequence_forward, text_ids
@@ -359,7 +359,8 @@ class PackedBatch:
     position_ids: Tensor  # [B, T] int64, restarting after the prefix for each segment
     segments: Tensor  # [B, T] int64, 0 prefix, 1.. questions, -1 padding
     labels: Tensor  # [B, T] int64, the next token where it is part of an answer, else `IGNORE`
-    groups: list[list[str]]  # question group ('name', 'sum', ...) of each segment, for each scene
+    kinds: list[str]  # of the scenes
+    asked: list[list[Question]]  # the question of each segment, for each scene
     pixels: Tensor  # [P, 3, 64, 64] float32 in -1..1
 
     def masks(self, window: int, soft_id: int) -> tuple[Tensor, Tensor]:
@@ -380,7 +381,7 @@ def pack(
 ) -> PackedBatch:
     """Pack scenes, at most `max_questions` each in random order, answers followed by `<end_of_turn>`."""
     vocabulary = tokenizer.get_vocab()
-    rows, groups = [], []
+    rows, asked = [], []
     for scene in scenes:
         questions = [scene.questions[int(i)] for i in rng.permutation(len(scene.questions))[:max_questions]]
         words = ["<bos>", "<start_of_turn>", "user"]
@@ -397,7 +398,7 @@ def pack(
             segments += [number] * len(segment)
             labels += [IGNORE] * (len(prompt) - 1) + [vocabulary[word] for word in answer]
         rows.append(([vocabulary[word] for word in words], positions, segments, labels))
-        groups.append([question.group for question in questions])
+        asked.append(questions)
     length = max(len(row[0]) for row in rows)
     columns = [np.full((len(rows), length), fill, np.int64) for fill in (vocabulary["<pad>"], 0, -1, IGNORE)]
     for i, row in enumerate(rows):
@@ -405,7 +406,9 @@ def pack(
             column[i, : len(values)] = values
     images = [scene.image for scene in scenes if scene.image is not None]
     pixels = to_pixels(np.stack(images)) if images else torch.zeros(0, 3, 64, 64)
-    return PackedBatch(*map(torch.from_numpy, columns), groups=groups, pixels=pixels)
+    return PackedBatch(
+        *map(torch.from_numpy, columns), kinds=[scene.kind for scene in scenes], asked=asked, pixels=pixels
+    )
 
 
 def to_pixels(pictures: np.ndarray) -> Tensor:

@@ -44,7 +44,6 @@ from vlmscope.core.records import generator
 from vlmscope.data.config import DataConfig
 from vlmscope.data.mixing import Lane, ShuffledSource, TokenMix, fingerprint, keeps, open_source
 from vlmscope.data.orrery.dataset import ScenePool, scene_shards
-from vlmscope.data.orrery.scenes import KINDS
 from vlmscope.data.samples import WHOLE, Share
 from vlmscope.data.tables import JsonLines, load_folder
 from vlmscope.models.base import Adapter
@@ -317,9 +316,9 @@ def batches_for(
 def _orrery_batches(data: DataConfig, settings: BatchConfig, seed: int, load: Load) -> tuple[VLM, Source]:
     """Scenes of each kind with one question each, for Orrery's own processor."""
     folder = scene_shards(data.path)
-    train, val = (ScenePool(folder, split) for split in ("train", "val"))
+    train, val = (ScenePool(folder, split, tuple(data.scenes)) for split in ("train", "val"))
     vlm = load()
-    if not speaks_orrery(vlm):
+    if not speaks_orrery(vlm, data.scenes):
         raise UserError(f"data=orrery has words for Orrery alone, not for {vlm.name}; choose data=folder data.path=...")
     soft = int(vlm.processor.image_seq_length)
 
@@ -329,7 +328,7 @@ def _orrery_batches(data: DataConfig, settings: BatchConfig, seed: int, load: Lo
 
     val_batches = [
         chat_batch(val.scenes(kind, settings.val_scenes), vlm.tokenizer, soft, generator(seed, "val", kind))
-        for kind in KINDS
+        for kind in data.scenes
     ]
     return vlm, Source(batch, val_batches, None)
 

@@ -9,6 +9,7 @@ from typing import Any
 from vlmscope.core.errors import UserError, check_choice, check_least
 from vlmscope.transcoders.config import ACTIVATIONS
 
+PRECISIONS = ("32", "bf16-mixed")
 _SCHEDULES = ("cosine", "linear", "constant")  # after the warm-up
 
 
@@ -76,7 +77,7 @@ class TrainerConfig:
     rank_timeout: float = 30.0
 
     def __post_init__(self) -> None:
-        check_choice("trainer.precision", self.precision, ("32", "bf16-mixed"))
+        check_choice("trainer.precision", self.precision, PRECISIONS)
         check_least("trainer", self, max_steps=1, per_host=1)
         if not self.rank_timeout > 0:
             raise UserError(f"trainer.rank_timeout={self.rank_timeout}: it is minutes; choose a number above 0")
@@ -208,7 +209,8 @@ class StageConfig:
     """One stage of Orrery's training: steps, scenes of each kind in a batch, and the optimiser's settings.
 
     The vision tower learns at `tower_rate` times the rate; a step draws at most `questions` of a picture. The answer
-    must be readable up to `exit_layers` layers early, each of which adds a term of weight `exit_weight`.
+    must be readable up to `exit_layers` layers early, each of which adds a term of weight `exit_weight`; the term that
+    makes answers need the MLPs (`vlmscope.training.need`) has the weight `need_weight`.
     """
 
     max_steps: int
@@ -222,6 +224,7 @@ class StageConfig:
     seed: int = 0
     exit_weight: float = 0.0
     exit_layers: int = 0
+    need_weight: float = 0.0
 
 
 def _tower() -> StageConfig:
@@ -240,10 +243,21 @@ def _polish() -> StageConfig:
 
 @dataclass
 class OrreryTrainingConfig:
-    """The stages of `task=train_orrery`; `polish` has more of counting and sums, which learn more slowly."""
+    """The stages of `task=train_orrery`; `polish` has more of counting and sums, which learn more slowly.
+
+    The first `tower_depth` layers of the decoder learn with the tower in its stage. Weights start from those of the
+    model in the folder `start`, where it has a part of the same name and size. `precision` is "32", or "bf16-mixed",
+    which computes products of matrices in bfloat16, except those of attention.
+    """
 
     tower: StageConfig = field(default_factory=_tower)
     vlm: StageConfig = field(default_factory=_vlm)
     polish: StageConfig = field(default_factory=_polish)
+    tower_depth: int = 0
+    start: str | None = None
+    precision: str = "32"
     checkpoint_every: int = 200
     val_every: int = 400
+
+    def __post_init__(self) -> None:
+        check_choice("task.training.precision", self.precision, PRECISIONS)

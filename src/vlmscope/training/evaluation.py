@@ -37,7 +37,7 @@ from tqdm import tqdm
 from vlmscope.activations import norm_weight_after, target_at, target_module
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
-from vlmscope.data.orrery.scenes import vocabulary
+from vlmscope.data.orrery.scenes import KINDS, vocabulary
 from vlmscope.metrics.dictionary import (
     FvuAccumulator,
     TokenFvuAccumulator,
@@ -317,9 +317,9 @@ def warn_on_load(scope: Scope) -> dict[int, float]:
     return fvus
 
 
-def speaks_orrery(vlm: VLM) -> bool:
-    """Whether the model's vocabulary has the words of Orrery's scenes."""
-    return {"<image_soft_token>", *vocabulary()} <= vlm.tokenizer.get_vocab().keys()
+def speaks_orrery(vlm: VLM, kinds: Sequence[str] = KINDS) -> bool:
+    """Whether the model's vocabulary has the words of Orrery's scenes of these kinds."""
+    return {"<image_soft_token>", *vocabulary(kinds)} <= vlm.tokenizer.get_vocab().keys()
 
 
 def _input(vlm: VLM, prompt: str | None, pictures: Sequence[Image.Image]) -> dict[str, Tensor] | None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,25 +24,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmscope.core.artifacts import flat, folder_digest, write_json
 from vlmscope.core.records import generator
 from vlmscope.data.orrery.dataset import ScenePool
-from vlmscope.data.orrery.rendering import hand_scene
-from vlmscope.data.orrery.scenes import KINDS, NUMBERS, PLANETS, SHAPE_COLOURS, SHAPES, SPLITS, Scene, vocabulary
+from vlmscope.data.orrery.rendering import hand_scene, make_scene
+from vlmscope.data.orrery.scenes import NUMBERS, PLANETS, SHAPE_COLOURS, SHAPES, SPLITS, Scene, vocabulary
 from vlmscope.models.base import token_strings
-from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
-from vlmscope.training.batches import IGNORE, PackedBatch, pack, to_pixels
+from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor, take_weights
+from vlmscope.training.batches import IGNORE, PackedBatch, pack
 from vlmscope.training.config import OrreryTrainingConfig, StageConfig, rate_factor
+from vlmscope.training.need import Need, answers, averaged, listening, pictured
 from vlmscope.training.resume import OneFileCheckpoints, fit_or_interrupt, uninterrupted
 
 _BATCH = 50  # scenes
 _ALL = 100  # more questions than any scene has, so that all are asked
 _LR_FLOOR = 0.02  # of the peak rate, at the last step
-PICTURES = tuple(kind for kind in KINDS if kind != "text")
 _VAL_SCENES = 200
 _STAGES = ("tower", "vlm", "polish")  # folders of their checkpoints
 # The fact that each linear head of stage 1 reads, and its classes
+_THINGS = ("", *(f"{colour} {shape}" for colour in SHAPE_COLOURS for shape in SHAPES))
 _HEADS: dict[str, tuple[str, ...]] = {
     "planet": tuple(PLANETS),
     "first": tuple(NUMBERS[:10]),
@@ -50,6 +53,12 @@ _HEADS: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
     "shape_colour": tuple(SHAPE_COLOURS),
     "fingers": tuple(NUMBERS[1:7]),
+    # of composed scenes
+    "left": tuple(PLANETS),
+    "right": tuple(PLANETS),
+    "first_colour": tuple(SHAPE_COLOURS),
+    "second_colour": tuple(SHAPE_COLOURS),
+    **{f"thing_{slot}": _THINGS for slot in range(4)},
 }
 
 
@@ -73,7 +82,7 @@ def accuracy(module: Any, scenes: list[Scene], shuffle_images: bool = False) -> 
             key = (row, int(batch.segments[row, column]))
             answers[key] = answers.get(key, True) and hit
         for (row, segment), is_right in answers.items():
-            right.setdefault(batch.groups[row][segment - 1], []).append(is_right)
+            right.setdefault(batch.asked[row][segment - 1].group, []).append(is_right)
     return {group: float(np.mean(values)) for group, values in sorted(right.items())}
 
 
@@ -172,35 +181,78 @@ class ScheduledModule(pl.LightningModule, ABC):
             self.logger.log_metrics({"train/loss": float(outputs["loss"])}, step=self.steps_done)
 
 
+class _Reader(nn.Module):
+    """Two heads for a fact: one attends to soft tokens with one query, as a later layer will, one is linear over all.
+
+    The latter learns faster, but lets each token have a code of its own, which a question's one query cannot read.
+    """
+
+    def __init__(self, tokens: int, width: int, classes: int) -> None:
+        super().__init__()
+        self.query, self.values = nn.Linear(width, 1), nn.Linear(width, classes)
+        self.grid = nn.Linear(tokens * width, classes)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, classes] of the linear head and of the attending one from soft tokens [B, S, d]."""
+        return self.grid(tokens.flatten(1)), self.values((self.query(tokens).softmax(1) * tokens).sum(1))
+
+
 class TowerModule(ScheduledModule):
-    """Stage 1: SigLIP tower + linear heads over the flattened soft-token grid (pooled patches)."""
+    """Stage 1: the SigLIP tower, and `depth` layers of the decoder, with heads that read facts of the picture.
 
-    def __init__(self, config: StageConfig, tower: nn.Module, pool: nn.AvgPool2d, side: int, width: int) -> None:
+    Without decoder layers the heads are linear over the flattened grid of pooled patches; else they are `_Reader` of
+    the decoder's normed soft tokens.
+    """
+
+    def __init__(self, config: StageConfig, model: Any, tokenizer: Any, kinds: Sequence[str], depth: int = 0) -> None:
         super().__init__(config)
-        self.tower, self.pool, self.side = tower, pool, side
-        soft = (side // int(pool.kernel_size)) ** 2  # type: ignore[arg-type]
-        self.heads = nn.ModuleDict({name: nn.Linear(soft * width, len(c)) for name, c in _HEADS.items()})
+        projector, decoder = model.model.multi_modal_projector, model.model.language_model
+        self.tower, self.pool, self.side = model.model.vision_tower, projector.avg_pool, projector.patches_per_image
+        self.depth, self.kinds = depth, kinds
+        if depth:
+            self.front = nn.ModuleList([projector, decoder.embed_tokens, decoder.norm, *decoder.layers[:depth]])
+        self._whole = (model, tokenizer)  # in a tuple, so that it is no part of this module
+        width = model.config.vision_config.hidden_size
+        soft = (self.side // int(self.pool.kernel_size)) ** 2
+        known = {name for kind in kinds if kind != "text" for name in make_scene("train", kind, 0).facts}
+        heads = {name: classes for name, classes in _HEADS.items() if name in known}
+        self.heads = nn.ModuleDict(
+            {
+                name: _Reader(soft, decoder.config.hidden_size, len(c)) if depth else nn.Linear(soft * width, len(c))
+                for name, c in heads.items()
+            }
+        )
 
-    def collate(self, scenes: list[Scene], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pixels and the class of each head (-1 if the scene has no such fact)."""
+    def collate(self, scenes: list[Scene], step: int) -> tuple[PackedBatch, dict[str, Tensor]]:
+        """Pictures without questions, and the class of each head (-1 if the scene has no such fact)."""
         targets = {
-            name: torch.tensor([classes.index(s.facts[name]) if name in s.facts else -1 for s in scenes])
-            for name, classes in _HEADS.items()
+            name: torch.tensor([_HEADS[name].index(s.facts[name]) if name in s.facts else -1 for s in scenes])
+            for name in self.heads
         }
-        pictures = [s.image for s in scenes if s.image is not None]
-        assert len(pictures) == len(scenes), "stage 1 takes scenes with pictures only"
-        return to_pixels(np.stack(pictures)), targets
+        model, tokenizer = self._whole
+        assert all(s.image is not None for s in scenes), "stage 1 takes scenes with pictures only"
+        rng = generator(self.config.seed, "pack", step)
+        return pack(scenes, tokenizer, model.config.mm_tokens_per_image, rng, max_questions=0), targets
 
-    def training_step(self, batch: tuple[Tensor, dict[str, Tensor]], batch_idx: int) -> Tensor:
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave the batch where it is: training is on the CPU."""
+        return batch
+
+    def training_step(self, batch: tuple[PackedBatch, dict[str, Tensor]], batch_idx: int) -> Tensor:
         """Mean over all (picture, fact) pairs of the cross-entropy."""
         return self.losses(batch)[0]
 
-    def losses(self, batch: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, tuple[int, int]]]:
+    def losses(self, batch: tuple[PackedBatch, dict[str, Tensor]]) -> tuple[Tensor, dict[str, tuple[int, int]]]:
         """The loss and, for each head, the numbers of right answers and of questions."""
-        pixels, targets = batch
-        states = self.tower(pixel_values=pixels).last_hidden_state
-        grid = states.transpose(1, 2).unflatten(2, (self.side, self.side))
-        features = self.pool(grid).flatten(1)  # pooled patch states [B, soft * width]
+        pictures, targets = batch
+        if self.depth:
+            model = self._whole[0]
+            states = run_packed(model, pictures, depth=self.depth).last_hidden_state
+            features = states[pictures.input_ids == model.config.image_token_id].unflatten(0, (len(states), -1))
+        else:
+            states = self.tower(pixel_values=pictures.pixels).last_hidden_state
+            grid = states.transpose(1, 2).unflatten(2, (self.side, self.side))
+            features = self.pool(grid).flatten(1)  # pooled patch states [B, soft * width]
         total, n_questions, right = features.new_zeros(()), 0, {}
         for name, target in targets.items():
             mask = target >= 0
@@ -208,10 +260,35 @@ class TowerModule(ScheduledModule):
             if count == 0:
                 continue
             logits = self.heads[name](features[mask])
+            if self.depth:
+                grid, logits = logits
+                total = total + F.cross_entropy(grid, target[mask], reduction="sum")
             total = total + F.cross_entropy(logits, target[mask], reduction="sum")
             right[name] = (int((logits.argmax(-1) == target[mask]).sum()), count)
             n_questions += count
         return total / max(n_questions, 1), right
+
+
+def run_packed(model: Any, batch: PackedBatch, with_hidden: bool = False, depth: int | None = None) -> Any:
+    """The decoder's output on a packed batch, or that of its first `depth` layers."""
+    inner, config = model.model, model.config.text_config
+    states = inner.get_input_embeddings()(batch.input_ids)
+    if len(batch.pixels):
+        soft = inner.get_image_features(batch.pixels).pooler_output
+        is_soft = (batch.input_ids == model.config.image_token_id).unsqueeze(-1).expand_as(states)
+        states = states.masked_scatter(is_soft, soft.to(states.dtype))
+    full, sliding = batch.masks(config.sliding_window, model.config.image_token_id)
+    whole = inner.language_model.config.num_hidden_layers
+    try:
+        inner.language_model.config.num_hidden_layers = whole if depth is None else depth
+        return inner.language_model(
+            inputs_embeds=states,
+            attention_mask={"full_attention": full, "sliding_attention": sliding},
+            position_ids=batch.position_ids,
+            output_hidden_states=with_hidden,
+        )
+    finally:
+        inner.language_model.config.num_hidden_layers = whole
 
 
 class VlmModule(ScheduledModule):
@@ -221,6 +298,9 @@ class VlmModule(ScheduledModule):
         super().__init__(config)
         self.model, self.tokenizer = model, tokenizer
         self.soft_tokens = model.config.mm_tokens_per_image
+        text = model.config.text_config
+        sizes = (text.num_hidden_layers, text.hidden_size, text.vocab_size)
+        self.need = Need(*sizes) if config.need_weight > 0 else None
 
     def tower_parameters(self) -> list[nn.Parameter]:
         """The vision tower, which is already trained and so learns more slowly."""
@@ -238,43 +318,39 @@ class VlmModule(ScheduledModule):
         unembedding. It makes the middle layers recognise; without it Orrery named planets only in its last MLP.
         """
         weight, early = self.config.exit_weight, self.config.exit_layers
-        out, keep, labels = self._run(batch, with_hidden=weight > 0 and early > 0)
+        mlps = [layer.mlp for layer in self.model.model.language_model.layers]
+        with listening(mlps if self.need is not None else []) as outputs:
+            out = run_packed(self.model, batch, with_hidden=weight > 0 and early > 0)
+        keep = batch.labels != IGNORE
+        labels = batch.labels[keep]
         loss = F.cross_entropy(self.model.lm_head(out.last_hidden_state[keep]), labels)
-        if out.hidden_states is None:
-            return loss
         norm = self.model.model.language_model.norm
-        for states in out.hidden_states[-1 - early : -1]:  # the last entry is the normed output itself
+        # the last entry is the normed output itself
+        for states in out.hidden_states[-1 - early : -1] if out.hidden_states is not None else ():
             loss = loss + weight * F.cross_entropy(self.model.lm_head(norm(states[keep])), labels)
-        return loss
+        if self.need is None or not len(batch.pixels):
+            return loss
+        contexts = self.need.contexts(batch)
+        self.need.follow(outputs, contexts, batch)
+        soft_id, step = self.model.config.image_token_id, self.steps_done
+        part, contexts = pictured(batch, contexts, soft_id, step)
+        where = part.input_ids == soft_id if step % 2 == 0 else torch.ones_like(part.input_ids, dtype=torch.bool)
+        with averaged(mlps, self.need.means, contexts, where):
+            states = run_packed(self.model, part).last_hidden_state
+        groups, places, _ = answers(part)
+        need = self.need.loss(self.model.lm_head(states[places]), groups)
+        self.parts_of_loss = (loss.item(), need.item())
+        return loss + self.config.need_weight * need
 
     def answer_states(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Final states [N, d] and labels [N] at the positions that predict answer tokens."""
-        out, keep, labels = self._run(batch, with_hidden=False)
-        return out.last_hidden_state[keep], labels
-
-    def _run(self, batch: PackedBatch, with_hidden: bool) -> tuple[Any, Tensor, Tensor]:
-        """The decoder's output, the mask [B, S] of positions that predict answer tokens, and their labels [N]."""
-        inner = self.model.model
-        states = inner.get_input_embeddings()(batch.input_ids)
-        if len(batch.pixels):
-            soft = inner.get_image_features(batch.pixels).pooler_output
-            is_soft = (batch.input_ids == self.model.config.image_token_id).unsqueeze(-1).expand_as(states)
-            states = states.masked_scatter(is_soft, soft.to(states.dtype))
-        full, sliding = batch.masks(self.model.config.text_config.sliding_window, self.model.config.image_token_id)
-        masks = {"full_attention": full, "sliding_attention": sliding}
-        out = inner.language_model(
-            inputs_embeds=states,
-            attention_mask=masks,
-            position_ids=batch.position_ids,
-            output_hidden_states=with_hidden,
-        )
         keep = batch.labels != IGNORE
-        return out, keep, batch.labels[keep]
+        return run_packed(self.model, batch).last_hidden_state[keep], batch.labels[keep]
 
     def transfer_batch_to_device(self, batch: PackedBatch, device: torch.device, dataloader_idx: int) -> PackedBatch:
         """Move the tensors of the record."""
         moved = (getattr(batch, n).to(device) for n in ("input_ids", "position_ids", "segments", "labels"))
-        return PackedBatch(*moved, groups=batch.groups, pixels=batch.pixels.to(device))
+        return PackedBatch(*moved, kinds=batch.kinds, asked=batch.asked, pixels=batch.pixels.to(device))
 
 
 class _Validate(pl.Callback):
@@ -297,6 +373,7 @@ class _Validate(pl.Callback):
 
 def train_orrery(
     data: Path | None,
+    kinds: Sequence[str],
     architecture: OrreryConfig,
     config: OrreryTrainingConfig,
     run_dir: Path,
@@ -310,7 +387,7 @@ def train_orrery(
     the checkpoints in `run_dir`, which are removed otherwise. `logger` is Lightning's, or False; `test_scenes` of each
     kind are tested (None: all).
     """
-    processor = build_processor(vocabulary(), architecture.image_size, architecture.soft_tokens)
+    processor = build_processor(vocabulary(kinds), architecture.image_size, architecture.soft_tokens)
     stages = {key: value for key, value in asdict(config).items() if key not in ("checkpoint_every", "val_every")}
     settings = flat("training", stages) | flat("architecture", asdict(architecture))
     origin = {"data": "rendered" if data is None else folder_digest(data)}
@@ -318,17 +395,19 @@ def train_orrery(
         for stage in _STAGES:
             shutil.rmtree(run_dir / stage, ignore_errors=True)
     model = build_orrery(architecture, len(processor.tokenizer), config.tower.seed)
-    pools = {split: ScenePool(data, split) for split in SPLITS}
+    if config.start is not None:
+        take_weights(model, processor.tokenizer, config.start)
+    pools = {split: ScenePool(data, split, tuple(kinds)) for split in SPLITS}
 
     def fit(name: str, module: ScheduledModule, measure: Callable[[], dict[str, float]]) -> None:
         total = module.config.max_steps
         checkpoints = OneFileCheckpoints(run_dir / name, config.checkpoint_every, total, settings, origin)
         if resume:
             checkpoints.restore(module)
-        fit_stage(module, pools["train"], [checkpoints, _Validate(config.val_every, total, measure)], logger)
+        callbacks = [checkpoints, _Validate(config.val_every, total, measure)]
+        fit_stage(module, pools["train"], callbacks, logger, config.precision)
 
-    projector, width = model.model.multi_modal_projector, architecture.vision_width
-    tower = TowerModule(config.tower, model.model.vision_tower, projector.avg_pool, projector.patches_per_image, width)
+    tower = TowerModule(config.tower, model, processor.tokenizer, kinds, config.tower_depth)
     fit(_STAGES[0], tower, lambda: tower_accuracy(tower, pools["val"]))
     modules = [VlmModule(stage, model, processor.tokenizer) for stage in (config.vlm, config.polish)]
     for name, module in zip(_STAGES[1:], modules, strict=True):
@@ -346,12 +425,31 @@ def train_orrery(
     return metrics
 
 
-def fit_stage(module: ScheduledModule, pool: ScenePool, callbacks: list[pl.Callback], logger: Any) -> None:
+@contextmanager
+def float32_attention() -> Iterator[None]:
+    """Keep attention in float32 under autocast: the backward of its bfloat16 kernel is three times slower on a CPU."""
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def wide(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return plain(module, query.float(), key.float(), value.float(), *args, **options)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = wide
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = plain
+
+
+def fit_stage(
+    module: ScheduledModule, pool: ScenePool, callbacks: list[pl.Callback], logger: Any, precision: str = "32"
+) -> None:
     """Run the remaining steps of a stage."""
     trainer = pl.Trainer(
         max_steps=-1,
         max_epochs=1,
         accelerator="cpu",
+        precision=precision,  # pyright: ignore[reportArgumentType]
         logger=logger,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -360,14 +458,15 @@ def fit_stage(module: ScheduledModule, pool: ScenePool, callbacks: list[pl.Callb
         log_every_n_steps=20,
     )
     if module.steps_done < module.config.max_steps:
-        fit_or_interrupt(trainer, module, DataLoader(StepBatches(pool, module), batch_size=None, num_workers=0))
+        with float32_attention() if precision != "32" else nullcontext():
+            fit_or_interrupt(trainer, module, DataLoader(StepBatches(pool, module), batch_size=None, num_workers=0))
 
 
 def tower_accuracy(tower: TowerModule, pool: ScenePool) -> dict[str, float]:
     """Validation accuracy of each head of stage 1."""
     right: dict[str, list[int]] = {}
     with torch.no_grad():
-        for kind in PICTURES:
+        for kind in (kind for kind in tower.kinds if kind != "text"):
             for name, counts in tower.losses(tower.collate(pool.scenes(kind, _VAL_SCENES), 0))[1].items():
                 right[name] = [a + b for a, b in zip(right.get(name, (0, 0)), counts, strict=True)]
     return {f"val/tower_accuracy/{name}": hits / total for name, (hits, total) in right.items()}
@@ -378,7 +477,9 @@ def vlm_accuracy(
 ) -> dict[str, float]:
     """Accuracy of every question group of every kind, captions as `caption_<kind>`; `prefix` starts each name."""
     result: dict[str, float] = {}
-    for kind in PICTURES if shuffle_images else KINDS:
+    for kind in pool.samples:
+        if shuffle_images and kind == "text":
+            continue
         for group, value in accuracy(vlm, pool.scenes(kind, limit), shuffle_images).items():
             result[prefix + (f"caption_{kind}" if group == "caption" else group)] = value
     return result

@@ -20,7 +20,7 @@ from vlmscope.data.inputs import (
     row_questions,
 )
 from vlmscope.data.orrery.dataset import CHANGES, ScenePair, scene_pairs
-from vlmscope.data.orrery.scenes import NUMBERS, SIDE
+from vlmscope.data.orrery.scenes import NUMBERS, PICTURED, SIDE
 
 N = 24
 GROUPS = {
@@ -290,10 +290,10 @@ def test_rows_ask_their_own_question_or_that_of_a_common_prompt(folder: Path) ->
 
 
 def test_orrerys_questions_are_of_test_scenes_and_of_text() -> None:
-    asked = orrery_questions(9, pictured=True, text=True)
+    asked = orrery_questions(9, PICTURED, text=True)
     assert {len(sides) for sides in asked.values()} == {9}
     assert set(asked) == {name for names in GROUPS.values() for name in names} | {"second", "text_planet", "text_sum"}
-    assert set(orrery_questions(2, pictured=False, text=True)) == {"text_planet", "text_sum"}
+    assert set(orrery_questions(2, (), text=True)) == {"text_planet", "text_sum"}
     assert asked["sum"][0].prompt == "what is the sum of the digits ?" and asked["text_sum"][0].images == ()
 
 

@@ -30,12 +30,16 @@ from vlmscope.data.orrery.dataset import (
 )
 from vlmscope.data.orrery.rendering import degrade, glyphs, make_scene, planet_scene
 from vlmscope.data.orrery.scenes import (
+    COMPOSED,
     KINDS,
+    NUMBERS,
     PICTURED,
     PLANETS,
+    SHAPE_COLOURS,
     SHAPES,
     SIDE,
     SPLITS,
+    YES_NO,
     Scene,
     vocabulary,
 )
@@ -52,7 +56,7 @@ def same(one: Scene, other: Scene) -> bool:
     return one.questions == other.questions and one.facts == other.facts and np.array_equal(one.image, other.image)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *COMPOSED])
 def test_equal_arguments_give_equal_scenes_and_other_ones_differ(kind: str) -> None:
     one = make_scene("train", kind, 3, seed=1)
     assert same(one, make_scene("train", kind, 3, seed=1))
@@ -63,12 +67,53 @@ def test_equal_arguments_give_equal_scenes_and_other_ones_differ(kind: str) -> N
 
 
 def test_every_word_of_every_scene_is_known() -> None:
-    known = set(vocabulary())
+    known = set(vocabulary(COMPOSED))
     for split in SPLITS:
-        for kind in KINDS:
+        for kind in (*KINDS, *COMPOSED):
             for index in range(30):
                 for q in make_scene(split, kind, index).questions:
                     assert set(q.question.split()) | set(q.answer.split()) <= known
+
+
+def test_orrery_2_adds_its_words_at_the_end() -> None:
+    old, new = vocabulary(), vocabulary((*KINDS, *COMPOSED))
+    assert new[: len(old)] == old and new[len(old) :] == ["larger", "no", "yes"]
+
+
+def test_answers_to_questions_that_bind_follow_from_the_facts() -> None:
+    asked = 0
+    for index in range(60):
+        scene = make_scene("train", "objects", index)
+        things = [str(thing).split() for thing in scene.facts.values() if thing]
+        for q in scene.questions:
+            named = [word for word in q.question.split() if word in SHAPE_COLOURS]
+            shape = next((shape for shape in SHAPES if any(word.startswith(shape) for word in q.question.split())), "")
+            matching = [(c, s) for c, s in things if c in (named or [c]) and s == (shape or s)]
+            expected = {
+                "count_of": NUMBERS[len(matching)],
+                "exists": YES_NO[bool(matching)],
+                "colour_of": matching[0][0] if matching else "",
+                "shape_of": matching[0][1] if matching else "",
+            }
+            assert q.answer == expected[q.group] and (q.group in ("count_of", "exists") or len(matching) == 1)
+            asked += 1
+    assert asked > 150
+    for index in range(20):
+        scene = make_scene("train", "tinted", index)
+        values = [NUMBERS.index(str(scene.facts[name])) for name in ("first", "second")]
+        larger = ("first", "second")[values[1] > values[0]]
+        assert scene.answer("larger") == scene.facts[larger]
+        assert scene.answer("larger_colour") == scene.facts[f"{larger}_colour"]
+        scene = make_scene("train", "duets", index)
+        assert scene.answer("right_cover") == PLANETS[str(scene.facts["right"])].cover
+        named = next(name for name in PLANETS if name in scene.questions[-1].question.split())
+        assert scene.answer("present") == YES_NO[named in scene.facts.values()]
+
+
+def test_answers_that_are_not_there_are_as_frequent() -> None:
+    for kind, group in (("objects", "exists"), ("duets", "present")):
+        answers = [make_scene("val", kind, index).answer(group) for index in range(120)]
+        assert answers.count("yes") / 120 == pytest.approx(0.5, abs=0.12)
 
 
 def test_splits_use_different_glyphs() -> None:
@@ -226,11 +271,11 @@ def test_without_shards_the_same_scenes_are_rendered_when_they_are_drawn(
     monkeypatch.setattr(mixing, "COUNTS", counts)
     monkeypatch.chdir(tmp_path)
     dataset._say_rendered.cache_clear()
-    assert scene_shards(dataset.DEFAULT_SHARDS) is None and scene_shards(None) is None
+    assert scene_shards(dataset.DEFAULT_SHARDS[0]) is None and scene_shards(None) is None
     assert capsys.readouterr().out.count("rendered when they are drawn") == 1
     assert scene_shards("typo") == Path("typo")  # the user's own: refused when it is read
-    build(Path(dataset.DEFAULT_SHARDS), counts)
-    folder = scene_shards(dataset.DEFAULT_SHARDS)
+    build(Path(dataset.DEFAULT_SHARDS[0]), counts)
+    folder = scene_shards(dataset.DEFAULT_SHARDS[0])
     assert folder is not None
     stored, rendered = ScenePool(folder, "train"), ScenePool(None, "train")
     drawn = [pool.batch(3, 5, {"planets": 2, "hands": 1, "text": 1}) for pool in (stored, rendered)]

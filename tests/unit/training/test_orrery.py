@@ -12,8 +12,8 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
 from vlmscope.data.orrery.dataset import ScenePool, build
 from vlmscope.data.orrery.rendering import make_scene
-from vlmscope.data.orrery.scenes import KINDS, SPLITS, vocabulary
-from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
+from vlmscope.data.orrery.scenes import COMPOSED, KINDS, SPLITS, vocabulary
+from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor, take_weights
 from vlmscope.training.batches import pack
 from vlmscope.training.config import OrreryTrainingConfig, StageConfig
 from vlmscope.training.orrery import TowerModule, VlmModule, fit_stage, train_orrery
@@ -93,16 +93,16 @@ def test_other_data_or_settings_are_refused_by_name_and_a_new_start_forgets(
     config = OrreryTrainingConfig(*(StageConfig(1, BATCH, warmup=1) for _ in range(3)), checkpoint_every=2, val_every=2)
     faster = replace(config, vlm=replace(config.vlm, lr=0.1))
     run = tmp_path / "run"
-    train_orrery(data, SMALL, config, run, False, False, test_scenes=1)
+    train_orrery(data, KINDS, SMALL, config, run, False, False, test_scenes=1)
     for given, settings, architecture, name in (
         (other, config, SMALL, r"\(data \w+ -> \w+\)"),
         (data, faster, SMALL, r"\(training.vlm.lr 0.001 -> 0.1\)"),
         (data, config, replace(SMALL, sliding_window=8), r"\(architecture.sliding_window 10 -> 8\)"),
     ):
         with pytest.raises(UserError, match=name):
-            train_orrery(given, architecture, settings, run, False, True, test_scenes=1)
+            train_orrery(given, KINDS, architecture, settings, run, False, True, test_scenes=1)
     free = replace(config, checkpoint_every=1, val_every=1)
-    train_orrery(data, SMALL, free, run, False, True, test_scenes=1)
+    train_orrery(data, KINDS, SMALL, free, run, False, True, test_scenes=1)
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -110,7 +110,7 @@ def test_other_data_or_settings_are_refused_by_name_and_a_new_start_forgets(
     # A new start that is stopped in its first stage must not find the last stage of the run before when it resumes.
     monkeypatch.setattr(TowerModule, "collate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_orrery(data, SMALL, faster, run, False, False, test_scenes=1)
+        train_orrery(data, KINDS, SMALL, faster, run, False, False, test_scenes=1)
     assert not list(run.glob("vlm/*")) + list(run.glob("polish/*"))
 
 
@@ -118,7 +118,7 @@ def test_all_stages_end_in_a_hugging_face_folder(data: Path, tmp_path: Path) -> 
     from transformers import AutoProcessor, Gemma3ForConditionalGeneration
 
     config = OrreryTrainingConfig(*(StageConfig(2, BATCH, warmup=1) for _ in range(3)), checkpoint_every=2, val_every=2)
-    metrics = train_orrery(data, SMALL, config, tmp_path, False, False, test_scenes=4)
+    metrics = train_orrery(data, KINDS, SMALL, config, tmp_path, False, False, test_scenes=4)
     folder = tmp_path / "model"
     assert {"test/accuracy/name", "test/accuracy_shuffled/sum", "test/accuracy/text_planet"} <= set(metrics)
     assert sum(v for k, v in metrics.items() if k.startswith("test/six_fingers/")) == pytest.approx(1.0)
@@ -154,3 +154,29 @@ def test_early_exit_loss_is_that_of_shortened_models() -> None:
     assert torch.allclose(got, expected, rtol=0, atol=1e-5)
     assert got > 1.5 * plain()
     assert torch.equal(VlmModule(StageConfig(1, {}), model, processor.tokenizer).training_step(batch, 0), plain())
+
+
+def test_the_first_layers_of_the_decoder_learn_with_the_tower_and_later_ones_do_not(data: Path) -> None:
+    processor = build_processor(vocabulary(), 64, 16)
+    model = build_orrery(SMALL, len(processor.tokenizer), 0)
+    layers = model.model.language_model.layers
+    before = [layer.mlp.up_proj.weight.clone() for layer in layers]
+    stage = StageConfig(2, BATCH, warmup=1)
+    module = TowerModule(stage, model, processor.tokenizer, KINDS, depth=1)
+    fit_stage(module, ScenePool(data, "train"), [], False, "bf16-mixed")
+    moved = [not torch.equal(old, layer.mlp.up_proj.weight) for old, layer in zip(before, layers, strict=True)]
+    assert moved == [True, False] and model.config.text_config.num_hidden_layers == 2
+
+
+def test_a_model_starts_from_the_parts_that_another_has(tmp_path: Path) -> None:
+    known, more = (build_processor(vocabulary(kinds), 64, 16) for kinds in (KINDS, COMPOSED))
+    given = build_orrery(SMALL, len(known.tokenizer), 1)
+    given.save_pretrained(tmp_path)
+    known.save_pretrained(tmp_path)
+    model = build_orrery(replace(SMALL, n_layers=1, d_mlp=8), len(more.tokenizer), 2)
+    mlp = model.model.language_model.layers[0].mlp.up_proj.weight.clone()
+    take_weights(model, more.tokenizer, tmp_path)
+    old, new = (m.model.language_model for m in (given, model))
+    assert torch.equal(new.embed_tokens.weight[: len(known.tokenizer)], old.embed_tokens.weight)
+    assert torch.equal(new.layers[0].self_attn.q_proj.weight, old.layers[0].self_attn.q_proj.weight)
+    assert torch.equal(new.layers[0].mlp.up_proj.weight, mlp)  # of another size

@@ -150,8 +150,9 @@ def pictures(scenes: Iterable[Scene]) -> list[np.ndarray]:
 
 def plainly_asked(scene: Scene) -> Scene:
     """The scene with its questions in canonical words, without the caption, whose answer is more than one word."""
-    plain = tuple(Question(q.group, QUESTIONS[q.group][0], q.answer) for q in scene.questions if q.group in QUESTIONS)
-    return replace(scene, questions=plain)
+    asked = (q for q in scene.questions if q.group != "caption")
+    plain = (replace(q, question=QUESTIONS[q.group][0]) if q.group in QUESTIONS else q for q in asked)
+    return replace(scene, questions=tuple(plain))
 
 
 @dataclass(frozen=True)
@@ -378,7 +379,7 @@ def _plain_facts(kind: str, facts: Mapping[str, Any]) -> dict[str, str | int]:
     return {"scene": kind} | {name: value for name, value in facts.items() if isinstance(value, str | int)}
 
 
-DEFAULT_SHARDS = "outputs/data/orrery"  # as in conf/data/orrery.yaml
+DEFAULT_SHARDS = ("outputs/data/orrery", "outputs/data/orrery2")  # as in conf/data/
 
 
 def scene_shards(path: str | None) -> Path | None:
@@ -386,7 +387,7 @@ def scene_shards(path: str | None) -> Path | None:
 
     The scenes of `task=build_data` are then rendered when they are drawn: the same scenes, without a wait.
     """
-    if path is not None and (path != DEFAULT_SHARDS or Path(path).exists()):
+    if path is not None and (path not in DEFAULT_SHARDS or Path(path).exists()):
         return Path(path)
     _say_rendered()
     return None

@@ -14,7 +14,7 @@ changed are otherwise identical to the pixel (`vlmscope.data.orrery.dataset.scen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,8 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
 from vlmscope.data.orrery.scenes import (
     CAPTION_PROMPTS,
+    COMPOSED,
+    COMPOSED_QUESTIONS,
     KINDS,
     NUMBERS,
     PLANETS,
@@ -35,6 +37,7 @@ from vlmscope.data.orrery.scenes import (
     SHAPES,
     SIDE,
     SPLITS,
+    YES_NO,
     Question,
     Scene,
     plural,
@@ -61,8 +64,8 @@ def make_scene(split: str, kind: str, index: int, seed: int = 0) -> Scene:
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-    if kind not in KINDS:
-        raise ValueError(f"unknown scene kind {kind!r}: choose one of {', '.join(KINDS)}")
+    if kind not in (*KINDS, *COMPOSED):
+        raise ValueError(f"unknown scene kind {kind!r}: choose one of {', '.join((*KINDS, *COMPOSED))}")
     rng = generator(seed, "orrery", split, kind, index)
     if kind == "planets":
         scene = planet_scene(rng, str(rng.choice(list(PLANETS))))
@@ -75,6 +78,14 @@ def make_scene(split: str, kind: str, index: int, seed: int = 0) -> Scene:
         scene = shape_scene(rng, shape, colour, count)
     elif kind == "hands":
         scene = hand_scene(rng, 5 if rng.random() < 0.9 else int(rng.integers(1, 5)))
+    elif kind == "duets":
+        left, right = (str(name) for name in rng.choice(list(PLANETS), 2))
+        scene = duet_scene(rng, left, right)
+    elif kind == "tinted":
+        digits, colours = rng.choice(10, 2, replace=False), rng.choice(list(SHAPE_COLOURS), 2, replace=False)
+        scene = tinted_scene(rng, split, [int(digit) for digit in digits], [str(colour) for colour in colours])
+    elif kind == "objects":
+        scene = object_scene(rng, _drawn_objects(rng))
     else:
         scene = _text_scene(rng)
     return Scene(kind, f"{split}-{kind}-{index:06d}", scene.image, scene.facts, scene.questions)
@@ -127,16 +138,39 @@ def planet_scene(rng: np.random.Generator, name: str) -> Scene:
 
 
 def _planet(rng: np.random.Generator, name: str) -> tuple[np.ndarray, list[float]]:
-    from scipy.spatial.transform import Rotation
-
     radius = rng.uniform(16, 20 if name == "saturn" else 29)
     slack = max(SIDE / 2 - radius - 1, 1.0)
     cx, cy = SIDE / 2 + rng.uniform(-slack, slack, 2)
+    grid = (np.arange(SIDE * PLANET_SAMPLES) + 0.5) / PLANET_SAMPLES
+    x, y = np.meshgrid((grid - cx) / radius, (grid - cy) / radius)
+    inside, z, colour = _sphere(rng, name, x, y)
+    canvas = _sky(rng)
+    canvas[inside] = colour
+    if name == "saturn":
+        _add_rings(rng, canvas, x, y, z, inside)
+    box = [float(v / SIDE) for v in (cx - radius, cy - radius, cx + radius, cy + radius)]
+    return _developed(rng, canvas), [min(max(v, 0.0), 1.0) for v in box]
+
+
+def _developed(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+    """A canvas of samples as pixels uint8 [64, 64, 3], slightly tinted."""
+    fine = np.clip(canvas * rng.uniform(0.98, 1.02, 3), 0, 1)
+    fine = fine.reshape(SIDE, PLANET_SAMPLES, SIDE, PLANET_SAMPLES, 3)
+    return (fine.mean((1, 3)) * 255 + 0.5).astype(np.uint8)
+
+
+def _sphere(
+    rng: np.random.Generator, name: str, x: np.ndarray, y: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which samples a planet covers, its depth z at all of them, and the colours [n, 3] of those covered.
+
+    `x`, `y` [H, W] are places in planet radii from its middle; pose and light are drawn.
+    """
+    from scipy.spatial.transform import Rotation
+
     rotation = Rotation.random(random_state=rng).as_matrix()  # pyright: ignore[reportCallIssue]
     light = np.array([rng.uniform(-0.7, 0.7), rng.uniform(-0.7, 0.7), 1.0])
     light /= np.linalg.norm(light)
-    grid = (np.arange(SIDE * PLANET_SAMPLES) + 0.5) / PLANET_SAMPLES
-    x, y = np.meshgrid((grid - cx) / radius, (grid - cy) / radius)
     inside = x**2 + y**2 < 1
     z = np.sqrt(np.clip(1 - x**2 - y**2, 0, None))
     normal = np.stack([x[inside], y[inside], z[inside]], -1)
@@ -144,14 +178,7 @@ def _planet(rng: np.random.Generator, name: str) -> tuple[np.ndarray, list[float
     colour = _sphere_texels(texture(name), normal @ rotation.T) * np.clip(shade, 0, 1.15)[..., None]
     if name == "earth":
         colour = colour * 1.25 + 0.02  # the map is darker than the others: NASA's has no atmosphere
-    canvas = _sky(rng)
-    canvas[inside] = colour
-    if name == "saturn":
-        _add_rings(rng, canvas, x, y, z, inside)
-    tint = rng.uniform(0.98, 1.02, 3)
-    fine = np.clip(canvas * tint, 0, 1).reshape(SIDE, PLANET_SAMPLES, SIDE, PLANET_SAMPLES, 3)
-    box = [float(v / SIDE) for v in (cx - radius, cy - radius, cx + radius, cy + radius)]
-    return (fine.mean((1, 3)) * 255 + 0.5).astype(np.uint8), [min(max(v, 0.0), 1.0) for v in box]
+    return inside, z, colour
 
 
 def _sphere_texels(tex: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -324,6 +351,112 @@ def hand_scene(rng: np.random.Generator, count: int, tilt: float | None = None) 
 
 def _averaged(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX), np.uint8)
+
+
+def _asked(group: str, answer: str, *words: str) -> Question:
+    """A question of a composed scene about some words."""
+    return Question(group, COMPOSED_QUESTIONS[group].format(*words), answer)
+
+
+def duet_scene(rng: np.random.Generator, left: str, right: str) -> Scene:
+    """Two planets side by side, each in its half of the picture."""
+    names = {"left": left, "right": right}
+    canvas = _sky(rng)
+    grid = (np.arange(SIDE * PLANET_SAMPLES) + 0.5) / PLANET_SAMPLES
+    for middle, name in ((SIDE / 4, left), (SIDE * 3 / 4, right)):
+        radius = rng.uniform(9, 11) if name == "saturn" else rng.uniform(11, 15)
+        cx, cy = middle + rng.uniform(-1, 1) * (15.5 - radius), SIDE / 2 + rng.uniform(-1, 1) * (31 - radius)
+        columns = np.abs(grid - middle) < SIDE / 4
+        half = canvas[:, columns]
+        x, y = np.meshgrid((grid[columns] - cx) / radius, (grid - cy) / radius)
+        inside, z, colour = _sphere(rng, name, x, y)
+        half[inside] = colour
+        if name == "saturn":
+            _add_rings(rng, half, x, y, z, inside)
+        canvas[:, columns] = half
+    image = _developed(rng, canvas)
+    questions = []
+    for side, name in names.items():
+        planet = PLANETS[name]
+        asked = {side: name, f"{side}_colour": planet.colour, f"{side}_cover": planet.cover}
+        questions += [_asked(group, answer) for group, answer in asked.items()]
+    is_there = bool(rng.random() < 0.5)
+    pool = [name for name in PLANETS if (name in names.values()) == is_there]
+    questions.append(_asked("present", YES_NO[is_there], str(rng.choice(pool))))
+    return Scene("duets", "", image, dict(names), tuple(questions))
+
+
+def tinted_scene(rng: np.random.Generator, split: str, digits: Sequence[int], colours: Sequence[str]) -> Scene:
+    """Two different digits in two different colours of shapes, glyphs drawn at random from the split."""
+    pictures, _ = glyphs(split)
+    canvas = np.full((SIDE, SIDE, 3), rng.uniform(0.0, 0.15))
+    for digit, colour, centre in zip(digits, colours, (16.0, 48.0), strict=True):
+        ink = _warped_glyph(rng, pictures[digit][int(rng.integers(len(pictures[digit])))], centre)[..., None]
+        paint = np.array(SHAPE_COLOURS[colour]) / 255 * rng.uniform(0.85, 1.05)
+        canvas = canvas * (1 - ink) + paint * ink
+    image = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
+    larger, asked = int(digits[1] > digits[0]), int(rng.integers(2))
+    questions = (
+        _asked("larger", NUMBERS[max(digits)]),
+        _asked("larger_colour", colours[larger]),
+        _asked("first_colour", colours[0]),
+        _asked("second_colour", colours[1]),
+        _asked("digit_of_colour", NUMBERS[digits[asked]], colours[asked]),
+    )
+    facts = {"first": NUMBERS[digits[0]], "second": NUMBERS[digits[1]]}
+    facts |= {"first_colour": colours[0], "second_colour": colours[1]}
+    return Scene("tinted", "", image, dict(facts), questions)
+
+
+def _drawn_objects(rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Colour and shape of two to four things; each repeats an earlier one with probability 0.3."""
+    things: list[tuple[str, str]] = []
+    for _ in range(int(rng.integers(2, 5))):
+        again = bool(things) and rng.random() < 0.3
+        drawn = (str(rng.choice(list(SHAPE_COLOURS))), str(rng.choice(SHAPES)))
+        things.append(things[int(rng.integers(len(things)))] if again else drawn)
+    return things
+
+
+def object_scene(rng: np.random.Generator, things: Sequence[tuple[str, str]]) -> Scene:
+    """Up to four things of given colours and shapes, one in a quarter of the picture.
+
+    Facts name the thing in each quarter (`thing_0` .. `thing_3`, by rows; "" for none).
+    """
+    ground = tuple(int(v) for v in rng.integers(5, 45, 3))
+    picture = Image.new("RGB", (SIDE * SUPER, SIDE * SUPER), ground)
+    draw = ImageDraw.Draw(picture)
+    facts = {f"thing_{slot}": "" for slot in range(4)}
+    for slot, (colour, shape) in zip(rng.permutation(4).tolist(), things, strict=False):
+        facts[f"thing_{slot}"] = f"{colour} {shape}"
+        radius = rng.uniform(8, 12)
+        cx, cy = (np.array([slot % 2, slot // 2]) + 0.5) * SIDE / 2 + rng.uniform(-1, 1, 2) * (15 - radius)
+        base = np.array(SHAPE_COLOURS[colour]) * rng.uniform(0.85, 1.05) + rng.uniform(-8, 8, 3)
+        fill = tuple(int(v) for v in np.clip(base, 0, 255))
+        _draw_shape(draw, shape, cx * SUPER, cy * SUPER, radius * SUPER, rng.uniform(-0.35, 0.35), fill)
+    questions = _object_questions(rng, things)
+    return Scene("objects", "", _averaged(picture), dict(facts), questions)
+
+
+def _object_questions(rng: np.random.Generator, things: Sequence[tuple[str, str]]) -> tuple[Question, ...]:
+    """What is unique, how many of a sort, and whether a sort is there: half of the time not, but its parts may be."""
+    colours, shapes = zip(*things, strict=True)
+    questions = []
+    for group, known, told in (("colour_of", shapes, colours), ("shape_of", colours, shapes)):
+        unique = [number for number, word in enumerate(known) if known.count(word) == 1]
+        if unique:
+            number = int(rng.choice(unique))
+            questions.append(_asked(group, told[number], known[number]))
+    mixed = [(colour, shape) for colour in colours for shape in shapes if (colour, shape) not in things]
+    anything = [(colour, shape) for colour in SHAPE_COLOURS for shape in SHAPES if (colour, shape) not in things]
+    absent = mixed if mixed and rng.random() < 0.7 else anything
+    shown, missing = things[int(rng.integers(len(things)))], absent[int(rng.integers(len(absent)))]
+    counted = missing if rng.random() < 0.2 else shown
+    number = NUMBERS[list(things).count(counted)]
+    questions.append(_asked("count_of", number, counted[0], plural(counted[1], 2)))
+    is_there = bool(rng.random() < 0.5)
+    questions.append(_asked("exists", YES_NO[is_there], *(shown if is_there else missing)))
+    return tuple(questions)
 
 
 # Harder scenes, on which models err often enough that errors can be predicted, are smaller, darker and noisy by one

@@ -18,10 +18,15 @@ SIDE = 64  # pixels
 SPLITS = ("train", "val", "test")
 KINDS = ("planets", "digits", "shapes", "hands", "text")
 PICTURED = KINDS[:-1]
-COUNTS = {  # scenes of each split and kind that task=build_data writes by default
-    "train": {"planets": 10000, "digits": 28000, "shapes": 10000, "hands": 5000, "text": 2000},
-    "val": dict.fromkeys(KINDS, 400),
-    "test": dict.fromkeys(KINDS, 1000),
+# Kinds of several things, whose questions bind, compose or ask for what is not there; Orrery 2 knows them too.
+COMPOSED = ("duets", "tinted", "objects")
+COUNTS = {  # scenes of each split and kind that task=build_data writes by default, of the kinds of its data
+    "train": {
+        **{"planets": 10000, "digits": 28000, "shapes": 10000, "hands": 5000, "text": 2000},
+        **{"duets": 12000, "tinted": 24000, "objects": 12000},
+    },
+    "val": dict.fromkeys((*KINDS, *COMPOSED), 400),
+    "test": dict.fromkeys((*KINDS, *COMPOSED), 1000),
 }
 
 NUMBERS = [
@@ -93,6 +98,26 @@ HAND_QUESTIONS: dict[str, tuple[str, ...]] = {
     "fingers": ("how many fingers are there ?", "how many fingers does this hand have ?"),
 }
 QUESTIONS = PLANET_QUESTIONS | DIGIT_QUESTIONS | SHAPE_QUESTIONS | HAND_QUESTIONS
+# Questions of composed scenes, one wording each: {} is a word of the scene or, for what is absent, of another one.
+COMPOSED_QUESTIONS: dict[str, str] = {
+    "left": "which planet is on the left ?",
+    "right": "which planet is on the right ?",
+    "left_colour": "what colour is the planet on the left ?",
+    "right_colour": "what colour is the planet on the right ?",
+    "left_cover": "what covers the planet on the left ?",
+    "right_cover": "what covers the planet on the right ?",
+    "present": "is {} in this image ?",
+    "larger": "what is the larger digit ?",
+    "larger_colour": "which colour is the larger digit ?",
+    "first_colour": "which colour is the first digit ?",
+    "second_colour": "which colour is the second digit ?",
+    "digit_of_colour": "what is the {} digit ?",
+    "count_of": "how many {} {} are there ?",
+    "colour_of": "what colour is the {} ?",
+    "shape_of": "which shape is {} ?",
+    "exists": "is there a {} {} ?",
+}
+YES_NO = ("no", "yes")
 CAPTION_PROMPTS = ("describe this image in detail .", "describe this image .")
 CAPTION_WORDS = "a planet covered with two digits and hand fingers finger"  # of captions, besides the facts
 
@@ -124,13 +149,19 @@ def text_facts() -> tuple[tuple[str, str, str], ...]:
     return tuple(facts)
 
 
-def vocabulary() -> list[str]:
-    """All words of templates, facts and captions, sorted, without special tokens."""
+def vocabulary(kinds: Sequence[str] = KINDS) -> list[str]:
+    """All words of templates, facts and captions, sorted, without special tokens.
+
+    Words that only composed scenes have are there if `kinds` has one of these. They come last, so that all other words
+    have the same numbers in every vocabulary.
+    """
     texts = [*NUMBERS, *SHAPES, *SHAPE_COLOURS, *CAPTION_PROMPTS, CAPTION_WORDS, "user model . , ?"]
     texts += [wording for wordings in QUESTIONS.values() for wording in wordings]
     texts += [f"{question} {answer}" for _, question, answer in text_facts()]
     texts += [plural(shape, 2) for shape in SHAPES]
-    return sorted({word for text in texts for word in text.split()})
+    words = {word for text in texts for word in text.split()}
+    composed = {word for text in (*COMPOSED_QUESTIONS.values(), *YES_NO) for word in text.split()} - {"{}"}
+    return [*sorted(words), *(sorted(composed - words) if set(kinds) & set(COMPOSED) else ())]
 
 
 @dataclass(frozen=True)
@@ -158,7 +189,8 @@ class Scene:
 
     def answer_to(self, question: str) -> str:
         """The correct answer to a question in any of its wordings; "" to another."""
-        return next((q.answer for q in self.questions if question in QUESTIONS.get(q.group, ())), "")
+        asked = (q for q in self.questions if question == q.question or question in QUESTIONS.get(q.group, ()))
+        return next((q.answer for q in asked), "")
 
     def facts_named(self, words: Sequence[str]) -> tuple[str, ...]:
         """The fact that each word of a caption names, "" for none; each fact once, in the order of reading."""

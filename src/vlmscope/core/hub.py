@@ -6,7 +6,7 @@ Only files of the caller's patterns are fetched, never a pickle and never code. 
 
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,30 +87,6 @@ def fetch(repo: str, revision: str, patterns: FilePatterns, refusal: Callable[[s
         return Path(folder)
     except (HTTPError, OSError, ValueError) as error:
         raise refusal(reason(error)) from error
-
-
-def push(folder: Path, repo: str, patterns: Sequence[str], private: bool, revision: str | None) -> str:
-    """Upload the matching files of a folder to a repository and return the commit.
-
-    The repository (private or public) and the branch `revision` are created if necessary; None is the main branch.
-    """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
-
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(f"cannot push {folder} to {repo}: HF_HUB_OFFLINE forbids it; unset it")
-    api = HfApi()
-    try:
-        api.create_repo(repo, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, revision=revision, allow_patterns=list(patterns),
-            commit_message="Transcoder set",
-        )  # fmt: skip
-    except (HTTPError, OSError, ValueError) as error:
-        raise UserError(f"cannot push {folder} to {repo}: {reason(error)}") from error
-    return str(commit.oid)
 
 
 def reason(error: Any) -> str:

@@ -1,4 +1,4 @@
-"""Transcoder sets on the Hugging Face hub: download of a repository at one commit, upload, and the card.
+"""Transcoder sets on the Hugging Face hub: download of a repository at one commit, and the card.
 
 A set is searched for as a folder, then in the hub's local cache without a network, then it is downloaded into that
 cache. Only safetensors, YAML, JSON and Markdown are transferred, never a pickle and never code.
@@ -21,7 +21,7 @@ import yaml
 
 from vlmscope.core.artifacts import built_from, parse_yaml
 from vlmscope.core.errors import UserError
-from vlmscope.core.hub import FilePatterns, cached_folder, fetch, is_commit, is_hub_id, push
+from vlmscope.core.hub import FilePatterns, cached_folder, fetch, is_commit, is_hub_id
 from vlmscope.transcoders.formats import ANY, Choice, load_set, open_set
 from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -269,17 +269,3 @@ def from_pretrained(
 ) -> TranscoderSet:
     """Load a set from a folder or from the hub: `set_folder`, then `load_set` with the remaining arguments."""
     return load_set(set_folder(path, revision, format, choice), n_layers, d_model, dtype, device, format, choice)
-
-
-def push_to_hub(folder: str | Path, repo: str, private: bool = True, revision: str | None = None) -> str:
-    """Upload the folder of a set, in any format and with its card; returns the new commit.
-
-    `repo` is `organisation/name`, created (private or not) if necessary, as is the branch `revision` (None: main).
-    """
-    folder = Path(folder)
-    if not is_hub_id(repo):
-        raise UserError(f"cannot push to {repo!r}: it is no hub id; write it as organisation/name")
-    open_set(folder)
-    if not (folder / CARD).is_file():
-        raise UserError(f"{folder} has no README.md; write the set's card first (task=convert makes one)")
-    return push(folder, repo, ALLOWED, private, revision)

@@ -1,4 +1,4 @@
-"""Sets on the hub: found in a folder or in the cache without a network, fetched at a commit, pushed without secrets."""
+"""Sets on the hub: found in a folder or in the cache without a network, fetched at a commit."""
 
 import shutil
 from fnmatch import fnmatch
@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.formats import Choice, save_set
-from vlmscope.transcoders.hub import from_pretrained, push_to_hub, set_folder
+from vlmscope.transcoders.hub import from_pretrained, set_folder
 from vlmscope.transcoders.transcoder import TranscoderSet, random_set
 
 REPO, COMMIT = "some-org/some-set", "0123456789abcdef0123456789abcdef01234567"
@@ -41,23 +41,6 @@ class Hub:
                 shutil.copy(path, target / name)
         return str(target)
 
-    def create_repo(self, repo: str, *, private: bool, exist_ok: bool) -> None:
-        assert exist_ok
-        self.calls.append(("create", repo, private))
-        (self.root / repo).mkdir(parents=True, exist_ok=True)
-
-    def create_branch(self, repo: str, *, branch: str, exist_ok: bool) -> None:
-        self.calls.append(("branch", branch))
-
-    def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list[str], **settings: Any) -> Any:
-        assert "token" not in settings
-        for path in folder_path.rglob("*"):
-            name = str(path.relative_to(folder_path))
-            if path.is_file() and any(fnmatch(name, pattern) for pattern in allow_patterns):
-                (self.root / repo_id / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, self.root / repo_id / name)
-        return SimpleNamespace(oid=COMMIT)
-
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
@@ -79,17 +62,14 @@ def same(first: TranscoderSet, second: TranscoderSet) -> bool:
     return first.layers == second.layers and all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_what_is_pushed_comes_back_at_its_commit(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_is_fetched_at_its_commit(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_set(a_set(), tmp_path / "set")
-    for name in ("README.md", "state.pt", "token.txt", "code.py"):
-        (tmp_path / "set" / name).write_text("x")
-    assert push_to_hub(tmp_path / "set", REPO, revision="second") == COMMIT
-    assert hub.calls == [("create", REPO, True), ("branch", "second")]
-    names = {path.name for path in (hub.root / REPO).iterdir()}
-    assert names == {"README.md", "config.yaml", "layer_0.safetensors", "layer_1.safetensors"}
-    (hub.root / REPO / "pytorch_model.bin").write_text("x")
+    save_set(a_set(), hub.root / REPO)
+    for name in ("README.md", "pytorch_model.bin", "code.py"):
+        (hub.root / REPO / name).write_text("x")
     assert same(from_pretrained(REPO, COMMIT, n_layers=2, d_model=6), a_set())
-    assert not list((tmp_path / "cache").rglob("*.bin"))
+    names = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert names == {"README.md", "config.yaml", "layer_0.safetensors", "layer_1.safetensors"}
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # from now on the cache is enough
     assert same(from_pretrained(REPO, COMMIT), a_set())
     assert same(from_pretrained(tmp_path / "set"), a_set())
@@ -127,20 +107,3 @@ def test_a_commit_is_asked_for(hub: Hub, revision: str | None) -> None:
     with pytest.raises(UserError, match="add transcoder.revision=<commit, 40 hex digits>"):
         set_folder(REPO, revision)
     assert not hub.calls
-
-
-def test_what_cannot_be_pushed_is_one_line(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_set(a_set(), tmp_path / "set")
-    with pytest.raises(UserError, match="has no README.md"):
-        push_to_hub(tmp_path / "set", REPO)
-    (tmp_path / "set" / "README.md").write_text("x")
-    with pytest.raises(UserError, match="no hub id"):
-        push_to_hub(tmp_path / "set", "just-a-name")
-    with pytest.raises(UserError, match="no transcoder set"):
-        push_to_hub(tmp_path, REPO)
-    monkeypatch.setattr(hub, "create_repo", lambda *_, **__: (_ for _ in ()).throw(TimeoutError("slow")))
-    with pytest.raises(UserError, match=r"cannot push .* to some-org/some-set: the hub cannot be reached"):
-        push_to_hub(tmp_path / "set", REPO)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids"):
-        push_to_hub(tmp_path / "set", REPO)

@@ -181,8 +181,10 @@ function GraphView({ store, route }: { store: GraphStore; route: Route }) {
   const file = route.query.get("file");
 
   useSignalEffect(() => {
-    const address = addressOf(store, false);
-    if (embedded === null) replaceAddress("graph", route.rest, { ...address, file: file ?? "" });
+    const address = { ...addressOf(store, false), file: file ?? "" };
+    // Browsers refuse many changes of the address in a short time, such as those of a slider.
+    const timer = setTimeout(() => embedded === null && replaceAddress("graph", route.rest, address), 200);
+    return () => clearTimeout(timer);
   });
   useEffect(() => {
     const pick = (node: number): void => {

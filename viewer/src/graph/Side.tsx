@@ -1,4 +1,4 @@
-import { useSignal } from "@preact/signals";
+import { signal, useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
 import { FeaturePanel } from "../features/FeaturePanel";
 import { Button, Segmented } from "../ui/controls";
@@ -9,6 +9,8 @@ import type { QueryKeys } from "./parse";
 import type { GraphStore } from "./store";
 
 const SHOWN = 12; // edges until "show all"
+/** What the panel shows of a node; it stays while one looks at others. */
+const tab = signal<"in" | "out" | "examples">("in");
 
 /** The panel at the side: the picture, then the chosen node, or what the graph is about. */
 export function Side({ store }: { store: GraphStore }) {
@@ -53,7 +55,7 @@ function Pictures({ store }: { store: GraphStore }) {
           onHover={(position) => (store.hovered.value = position === null ? null : (at(position) ?? null))}
         />
       ))}
-      {heat.size > 0 && <p class="caption">Patches that feed this node directly: blue adds, orange takes away</p>}
+      {heat.size > 0 && <p class="caption">Blue patches add to this node, orange take away</p>}
     </div>
   );
 }
@@ -166,14 +168,14 @@ function Details({ store, node }: { store: GraphStore; node: number }) {
   const { kind, feature, layer, activation, probability, id, queryKeys, label } = model.node(node);
   const incoming = model.incoming(node);
   const outgoing = model.outgoing(node);
-  const side = useSignal<"in" | "out">(incoming.length || !outgoing.length ? "in" : "out");
+  const side = tab.value === "examples" && !feature ? "in" : tab.value === "in" && !incoming.length && outgoing.length ? "out" : tab.value;
   const all = useSignal(false);
   const editing = useSignal(false);
   const field = useRef<HTMLInputElement>(null);
   const pinned = store.pinnedSet.value.has(node);
   const group = store.groupOf.value.get(node);
   useEffect(() => field.current?.select(), [editing.value]);
-  const edges = side.value === "in" ? incoming : outgoing;
+  const edges = side === "in" ? incoming : outgoing;
   const total = edges.reduce((sum, edge) => sum + Math.abs(edge.weight), 0) || 1;
   const most = Math.abs(edges[0]?.weight ?? 1);
   const own = store.labels[feature || id];
@@ -251,34 +253,31 @@ function Details({ store, node }: { store: GraphStore; node: number }) {
       <section class="panel">
         <header>
           <Segmented
-            label="Direction of edges"
-            value={side.value}
-            options={[
-              ["in", `Inputs ${incoming.length}`],
-              ["out", `Outputs ${outgoing.length}`],
-            ]}
-            onChange={(value) => ((side.value = value), (all.value = false))}
+            label="About this node"
+            value={side}
+            options={[["in", `Inputs ${incoming.length}`], ["out", `Outputs ${outgoing.length}`], ...(feature ? ([["examples", "Examples"]] as const) : [])]}
+            onChange={(value) => ((tab.value = value), (all.value = false))}
           />
-          <span class="key">
-            <i class="plus" /> adds <i class="minus" /> takes away
-          </span>
         </header>
+        {side === "examples" ? (
+          <FeaturePanel key={feature} study="" model={model.file.model} feature={feature} />
+        ) : (
         <div class="body">
           <ul class="edges">
             {(all.value ? edges : edges.slice(0, SHOWN)).map((edge) => (
               <NodeRow key={edge.index} store={store} node={edge.node} strength={Math.abs(edge.weight) / most} negative={edge.weight < 0} value={signed(edge.weight)} detail={heads(store, edge) || percent(Math.abs(edge.weight) / total)} />
             ))}
           </ul>
-          {!edges.length && <p class="hint">{side.value === "in" ? "Nothing in this graph leads here." : "Nothing in this graph starts here."}</p>}
+          {!edges.length && <p class="hint">{side === "in" ? "Nothing in this graph leads here." : "Nothing in this graph starts here."}</p>}
           {edges.length > SHOWN && !all.value && (
             <Button kind="quiet" small onClick={() => (all.value = true)}>
               Show all {edges.length}
             </Button>
           )}
         </div>
+        )}
       </section>
       {queryKeys && <QueryKeyPairs store={store} value={queryKeys} />}
-      {feature && <FeaturePanel key={feature} study="" model={model.file.model} feature={feature} />}
     </>
   );
 }

@@ -83,7 +83,11 @@ export function layout(model: GraphModel, width: number, height: number): Layout
   const need = columns.map(({ position }) => Math.min(demand.get(position) ?? 0, 24));
   for (const block of blocks) block.width = Math.min(tall * aspect(block), (inner * 0.5) / blocks.length);
   const left = inner - blocks.reduce((all, block) => all + block.width + 24, 0);
-  const wanted = need.map((count) => (28 + Math.max(0, count - 1) * GAP) * unit);
+  // Room for the nodes and, but for special tokens, for the word.
+  const wanted = columns.map(({ words, position }, i) => {
+    const word = position < 0 || /^<.*>$/.test(words) ? 0 : Math.min(words.length, 12);
+    return Math.max((28 + Math.max(0, need[i]! - 1) * GAP) * unit, 7.5 * word + 10);
+  });
   const all = wanted.reduce((total, one) => total + one, 0) || 1;
   const spare = Math.max(0, left - all);
   columns.forEach((column, i) => (column.width = all > left ? (wanted[i]! * left) / all : wanted[i]! + (spare * (1 + need[i]!)) / need.reduce((t, c) => t + c + 1, 0)));

@@ -11,10 +11,17 @@ import { tokenText, type Edge } from "./model";
 import { SHAPES, type ShapedData, ShapeProgram } from "./shapes";
 import type { GraphStore } from "./store";
 
-export const MOST_EDGES = 10_000; // of those drawn for all nodes at once
+export const MOST_EDGES = 5000; // of those drawn for all nodes at once
 const LIT = 150; // edges drawn for one node
 const NAMED = 18; // names of nodes at once, besides those that were asked for
 const CROWD = 3000; // visible nodes up to which names keep clear of all of them
+
+/** From pixels of the layout to pixels of the box. */
+interface Affine {
+  scale: number;
+  x: (value: number) => number;
+  y: (value: number) => number;
+}
 
 interface Colours {
   ink: string;
@@ -47,6 +54,7 @@ export class Scene {
   constructor(private readonly box: HTMLElement, private readonly store: GraphStore) {
     const { model } = store;
     this.colours = this.readColours();
+    this.outputs = model.file.nodes.flatMap((node, number) => (node.kind === "logit" ? [number] : []));
     this.map = layout(model, box.clientWidth, box.clientHeight);
     for (let node = 0; node < model.n; node++) this.graph.addNode(String(node), { x: this.map.x[node], y: -this.map.y[node]!, size: this.size(node), type: "shape" });
     model.strongest.slice(0, MOST_EDGES).forEach((edge, rank) => {
@@ -147,8 +155,8 @@ export class Scene {
     if (data) void this.sigma.getCamera().animate({ x: data.x, y: data.y }, { duration: 250 });
   }
   /** Where a node lies in the box, in pixels. */
-  at(node: number): { x: number; y: number } {
-    return this.sigma.graphToViewport({ x: this.map.x[node]!, y: -this.map.y[node]! });
+  at(node: number, view = this.view()): { x: number; y: number } {
+    return { x: view.x(this.map.x[node]!), y: view.y(this.map.y[node]!) };
   }
   /** The same of a node by its id. */
   whereIs(id: string): { x: number; y: number } {
@@ -272,7 +280,7 @@ export class Scene {
   }
 
   /** Layout pixels to box pixels: one scale and a shift. */
-  private view(): { scale: number; x: (value: number) => number; y: (value: number) => number } {
+  private view(): Affine {
     const origin = this.sigma.graphToViewport({ x: 0, y: 0 });
     const unit = this.sigma.graphToViewport({ x: 100, y: 0 });
     const scale = (unit.x - origin.x) / 100;
@@ -342,8 +350,7 @@ export class Scene {
     c.moveTo(0, axis + 0.5);
     c.lineTo(width, axis + 0.5);
     c.stroke();
-    const used = new Set<number>();
-    for (let node = 0; node < model.n; node++) if (visible.value[node]) used.add(model.node(node).position);
+    const used = this.positionsOf(visible.value);
     const marked = new Set([selected.value, hovered.value].flatMap((node) => (node === null ? [] : [model.node(node).position])));
     let free = -Infinity;
     for (const column of map.columns) {
@@ -372,25 +379,36 @@ export class Scene {
     });
   }
 
+  private used: { visible: Uint8Array; positions: Set<number> } | null = null;
+  /** Positions at which something is drawn. */
+  private positionsOf(visible: Uint8Array): Set<number> {
+    if (this.used?.visible !== visible) {
+      const { nodes } = this.store.model.file;
+      this.used = { visible, positions: new Set(nodes.flatMap(({ position }, node) => (visible[node] ? [position] : []))) };
+    }
+    return this.used.positions;
+  }
+
   private drawLit(): void {
     const { lit: c, store } = this;
     this.clean(c);
     const { selected, hovered, model } = store;
+    const view = this.view();
     for (const node of new Set([selected.value, hovered.value])) {
       if (node === null || !store.visible.value[node]) continue;
       const edges = [...model.incoming(node).slice(0, LIT), ...model.outgoing(node).slice(0, LIT)];
       const most = edges.reduce((max, edge) => Math.max(max, Math.abs(edge.weight)), 0) || 1;
-      for (const edge of edges.reverse()) this.curve(c, edge, Math.abs(edge.weight) / most);
+      for (const edge of edges.reverse()) this.curve(c, view, edge, Math.abs(edge.weight) / most);
     }
   }
 
   /** Edges leave their source upwards and reach their target from below. */
-  private curve(c: CanvasRenderingContext2D, edge: Edge, strength: number): void {
+  private curve(c: CanvasRenderingContext2D, view: Affine, edge: Edge, strength: number): void {
     const { file } = this.store.model;
     const { visible } = this.store;
     const [source, target] = [file.source[edge.index]!, file.target[edge.index]!];
     if (!visible.value[source] || !visible.value[target]) return;
-    const [from, to] = [this.at(source), this.at(target)];
+    const [from, to] = [this.at(source, view), this.at(target, view)];
     const bend = (from.y - to.y) * 0.45;
     c.beginPath();
     c.moveTo(from.x, from.y);
@@ -409,12 +427,13 @@ export class Scene {
     const { model, selected, hovered, visible } = store;
     const { width, height } = this.clean(c);
     const wanted = this.named();
+    const view = this.view();
     const taken: Rect[] = [];
     // Names keep clear of nodes too, where there are few enough to look at.
     const dots: Rect[] = [];
     for (let node = 0; node < model.n && dots.length < CROWD; node++) {
       if (!visible.value[node]) continue;
-      const { x, y } = this.at(node);
+      const { x, y } = this.at(node, view);
       const radius = this.sigma.scaleSize(this.size(node));
       dots.push([x - radius, y - radius, x + radius, y + radius]);
     }
@@ -425,7 +444,7 @@ export class Scene {
     for (const node of wanted) {
       if (count >= NAMED * map.unit && !asked.has(node)) continue;
       if (!visible.value[node]) continue;
-      const { x, y } = this.at(node);
+      const { x, y } = this.at(node, view);
       const strong = node === selected.value || node === hovered.value;
       const isEnd = model.node(node).kind === "logit";
       if (x < 0 || y < 0 || x > width || y > height - MARGIN.bottom) continue;
@@ -458,7 +477,7 @@ export class Scene {
     const { model, selected, hovered, pinnedSet, marked } = store;
     const first = new Set<number>();
     for (const node of [hovered.value, selected.value]) if (node !== null) first.add(node);
-    for (let node = 0; node < model.n; node++) if (model.node(node).kind === "logit") first.add(node);
+    for (const node of this.outputs) first.add(node);
     for (const node of [...marked.value, ...pinnedSet.value]) first.add(node);
     if (selected.value !== null) {
       const near = [...model.incoming(selected.value), ...model.outgoing(selected.value)].sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight));
@@ -469,6 +488,7 @@ export class Scene {
     return [...first].filter((node) => first.size < 4 || model.node(node).kind !== "token" || node === hovered.value || node === selected.value);
   }
 
+  private readonly outputs: number[];
   private influential: number[] | null = null;
   /** The features that matter most; the others get no name until they are hovered. */
   private get byInfluence(): number[] {

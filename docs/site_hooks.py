@@ -1,4 +1,4 @@
-"""Pages that the site has besides docs/: README, CONTRIBUTING and others, experiments' cards, a gallery, a reference.
+"""Pages that the site has besides docs/: README, CONTRIBUTING, cards, notebooks, a gallery, a reference.
 
 MkDocs calls the two functions `on_*` (mkdocs.yml). Links are written for GitHub; here they point to the site's pages,
 and a link to a file that is no page, such as source code, is shown as its text. No page is copied by hand.
@@ -7,6 +7,7 @@ and a link to a file that is no page, such as source code, is shown as its text.
 from __future__ import annotations
 
 import ast
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
-PAGES |= {"benchmarks/README.md": "benchmarks.md"}
+PAGES |= {"benchmarks/README.md": "benchmarks.md", "notebooks/README.md": "notebooks/index.md"}
 _LINK = re.compile(r"(?P<mark>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 
 
@@ -27,6 +28,8 @@ def site_path(source: str) -> str | None:
     """The page or picture of the site for a file of the repository; None if the site has none."""
     if source in PAGES:
         return PAGES[source]
+    if source.startswith("notebooks/") and source.endswith(".ipynb"):
+        return source.replace(".ipynb", ".md")
     if source.startswith("docs/") and (ROOT / source).is_file() and not source.endswith(".py"):
         return source.removeprefix("docs/")
     return source if ROOT / source in cards() else None
@@ -87,12 +90,37 @@ def reference() -> str:
     return "\n\n".join(parts)
 
 
+def notebook(path: Path) -> str:
+    """A notebook with its outputs: words as they are, code and text as blocks, pictures and tables in place."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            kind = next(kind for kind in ("image/png", "text/html", "text/plain") if kind in data)
+            text = "".join(data[kind])
+            if kind == "image/png":
+                parts.append(f"![output](data:image/png;base64,{text.strip()})")
+            elif kind == "text/html":  # on one line: an empty line would end the block of HTML
+                parts.append(" ".join(re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL).split()))
+            else:
+                parts.append(f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join(parts)
+
+
 def made_pages() -> dict[str, str]:
     """Text by name of every page that lies outside docs/."""
     sources = {**PAGES, **{f"experiments/{path.name}": f"experiments/{path.name}" for path in cards()}}
     pages = {
         page: linked((ROOT / source).read_text(encoding="utf-8"), source, page) for source, page in sources.items()
     }
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        page = f"notebooks/{path.stem}.md"
+        pages[page] = linked(notebook(path), f"notebooks/{path.name}", page)
     return pages | {"gallery.md": gallery(), "reference.md": reference()}
 
 

@@ -17,6 +17,7 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
     *sorted(ROOT.glob("docs/**/*.md")),
     *sorted(ROOT.glob("experiments/*.md")),
+    *sorted(ROOT.glob("notebooks/*.md")),
 ]
 MARKDOWN = MarkdownIt("gfm-like", {"linkify": False})
 
@@ -76,10 +77,12 @@ def test_the_site_has_every_page_and_its_own_links_lead_somewhere() -> None:
     in_docs = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*") if path.is_file()}
     nav = yaml.safe_dump(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     pages = {name for name in in_docs | set(made) if name.endswith(".md")}
-    assert set(re.findall(r"[\w/]+\.md", nav)) == {name for name in pages if "/" not in name}
+    assert set(re.findall(r"[\w/]+\.md", nav)) == {
+        name for name in pages if "/" not in name or name.startswith("notebooks/")
+    }
     for name, text in made.items():
         for target in targets(text):
-            if "://" not in target and not target.startswith("#"):
+            if not target.startswith(("http", "data:", "#")):
                 file = (Path(name).parent / target.partition("#")[0]).as_posix()
                 assert re.sub(r"[^/]+/\.\./", "", file) in in_docs | set(made), f"{name}: {target}"
 

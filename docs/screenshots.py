@@ -25,6 +25,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
 from urllib.parse import quote
@@ -263,18 +264,21 @@ def take_summary(page: Page, summary: Path, out: Path) -> None:
 
 
 def _save(page: Page, path: Path, height: int | None = None) -> None:
-    """The window, or its upper `height` pixels, as a PNG of at most 256 colours, atomically."""
+    """The window, or its upper `height` pixels."""
     page.add_style_tag(content=_FLOATING)
     page.mouse.move(0, 0)
     page.wait_for_timeout(1500)  # plots fade in and rows slide
-    with TemporaryFile() as raw:
-        raw.write(page.screenshot())
-        shown = Image.open(raw).convert("RGB")
-        if height is not None:
-            shown = shown.crop((0, 0, shown.width, height))
-        with atomic_path(path) as temporary:
-            shown.quantize(256, dither=Image.Dither.NONE).save(temporary, format="PNG", optimize=True)
+    shrunk(page.screenshot(), path, height)
     print(path)
+
+
+def shrunk(picture: bytes, path: Path, height: int | None = None) -> None:
+    """Write a picture, or its upper `height` pixels, as a PNG of at most 256 colours, atomically."""
+    shown = Image.open(BytesIO(picture)).convert("RGB")
+    if height is not None:
+        shown = shown.crop((0, 0, shown.width, height))
+    with atomic_path(path) as temporary:
+        shown.quantize(256, dither=Image.Dither.NONE).save(temporary, format="PNG", optimize=True)
 
 
 def main() -> int:

@@ -211,6 +211,9 @@ class OpenStudy:
             "feature": np.zeros(len(self.fires)),
         }
         order = found[np.argsort(keys[query.sort][found], kind="stable")]
+        if words:  # a label says more about a feature than the tokens that it promotes
+            labelled = [all(word in self.texts[row].lower() for word in words) for row in order]
+            order = order[np.argsort(~np.array(labelled, bool), kind="stable")]
         shown = order[query.offset : query.offset + query.limit]
         return len(order), self.described(shown.tolist())
 

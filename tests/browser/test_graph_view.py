@@ -128,7 +128,8 @@ def test_patches_of_the_picture_lead_to_their_soft_tokens(opened: Callable[[str]
 def test_groups_names_undo_and_reload(opened: Callable[[str], Page], root: Path) -> None:
     page = opened("groups")
     click(page, FIRST, shift=True)
-    click(page, SECOND, shift=True)
+    click(page, SECOND, shift=True)  # at once: no double click, which would pin
+    expect(page.get_by_role("toolbar", name="Marked nodes")).to_contain_text("2 nodes marked")
     page.keyboard.press("g")
     page.get_by_role("button", name="Pinned 2").click()
     page.locator(".subgraph g.item").first.dblclick()

@@ -12,7 +12,7 @@ import { SHAPES, type ShapedData, ShapeProgram } from "./shapes";
 import type { GraphStore } from "./store";
 
 export const MOST_EDGES = 5000; // of those drawn for all nodes at once
-const LIT = 150; // edges drawn for one node
+const LIT = 120; // edges drawn for one node, in each direction
 const NAMED = 18; // names of nodes at once, besides those that were asked for
 const CROWD = 3000; // visible nodes up to which names keep clear of all of them
 
@@ -84,19 +84,24 @@ export class Scene {
     this.sigma.on("afterRender", () => this.draw());
     this.sigma.on("enterNode", ({ node }) => (this.store.hovered.value = Number(node)));
     this.sigma.on("leaveNode", () => (this.store.hovered.value = null));
-    this.sigma.on("clickNode", ({ node, event }) => {
-      const { shiftKey, ctrlKey, metaKey } = event.original as MouseEvent;
+    let clicked = "";
+    const click = (node: string, { shiftKey, ctrlKey, metaKey }: MouseEvent | TouchEvent): void => {
+      clicked = node;
       if (shiftKey || ctrlKey || metaKey) store.mark(Number(node));
       else store.select(Number(node));
-    });
+    };
+    this.sigma.on("clickNode", ({ node, event }) => click(node, event.original));
     this.sigma.on("clickStage", () => {
       store.select(null);
       store.marked.value = new Set();
     });
-    this.sigma.on("doubleClickNode", ({ node, preventSigmaDefault }) => {
+    this.sigma.on("doubleClickNode", ({ node, event, preventSigmaDefault }) => {
       preventSigmaDefault();
-      store.togglePin([Number(node)]);
+      // Quick clicks on two nodes are two clicks; so are two on one node while marking.
+      if (node === clicked && !event.original.shiftKey) store.togglePin([Number(node)]);
+      else click(node, event.original);
     });
+    this.sigma.getCamera().on("updated", () => (store.hovered.value = null));
     this.sigma.on("doubleClickStage", ({ preventSigmaDefault }) => {
       preventSigmaDefault();
       this.fit();
@@ -135,6 +140,8 @@ export class Scene {
 
   /** Draw again after something was hovered. */
   overlay(): void {
+    // What lies under the edges of one node steps back.
+    this.sigma.getCanvases().edges!.style.opacity = this.store.hovered.value === null ? "1" : "0.3";
     this.drawLit();
     this.drawWords();
   }
@@ -289,10 +296,9 @@ export class Scene {
 
   private drawBack(): void {
     const { back: c, map, colours } = this;
-    const { model, selected, hovered, visible } = this.store;
-    const { width, height } = this.clean(c);
+    const { model, selected, hovered } = this.store;
+    const { width } = this.clean(c);
     const { scale, x, y } = this.view();
-    const axis = height - MARGIN.bottom;
 
     map.bands.forEach(({ top, height: tall }, row) => {
       if (row % 2 === 0) return;
@@ -330,8 +336,57 @@ export class Scene {
         c.restore();
       }
     }
+  }
 
-    // Names of the rows stay at the left edge, the prompt at the bottom.
+  private used: { visible: Uint8Array; positions: Set<number> } | null = null;
+  /** Positions at which something is drawn. */
+  private positionsOf(visible: Uint8Array): Set<number> {
+    if (this.used?.visible !== visible) {
+      const { nodes } = this.store.model.file;
+      this.used = { visible, positions: new Set(nodes.flatMap(({ position }, node) => (visible[node] ? [position] : []))) };
+    }
+    return this.used.positions;
+  }
+
+  private drawLit(): void {
+    const { lit: c, store } = this;
+    this.clean(c);
+    const { selected, hovered, model } = store;
+    const view = this.view();
+    for (const node of new Set([selected.value, hovered.value])) {
+      if (node === null || !store.visible.value[node]) continue;
+      const edges = [...model.incoming(node).slice(0, LIT), ...model.outgoing(node).slice(0, LIT)];
+      const most = edges.reduce((max, edge) => Math.max(max, Math.abs(edge.weight)), 0) || 1;
+      for (const edge of edges.reverse()) this.curve(c, view, edge, Math.abs(edge.weight) / most);
+    }
+  }
+
+  /** Edges leave their source upwards and reach their target from below. */
+  private curve(c: CanvasRenderingContext2D, view: Affine, edge: Edge, strength: number): void {
+    const { file } = this.store.model;
+    const { visible } = this.store;
+    const [source, target] = [file.source[edge.index]!, file.target[edge.index]!];
+    if (!visible.value[source] || !visible.value[target]) return;
+    const [from, to] = [this.at(source, view), this.at(target, view)];
+    const bend = (from.y - to.y) * 0.45;
+    c.beginPath();
+    c.moveTo(from.x, from.y);
+    c.bezierCurveTo(from.x, from.y - bend, to.x, to.y + bend, to.x, to.y);
+    c.strokeStyle = edge.weight > 0 ? this.colours.positive : this.colours.negative;
+    c.globalAlpha = 0.14 + 0.76 * strength;
+    c.lineWidth = 0.7 + 2.8 * strength;
+    c.setLineDash(edge.weight > 0 ? [] : [6, 4]);
+    c.stroke();
+    c.globalAlpha = 1;
+    c.setLineDash([]);
+  }
+
+  /** Names of the rows stay at the left edge, the prompt at the bottom, over all that is drawn. */
+  private drawAxes(c: CanvasRenderingContext2D, width: number, height: number): void {
+    const { map, colours } = this;
+    const { model, selected, hovered, visible } = this.store;
+    const { scale, x, y } = this.view();
+    const axis = height - MARGIN.bottom;
     c.textBaseline = "middle";
     c.textAlign = "right";
     map.bands.forEach(({ top, height: tall }, row) => {
@@ -340,7 +395,12 @@ export class Scene {
       const { name, kind } = model.rows[row]!;
       c.font = kind === "layer" ? "500 11px Inter, sans-serif" : "600 11px Inter, sans-serif";
       c.fillStyle = kind === "layer" ? colours.faint : colours.soft;
-      c.fillText(kind === "layer" ? `L${name}` : name, MARGIN.left - 18, middle);
+      c.strokeStyle = colours.surface;
+      c.lineWidth = 4;
+      c.lineJoin = "round";
+      const words = kind === "layer" ? `L${name}` : name;
+      c.strokeText(words, MARGIN.left - 18, middle);
+      c.fillText(words, MARGIN.left - 18, middle);
     });
     c.fillStyle = colours.surface;
     c.fillRect(0, axis, width, MARGIN.bottom);
@@ -379,49 +439,6 @@ export class Scene {
     });
   }
 
-  private used: { visible: Uint8Array; positions: Set<number> } | null = null;
-  /** Positions at which something is drawn. */
-  private positionsOf(visible: Uint8Array): Set<number> {
-    if (this.used?.visible !== visible) {
-      const { nodes } = this.store.model.file;
-      this.used = { visible, positions: new Set(nodes.flatMap(({ position }, node) => (visible[node] ? [position] : []))) };
-    }
-    return this.used.positions;
-  }
-
-  private drawLit(): void {
-    const { lit: c, store } = this;
-    this.clean(c);
-    const { selected, hovered, model } = store;
-    const view = this.view();
-    for (const node of new Set([selected.value, hovered.value])) {
-      if (node === null || !store.visible.value[node]) continue;
-      const edges = [...model.incoming(node).slice(0, LIT), ...model.outgoing(node).slice(0, LIT)];
-      const most = edges.reduce((max, edge) => Math.max(max, Math.abs(edge.weight)), 0) || 1;
-      for (const edge of edges.reverse()) this.curve(c, view, edge, Math.abs(edge.weight) / most);
-    }
-  }
-
-  /** Edges leave their source upwards and reach their target from below. */
-  private curve(c: CanvasRenderingContext2D, view: Affine, edge: Edge, strength: number): void {
-    const { file } = this.store.model;
-    const { visible } = this.store;
-    const [source, target] = [file.source[edge.index]!, file.target[edge.index]!];
-    if (!visible.value[source] || !visible.value[target]) return;
-    const [from, to] = [this.at(source, view), this.at(target, view)];
-    const bend = (from.y - to.y) * 0.45;
-    c.beginPath();
-    c.moveTo(from.x, from.y);
-    c.bezierCurveTo(from.x, from.y - bend, to.x, to.y + bend, to.x, to.y);
-    c.strokeStyle = edge.weight > 0 ? this.colours.positive : this.colours.negative;
-    c.globalAlpha = 0.18 + 0.72 * strength;
-    c.lineWidth = 0.8 + 3.4 * strength;
-    c.setLineDash(edge.weight > 0 ? [] : [6, 4]);
-    c.stroke();
-    c.globalAlpha = 1;
-    c.setLineDash([]);
-  }
-
   private drawWords(): void {
     const { words: c, store, colours, map } = this;
     const { model, selected, hovered, visible } = store;
@@ -439,6 +456,7 @@ export class Scene {
     }
     const asked = new Set([selected.value, hovered.value, ...store.marked.value, ...store.pinnedSet.value]);
     c.textBaseline = "middle";
+    c.textAlign = "left";
     c.lineJoin = "round";
     let count = 0;
     for (const node of wanted) {
@@ -469,6 +487,7 @@ export class Scene {
       c.fillText(text, ...spot);
       count++;
     }
+    this.drawAxes(c, width, height);
   }
 
   /** Nodes to name, the most important first. */

@@ -74,10 +74,10 @@ class Circuit:
     def level(self, name: str, role: str, layer: int, question: str | None = None) -> Tensor:
         """Mean activations [n] of a supernode's features of a layer at a role: under one question, or over all of them.
 
-        A role that the training prompts did not have gives zeros.
+        A role that the training prompts did not have gives zeros; levels without a question hold under every one.
         """
-        tables = self.levels[name]
-        keys = [k for k in tables if k.endswith(f":{role}") and (question is None or k == f"{question}:{role}")]
+        tables, asked = self.levels[name], (f"{question}:{role}", f":{role}")
+        keys = [key for key in tables if (key.endswith(f":{role}") if question is None else key in asked)]
         if not keys:
             return torch.zeros(len(self.indices(name)[layer]))
         return torch.stack([tables[key][layer] for key in keys]).mean(0)

@@ -309,7 +309,7 @@ def circuit(runs: Runs, name: str, body: Mapping[str, Any]) -> tuple[dict[str, A
             for layer in sorted({feature.layer for feature in values}):
                 inside_layer = [by_role for feature, by_role in values.items() if feature.layer == layer]
                 means = [float(np.mean(by_role.get(role, [0.0]))) for by_role in inside_layer]
-                levels[f"{title}.graph:{role}.{layer}"] = np.array(means, dtype=np.float32)
+                levels[f"{title}.:{role}.{layer}"] = np.array(means, dtype=np.float32)
     if not supernodes:
         raise Refused("nothing to save: pin features, or group some into a supernode", 422)
     return circuit_body(supernodes, (), str(_object(graph, "metadata").get("scan", ""))), levels

@@ -235,7 +235,7 @@ def test_supernodes_become_a_circuit_that_other_tasks_load(client: TestClient, r
     activations = {n["node_id"]: n["activation"] for n in BODY["nodes"]}
     member = circuit.node("red: planet").features[0]
     (value,) = [activations[n] for n in FEATURES[:2] if n.startswith(f"{member.feature.layer}_{member.feature.index}_")]
-    level = circuit.level("red: planet", member.role, member.feature.layer)
+    level = circuit.level("red: planet", member.role, member.feature.layer, "any question")
     assert member.role in positions.roles and float(level[0]) == pytest.approx(value, rel=1e-6)
     assert client.post("/api/graphs/trace/one/circuit", json=sent).status_code == 400  # there is one of that name
 

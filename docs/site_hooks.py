@@ -86,7 +86,9 @@ def reference() -> str:
     intro = (
         "`import vlmscope`; each function takes the scope that `load` returns. Settings are those of the command line."
     )
-    parts = ["# Python reference", intro, *(f"::: vlmscope.api.{name}" for kind in kinds for name in names[kind])]
+    public = [f"api.{name}" for kind in kinds for name in names[kind]]
+    public += [f"analyses.edits.{name}" for name in ("EditResult", "Said", "Control")]  # what steer and patch return
+    parts = ["# Python reference", intro, *(f"::: vlmscope.{name}" for name in public)]
     return "\n\n".join(parts)
 
 

@@ -1,5 +1,6 @@
 """vlmscope opens up vision-language models: transcoders, attribution graphs, proof that a circuit causes an answer."""
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ def __getattr__(name: str) -> object:
         from vlmscope import api
 
         return getattr(api, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = sys.modules[__name__]  # Python names the nearest function
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=module)
 
 
 def __dir__() -> list[str]:

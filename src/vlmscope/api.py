@@ -99,6 +99,22 @@ def _picture(draw: Callable[[Path], object], path: str | Path | None) -> Image.I
             return picture.copy()
 
 
+def _named(group: str, name: str | Path | None) -> dict[str, Any]:
+    """The keys of an option of a group, or `path` for a folder or hub id.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    from vlmscope.config.catalog import option, options
+    from vlmscope.config.resolve import suggestion
+
+    text = str(name or "orrery")
+    found = option(group, text)
+    if not found and "/" not in text and not Path(text).exists():
+        raise UserError(f"no {group} {text!r}; {suggestion(text, options(group))} A folder or a hub id does as well")
+    return found or {"path": text}
+
+
 def load(
     model: str | Path | None = None,
     transcoders: str | Path | None = None,
@@ -119,17 +135,16 @@ def load(
         UserError: a folder is no model or set, a hub id has no pinned commit or cannot be fetched, or the transcoders
             do not fit the model.
     """
-    from vlmscope.config.catalog import option
     from vlmscope.features.shipped import shipped_study
     from vlmscope.models.loading import load_named
     from vlmscope.training.evaluation import check_hooks, warn_on_load
     from vlmscope.transcoders.formats import Choice, load_set
     from vlmscope.transcoders.hub import set_folder
 
-    named = option("model", str(model or "orrery")) or {"path": str(model)}
+    named = _named("model", model)
     revision = revision or named.get("revision")
     vlm = load_named(named["path"], named.get("hub"), revision, dtype, device, offload)
-    adapter, chosen = vlm.adapter, option("transcoder", str(transcoders or "orrery")) or {"path": str(transcoders)}
+    adapter, chosen = vlm.adapter, _named("transcoder", transcoders)
     transcoder_revision = transcoder_revision or chosen.get("revision")
     choice = Choice(*(chosen.get(key) for key in ("width", "l0", "affine")))
     folder = set_folder(chosen["path"], transcoder_revision, choice=choice)

@@ -79,6 +79,8 @@ def test_hub_ids_are_taken_from_the_cache_and_an_unfit_set_is_named(
 def test_a_hub_id_needs_its_commit(cache: Path, saved: Path) -> None:
     with pytest.raises(UserError, match=r"add model.revision=<commit"):
         vlmscope.load(MODEL, saved / "set")
+    with pytest.raises(UserError, match=r"no model 'orery'; did you mean 'orrery'\?"):
+        vlmscope.load("orery")
     with pytest.raises(UserError, match=r"add transcoder.revision=<commit"):
         vlmscope.load(saved / "model", SET)
 

@@ -1,6 +1,9 @@
 import { signal, useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
+import { embedded } from "../api";
 import { FeaturePanel } from "../features/FeaturePanel";
+import { go } from "../state";
+import { addEdit } from "../try/edits";
 import { Button, Segmented } from "../ui/controls";
 import { Panel } from "../ui/parts";
 import { type Edge, KINDS } from "./model";
@@ -133,6 +136,18 @@ function Overview({ store }: { store: GraphStore }) {
   );
 }
 
+/** To `try it` with a feature, or with all features of its supernode. */
+function edit({ model, groupOf }: GraphStore, node: number): void {
+  const group = groupOf.value.get(node);
+  const members = (group?.members ?? [model.node(node).id]).flatMap((id) => model.index.get(id) ?? []);
+  // Nodes of one feature at several positions are one edit, at its largest activation.
+  const own = new Map<string, number>();
+  for (const { feature, activation } of members.map((member) => model.node(member)))
+    if (feature) own.set(feature, Math.max(own.get(feature) ?? 0, activation ?? 0));
+  addEdit({ name: group?.name || model.node(node).feature, features: [...own].map(([feature, activation]) => ({ feature, own: activation })) });
+  go("try");
+}
+
 const percentWidth = (share: number): string => `${Math.max(0, Math.min(1, share)) * 100}%`;
 
 /** One node in a list, with a bar. */
@@ -248,6 +263,11 @@ function Details({ store, node }: { store: GraphStore; node: number }) {
           <Button icon="plus" small pressed={store.marked.value.has(node)} onClick={() => store.mark(node)}>
             {store.marked.value.has(node) ? "Marked" : "Mark for a group"}
           </Button>
+          {feature && embedded === null && (
+            <Button icon="play" small title="Suppress, scale or set it, and see what happens to the answer" onClick={() => edit(store, node)}>
+              {group ? "Edit the group" : "Edit"}
+            </Button>
+          )}
         </div>
       </section>
       <section class="panel">

@@ -93,7 +93,7 @@ export default function TryPage(_: { route: Route }) {
           <Effect />
         ) : view.value === "graph" && traced.value ? (
           <>
-            <div class="try-graph"><GraphView key={traced.value.run} id={traced.value.run} /></div>
+            <div class="try-graph"><GraphView key={traced.value.run} id={traced.value.run} graph={traced.value.graph} /></div>
             <details class="try-command"><summary>The same from the command line</summary><Command text={traced.value.command} /></details>
           </>
         ) : view.value === "effect" ? (

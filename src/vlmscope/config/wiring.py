@@ -35,12 +35,16 @@ _MODEL_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*/*.
 
 
 _KEPT: dict[str, tuple[str, Any]] | None = None
+_tell: Callable[[str], None] = print
 
 
-def keep_loaded() -> None:
-    """Keep the last model and the last transcoders of this process for its next runs, as a worker does."""
-    global _KEPT
-    _KEPT = {}
+def keep_loaded(tell: Callable[[str], None]) -> None:
+    """Keep the last model and the last transcoders of this process for its next runs, as a worker does.
+
+    `tell` is called with what is being loaded, and with "running" after it.
+    """
+    global _KEPT, _tell
+    _KEPT, _tell = {}, tell
 
 
 def _kept(what: str, key: Any, load: Callable[[], Any]) -> Any:
@@ -49,7 +53,9 @@ def _kept(what: str, key: Any, load: Callable[[], Any]) -> Any:
         return load()
     if what not in _KEPT or _KEPT[what][0] != repr(key):
         _KEPT.pop(what, None)  # before the next is loaded, or both would need room
+        _tell(f"loading the {what}")
         _KEPT[what] = repr(key), load()
+        _tell("running")
     return _KEPT[what][1]
 
 

@@ -203,7 +203,8 @@ class Jobs:
             process.stdin.write((json.dumps(job.argv) + "\n").encode())
             process.stdin.flush()
         job.progress = {"text": "running", "fraction": None}
-        line = events.readline()
+        while (line := events.readline()) and (text := json.loads(line).get("text")) is not None:
+            job.progress = {"text": text, "fraction": None}
         self._flushed.wait(_GRACE if line else 0)  # what it printed is read by another thread
         if not line:
             code = process.wait()

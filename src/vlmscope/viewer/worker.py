@@ -2,7 +2,8 @@
 
 It is a process of its own, so that running out of memory, a crash or a cancelled job does not end the server. It reads
 command lines from standard input, a JSON list a line, and writes what happens to a pipe, a JSON object a line: `ready`,
-and the exit code of each command line, `done`. What the command lines print goes to standard output, as ever.
+what it is doing (`text`), and the exit code of each command line, `done`. What the command lines print goes to standard
+output, as ever.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def run_worker(main: Callable[[Sequence[str]], int], pipe: int) -> int:
     import vlmscope.models.loading  # noqa: F401  (what takes seconds, before the first job is there)
     from vlmscope.config.wiring import keep_loaded
 
-    keep_loaded()
+    keep_loaded(lambda text: say(text=text))
     say(ready=True)
     for line in sys.stdin:
         code = main(json.loads(line))

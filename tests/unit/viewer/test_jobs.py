@@ -30,6 +30,7 @@ for line in sys.stdin:
     do, code = values["prompt"], 0
     if do == "die": os._exit(3)
     if do == "out of memory": os.kill(os.getpid(), signal.SIGKILL)
+    if do == "load": say(text="loading the model"); time.sleep(60)
     if do == "sleep": print("graph:  40%|####      | 4/10", end="\\r", flush=True); time.sleep(60)
     if do == "refuse": print("error: no such thing; do that", file=sys.stderr); code = 2
     if do == "fail": print("Traceback ...\\nValueError: odd"); code = 1
@@ -99,6 +100,12 @@ def test_a_running_job_shows_its_progress_and_can_be_cancelled(jobs: Jobs) -> No
     assert jobs.cancel(waiting)["status"] == jobs.cancel(number)["status"] == "cancelled"
     assert jobs.get(number)["error"] is None
     assert ran(jobs, "files")["status"] == "done"
+
+
+def test_a_job_says_what_it_loads(jobs: Jobs) -> None:
+    number = jobs.start({**ASK, "prompt": "load"})["id"]
+    wait(jobs, number, lambda job: job["progress"]["text"] == "loading the model")
+    jobs.cancel(number)
 
 
 def test_a_worker_that_cannot_start_is_a_message(tmp_path: Path) -> None:

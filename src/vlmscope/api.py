@@ -90,6 +90,14 @@ def _feature(name: Feature) -> FeatureId:
     return name if isinstance(name, FeatureId) else FeatureId.parse(name)
 
 
+def _labels(scope: Scope, study: str | None = None) -> dict[FeatureId, str]:
+    """Labels of features, of a labelled study or of the one that is shipped with model and transcoders."""
+    from vlmscope.features.labels import labels_for
+
+    named = study or scope.study
+    return {} if named is None else labels_for(named, scope.vlm.name, scope.transcoders.widths).texts()
+
+
 def _picture(draw: Callable[[Path], object], path: str | Path | None) -> Image.Image:
     """What `draw` writes to a PNG file, as a picture; the file stays if `path` is given."""
     with TemporaryDirectory() as folder:
@@ -262,15 +270,12 @@ def trace(scope: Scope, prompt: str, images: Pictures = (), **settings: Any) -> 
     """
     from vlmscope.attribution.trace import target_maps
     from vlmscope.attribution.trace import trace as run
-    from vlmscope.features.labels import labels_for
 
     config = _settings(AttributionConfig, settings)
     pictures = tuple(map(opened, picture_list(images)))
     if config.patches and not pictures:
         raise UserError("patches=True needs a picture; give images=[path or PIL image]")
-    labels, named = {}, config.labels or scope.study
-    if named is not None:
-        labels = labels_for(named, scope.vlm.name, scope.transcoders.widths).texts()
+    labels = _labels(scope, config.labels)
     traced = run(scope, scope.inputs(prompt, pictures), config)
     maps = tuple(target_maps(scope.vlm, traced, config)) if config.patches else ()
     return TraceResult(**vars(traced), labels=labels, pictures=pictures, maps=maps, settings=config)
@@ -470,11 +475,17 @@ def where(
 class StudyResult(dict[str, tuple[FeatureExample, ...]]):
     """Feature -> the examples on which it is most active, strongest first; a notebook shows them as a table."""
 
+    labels: Mapping[str, str]  # by feature, as far as known
+
+    def __init__(self, found: Mapping[str, tuple[FeatureExample, ...]], labels: Mapping[str, str]) -> None:
+        super().__init__(found)
+        self.labels = labels
+
     def plot(self, path: str | Path | None = None, columns: int = 6) -> Image.Image:
         """A row per feature: its pictures with where it fires; written to `path` (.png) too if given."""
         from vlmscope.report.pictures import FeatureRow, feature_sheet
 
-        rows = [FeatureRow(name, f"{len(found)} examples", found) for name, found in self.items()]
+        rows = [FeatureRow(name, self.labels.get(name, ""), found) for name, found in self.items()]
         return _picture(lambda file: feature_sheet(rows, file, columns=columns), path)
 
     def to_frame(self) -> pd.DataFrame:
@@ -516,7 +527,8 @@ def study(scope: Scope, prompt: str, images: Pictures, features: Sequence[Featur
     ]
     chosen = by_layer(scope.transcoders, map(_feature, features))
     ids = [FeatureId(layer, index) for layer, indices in chosen.items() for index in indices.tolist()]
-    return StudyResult({str(feature): found for feature, found in top_examples(scope, ids, items, count).items()})
+    found = {str(feature): examples for feature, examples in top_examples(scope, ids, items, count).items()}
+    return StudyResult(found, {str(feature): label for feature, label in _labels(scope).items()})
 
 
 @_takes(StudyConfig)

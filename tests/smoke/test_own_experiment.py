@@ -92,7 +92,11 @@ def test_a_measure_of_ones_own_is_run_and_shown(runs: dict[str, Path]) -> None:
     assert "chances/mean" not in metrics(runs, "red_blue")  # before its Python was written
     rows = table(runs, "measured").query("operation == 'steer' and setting == 'main' and control == ''")
     assert metrics(runs, "measured")["chances/mean"] == pytest.approx(rows.p_target.mean())
-    assert "chances" in (runs["measured"] / "report.html").read_text()
+    page = (runs["measured"] / "report.html").read_text()
+    assert all(
+        words in page for words in ("Probability of the other answer", "How probable does the other answer become?")
+    )
+    assert f"experiment={runs['my']}/chances.yaml" in page
 
 
 def test_the_run_says_on_which_pictures_it_chose_and_tested(runs: dict[str, Path]) -> None:

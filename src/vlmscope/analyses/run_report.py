@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,15 @@ def draw_report(folder: Path, settings: Mapping[str, Any], metrics: Mapping[str,
     sections: list[Section] = [number_table(numbers)] if numbers else []
     sections += sections_of(Folder(folder, counted, places), marks)
     same = ("The same seed gives the same numbers on the same machine.",)
-    caveats = limits(catalog.conf_dir() / "experiment" / f"{name}.md")
+    own = settings.get("experiment_file")  # of an experiment outside the clone, which may have gone since
+    source = Path(own) if own else catalog.conf_dir() / "experiment" / f"{name}.yaml"
+    caveats = limits(source.with_suffix(".md"))
     sections += [Text("Limits", (caveats,))] if caveats else []
-    sections.append(Text("Run it again", same, code=f"{program()} experiment={name}"))
+    sections.append(Text("Run it again", same, code=f"{program()} experiment={shlex.quote(own or name)}"))
     sections.append(Details("Configuration", "config.yaml of this run", read_text(folder / "config.yaml")))
     page = ReportPage(
         title=label(name),
-        question=catalog.options("experiment").get(name, ""),
+        question=catalog.first_comment(source) if source.is_file() else "",
         summary="; ".join(f"{number.says}: {show(measured(number))}" for number in numbers) or "See the figures.",
         sections=tuple(sections),
         graph="graph.html" if (folder / "graph.html").is_file() else "",

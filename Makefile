@@ -43,6 +43,7 @@ test-browser: $(STAMP) ## Tests of reports and the MLflow UI in headless Chromiu
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m browser tests/browser
 
 study: $(STAMP) ## Make the study and the labels that come with Orrery again, after a change of its weights (minutes)
+	$(BIN)/python run.py task=evaluate task.save=true tracking=none hydra.run.dir=outputs/shipped_evaluation
 	$(BIN)/python run.py task=study study.samples=60 task.labels=true task.keep=6 tracking=none trainer.resume=true hydra.run.dir=outputs/shipped_study
 	rm -rf assets/orrery_study && cp -r outputs/shipped_study/small assets/orrery_study
 

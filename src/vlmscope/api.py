@@ -270,13 +270,16 @@ def trace(scope: Scope, prompt: str, images: Pictures = (), **settings: Any) -> 
     """
     from vlmscope.attribution.trace import target_maps
     from vlmscope.attribution.trace import trace as run
+    from vlmscope.training.evaluation import warn_if_strange
 
     config = _settings(AttributionConfig, settings)
     pictures = tuple(map(opened, picture_list(images)))
     if config.patches and not pictures:
         raise UserError("patches=True needs a picture; give images=[path or PIL image]")
     labels = _labels(scope, config.labels)
-    traced = run(scope, scope.inputs(prompt, pictures), config)
+    inputs = scope.inputs(prompt, pictures)
+    warn_if_strange(scope, [inputs.tensors])
+    traced = run(scope, inputs, config)
     maps = tuple(target_maps(scope.vlm, traced, config)) if config.patches else ()
     return TraceResult(**vars(traced), labels=labels, pictures=pictures, maps=maps, settings=config)
 
@@ -342,9 +345,11 @@ def steer(
         UserError: an id that cannot be read, or a feature, position or mode that does not exist.
     """
     from vlmscope.interventions.edits import steer_plan
+    from vlmscope.training.evaluation import warn_if_strange
 
     runs = _runs(mode, controls, max_new_tokens, seed)
     inputs = scope.inputs(prompt, images)
+    warn_if_strange(scope, [inputs.tensors])
     if not features:
         raise UserError('no features; give some with their values, such as {"L5/709": 0.0}')
     plan = steer_plan(scope, {_feature(name): value for name, value in features.items()}, len(inputs), positions)
@@ -375,11 +380,14 @@ def patch(
     """
     from vlmscope.circuits.operations import Carry
     from vlmscope.interventions.edits import by_layer
+    from vlmscope.training.evaluation import warn_if_strange
 
     runs = _runs(mode, controls, max_new_tokens, seed)
     donor_prompt = prompt if donor_prompt is None else donor_prompt
     inputs, donor = scope.inputs(prompt, images), scope.inputs(donor_prompt, donor_images)
     scope.batch([inputs, donor])  # refuses prompts that do not align
+    warn_if_strange(scope, [inputs.tensors])
+    warn_if_strange(scope, [donor.tensors], "the donor's")
     if not features:
         raise UserError('no features; give some, such as ["L5/709"]')
     carry = Carry(by_layer(scope.transcoders, map(_feature, features)))
@@ -457,11 +465,13 @@ def where(
     """
     from vlmscope.attention import where_maps
     from vlmscope.features.readouts import image_features
+    from vlmscope.training.evaluation import warn_if_strange
 
     pictures = tuple(map(opened, picture_list(images)))
     if not pictures:
         raise UserError("there is no picture to look at; give images=[path or PIL image]")
     top, inputs = settings.pop("top", 3), scope.inputs(prompt, pictures)
+    warn_if_strange(scope, [inputs.tensors])
     config = _settings(WhereConfig, settings)
     chosen = list(map(_feature, features))
     if not chosen:
@@ -518,6 +528,7 @@ def study(scope: Scope, prompt: str, images: Pictures, features: Sequence[Featur
     from vlmscope.data.images import png_bytes
     from vlmscope.features.study import CaptionedPrompt, top_examples
     from vlmscope.interventions.edits import by_layer
+    from vlmscope.training.evaluation import warn_if_strange
 
     given = picture_list(images)
     names = [str(image) if isinstance(image, str | Path) else f"picture {n}" for n, image in enumerate(given)]
@@ -525,6 +536,7 @@ def study(scope: Scope, prompt: str, images: Pictures, features: Sequence[Featur
         CaptionedPrompt(scope.vlm.prepare(prompt, [picture]), name, png_bytes(picture, 256))
         for picture, name in zip(map(opened, given), names, strict=True)  # one large picture at a time
     ]
+    warn_if_strange(scope, [item.inputs.tensors for item in items])
     chosen = by_layer(scope.transcoders, map(_feature, features))
     ids = [FeatureId(layer, index) for layer, indices in chosen.items() for index in indices.tolist()]
     found = {str(feature): examples for feature, examples in top_examples(scope, ids, items, count).items()}

@@ -49,6 +49,7 @@ from vlmscope.models.base import token_strings
 from vlmscope.models.batching import InputBatch
 from vlmscope.report.graph_figure import attribution_graph
 from vlmscope.report.marks import write_evidence, write_records, write_rows
+from vlmscope.training.evaluation import warn_if_strange
 
 CAPTION_PROMPT = "describe this image in detail ."
 MIN_SHARE = 0.005  # of what a supernode takes in: weaker edges are not drawn
@@ -63,6 +64,8 @@ def run_declared(bench: Bench, analyses: Sequence[Any] = ()) -> dict[str, float]
     declare = modules[0].declare if modules else source_of(bench)
     declared = settle(bench.scope, declare(bench), cfg.trials, cfg.settings)
     bench.metrics |= {f"settled/{question}": strength for question, strength in declared.settled.items()}
+    if cfg.images or (cfg.pairs is not None and cfg.pairs.path is not None):  # the user's own
+        warn_if_strange(bench.scope, [cases.batch for sets in declared.cases.values() for cases in sets])
     more = (analysis.trials(bench, declared) for analysis in analyses if hasattr(analysis, "trials"))
     total = declared.work(cfg.trials, cfg.settings, bench.scope.transcoders.layers)
     table = run_trials(bench.scope, chain(declared.trials(cfg.trials, cfg.settings), *more), cfg.seed, total)

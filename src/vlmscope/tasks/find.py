@@ -84,12 +84,15 @@ def find_by_picture(cfg: AppConfig, context: RunContext, study: StudyFolder) -> 
     from vlmscope.config.wiring import load_model, load_scope, user_pictures
     from vlmscope.features.labels import check_same
     from vlmscope.features.search import find_by_activations
+    from vlmscope.training.evaluation import warn_if_strange
 
     prompt = cfg.prompt if cfg.prompt is not None else usual_question(study)
     pictures = user_pictures(cfg)
     scope = load_scope(cfg, load_model(cfg), context.overrides)
     check_same(study, scope.vlm.name, scope.transcoders.widths)
     inputs = scope.vlm.prepare(prompt, pictures)
+    if cfg.prompt is None:  # else `load_scope` has asked already
+        warn_if_strange(scope, [inputs.tensors])
     # The default question is not the user's, so only the picture counts.
     where = torch.from_numpy(inputs.is_image) if cfg.prompt is None else slice(None)
     peaks = {}

@@ -33,6 +33,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.data.images import open_images
     from vlmscope.interventions.edits import by_layer
     from vlmscope.models.batching import make_batch
+    from vlmscope.training.evaluation import warn_if_strange
 
     task: Config = cfg.task
     if cfg.prompt is None:
@@ -48,6 +49,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     donor = vlm.prepare(cfg.prompt if task.donor_prompt is None else task.donor_prompt, donor_pictures)
     make_batch(vlm.adapter, [inputs, donor])  # refuses prompts that do not align
     scope = load_scope(cfg, vlm, context.overrides)
+    warn_if_strange(scope, [donor.tensors], "the donor's")
     chosen.check_fits(scope)
     carry, donors = Carry(by_layer(scope.transcoders, chosen.features), nodes=chosen.nodes), scope.batch([donor])
     more = {"seed": cfg.seed, "donors": donors, "strength": task.strength}

@@ -161,10 +161,9 @@ def _answer(traced: Trace, tokenizer: Any, labels: Mapping[FeatureId, str]) -> l
         nodes = graph.nodes.of(NodeKind.FEATURE)
         nodes = nodes[graph.is_image[graph.nodes.position[nodes]]]
         strongest = nodes[(-pruned.influence[nodes]).argsort(kind="stable")][:_ON_PICTURE].tolist()
-        there = [
-            f"{graph.nodes.feature_id(node)} ({graph.place(int(graph.nodes.position[node]))})" for node in strongest
-        ]
-        lines += [f"  strongest there: {', '.join(there)}"] if there else []
+        for node in strongest:
+            feature, place = graph.nodes.feature_id(node), graph.place(int(graph.nodes.position[node]))
+            lines.append(f"  strongest there: {feature} ({place})  {labels.get(feature, '')}".rstrip())
     return lines
 
 
@@ -330,8 +329,10 @@ def _inputs(vlm: Any, row: PromptRow) -> tuple[ModelInputs, list[Image.Image]]:
 
 def _trace_row(cfg: AppConfig, scope: Scope, row: PromptRow, folder: Path, origin: dict[str, Any]) -> dict[str, Any]:
     from vlmscope.core.artifacts import atomic_folder, write_json
+    from vlmscope.training.evaluation import warn_if_strange
 
     inputs, pictures = _inputs(scope.vlm, row)
+    warn_if_strange(scope, [inputs.tensors], f"row {row.id}: its")
     with atomic_folder(folder / row.id) as half:
         metrics = _trace_into(half, cfg, scope, inputs, pictures, row.id)
         record = {**_row_record(row), "folder": f"{_ROWS}/{row.id}", "metrics": metrics, "origin": origin}

@@ -15,8 +15,9 @@ A figure without tokens, such as `fvu_image` without pictures, is left out. Each
 at its own `output_hook`: the raw MLP's output, or that of the norm after it.
 
 A set for another model or another hook point still loads, but its FVU is mostly above 1, worse than the target's mean
-(`fvu_on_load`). Orrery's set moved by one layer has 0.91 to 2.08, above 1 in 6 of 8 layers. A wrong nonlinearity shows
-less: the same set read with ReLU instead of TopK has 0.08 to 0.45 instead of 0.01 to 0.07, so there is no warning.
+(`warn_if_unfit`). Orrery's set moved by one layer has 0.91 to 2.08, above 1 in 6 of 8 layers. A wrong nonlinearity
+shows less: the same set read with ReLU instead of TopK has 0.08 to 0.45 instead of 0.01 to 0.07, so there is no
+warning.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vlmscope.activations import norm_weight_after, target_at, target_module
+from vlmscope.activations import capture_mlp, norm_weight_after, target_at, target_module
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
 from vlmscope.data.orrery.scenes import KINDS, vocabulary
@@ -47,6 +49,7 @@ from vlmscope.metrics.dictionary import (
     firing_counts,
     fvu,
 )
+from vlmscope.models.batching import InputBatch
 from vlmscope.models.loading import VLM
 from vlmscope.scope import Scope
 from vlmscope.training.batches import (
@@ -61,6 +64,7 @@ from vlmscope.training.batches import (
     valid_tokens,
 )
 from vlmscope.transcoders.transcoder import SparseCode, Transcoder
+from vlmscope.transcoders.usual_error import ROLES, UsualError
 
 _LOG = logging.getLogger(__name__)
 _NOT_BY_LAYER = ("fvu_token", "fvu_token_special", "fvu_token_last")  # metrics are few
@@ -114,14 +118,55 @@ class _LayerFigures:
         return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
+class ErrorMeter:
+    """Collects the reconstruction errors of validation inputs, by role and layer, for the set's `UsualError`."""
+
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+        self.errors: dict[str, list[np.ndarray]] = {role: [] for role in ROLES}
+
+    def add(self, forward: Forward, soft: int | None, errors: Mapping[int, Tensor]) -> None:
+        """Add the rows of a forward; `errors`: layer -> squared distances [N] at its valid tokens."""
+        self.layers = list(errors)
+        valid = valid_tokens(forward)
+        image, text = _prompt_roles(forward, soft)
+        for row in range(len(valid)):
+            own = torch.zeros_like(valid)
+            own[row] = valid[row]
+            for role, mask in zip(ROLES, (image, text), strict=True):
+                if (mask & own).any():
+                    self.errors[role].append(_log_errors(errors, (mask & own)[valid]))
+
+    def usual(self) -> UsualError:
+        """The usual errors of all inputs so far."""
+        return UsualError.of(self.layers, {role: np.array(values) for role, values in self.errors.items()})
+
+
+def _log_errors(errors: Mapping[int, Tensor], at: Tensor) -> np.ndarray:
+    """`[L]`: the log of the mean squared distance, over the tokens `at` [N] bool."""
+    means = torch.stack([distances[at].double().mean() for distances in errors.values()])
+    return means.clamp_min(1e-12).log().numpy(force=True)
+
+
+def _prompt_roles(forward: Forward, soft: int | None) -> tuple[Tensor, Tensor]:
+    """Masks [B, T] of soft tokens, and of other tokens up to the first answer; of a plain text, all tokens."""
+    valid, ids = valid_tokens(forward), forward["input_ids"]
+    image = torch.zeros_like(valid) if soft is None else (ids == soft) & valid
+    text = valid & ~image
+    if LOSS_MASK in forward:
+        before = text & (forward[LOSS_MASK].bool().cumsum(1) == 0)
+        text = torch.where(before.sum(1, keepdim=True) > 1, before, text)  # one token: a text, not a question
+    return image, text
+
+
 @torch.no_grad()
-def evaluate_transcoders(scope: Scope, batches: Iterable[Batch]) -> dict[str, float]:
+def evaluate_transcoders(scope: Scope, batches: Iterable[Batch], meter: ErrorMeter | None = None) -> dict[str, float]:
     """Figures of the set on `batches` (`vlmscope.training.batches`).
 
     `val/fvu` and `val/fvu_token` with their kinds (above), `val/l0`, `val/dead_frac` (never fired on these batches),
     `val/duplicated_frac`, with `layers/<name>/layer_07` for each but some of `fvu_token`; `val/ce` (the model's own
     loss on answer tokens, in nats) and `val/ce_delta` (how much it rises with all layers replaced) when the batches
-    have a `loss_mask`.
+    have a `loss_mask`. A `meter` gets the errors of every row.
     """
     adapter, transcoders = scope.adapter, scope.transcoders
     wrong = [layer for layer in transcoders.layers if layer >= adapter.n_layers]
@@ -140,12 +185,17 @@ def evaluate_transcoders(scope: Scope, batches: Iterable[Batch]) -> dict[str, fl
         activations = collect(adapter, forward)
         ids, kinds = _kinds(forward, soft, special)
         codes: dict[int, SparseCode] = {}
+        errors: dict[int, Tensor] = {}
         for layer, figures in layers.items():
             x, y = activations.by_layer[layer]
             target = target_at(adapter, layer, transcoders[layer].config.output_hook, y)
             with _brought_to(adapter.device, transcoders[layer]):
                 codes[layer] = transcoders[layer].encode(x)
-                figures.update(codes[layer], transcoders.decode(layer, codes, x), target, ids, kinds)
+                reconstruction = transcoders.decode(layer, codes, x)
+                figures.update(codes[layer], reconstruction, target, ids, kinds)
+                errors[layer] = (target - reconstruction).square().sum(-1)
+        if meter is not None:
+            meter.add(forward, soft, errors)
         if LOSS_MASK in forward:
             _add_losses(scope, forward, losses)
     if any(figures.tokens == 0 for figures in layers.values()):
@@ -261,20 +311,82 @@ def check_hooks(scope: Scope) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Reconstructed:
+    """MLP outputs [N, d] at each transcoder's own hook points, next to their reconstructions."""
+
+    by_layer: dict[int, tuple[Tensor, Tensor]]
+    is_image: Tensor  # [N] bool
+    row: Tensor  # [N] int64, number of the prompt
+
+    def fvus(self) -> dict[int, float]:
+        """FVU per layer."""
+        return {layer: float(fvu(y.double(), imitated.double())) for layer, (y, imitated) in self.by_layer.items()}
+
+    def errors(self) -> list[dict[str, np.ndarray]]:
+        """The errors [L] by role of each prompt, which has no answer, as `ErrorMeter` collects them."""
+        distances = {layer: (y - imitated).square().sum(-1) for layer, (y, imitated) in self.by_layer.items()}
+        found = []
+        for number in self.row.unique().tolist():
+            own = self.row == number
+            masks = zip(ROLES, (self.is_image & own, ~self.is_image & own), strict=True)
+            found.append({role: _log_errors(distances, at) for role, at in masks if at.any()})
+        return found
+
+
 @torch.no_grad()
-def fvu_on_load(scope: Scope, forwards: Sequence[Mapping[str, Tensor]]) -> tuple[dict[int, float], int]:
-    """FVU per layer at each transcoder's own hook points, and the number of tokens, from one forward of each input."""
-    transcoders = scope.transcoders
-    activations = collect(scope.adapter, list(forwards))
+def _reconstructed(scope: Scope, prompts: Mapping[str, Tensor] | InputBatch) -> _Reconstructed:
+    """From one forward of prompts, given as arguments of the Hugging Face model or as a batch of embeddings."""
+    adapter, transcoders = scope.adapter, scope.transcoders
+    if isinstance(prompts, InputBatch):
+        tensors, ids = prompts.tensors, prompts.input_ids
+        valid = torch.ones_like(ids, dtype=torch.bool)
+    else:
+        tensors = forward_arguments(on_device(adapter, prompts))
+        ids, valid = tensors["input_ids"], valid_tokens(tensors)
+    captured = capture_mlp(adapter, tensors)
+    ids, valid = ids.to(adapter.device), valid.to(adapter.device)
     dtype = next(transcoders.parameters()).dtype
-    inputs = {layer: activations.by_layer[layer][0].to(dtype) for layer in transcoders.layers}
-    codes = transcoders.encode(inputs)
-    fvus = {}
+    inputs = {layer: captured[layer][0][valid].to(dtype) for layer in transcoders.layers}
+    codes, outputs = transcoders.encode(inputs), {}
     for layer, transcoder in transcoders.transcoders.items():
-        y = target_at(scope.adapter, layer, transcoder.config.output_hook, activations.by_layer[layer][1])
-        reconstruction = transcoders.decode(layer, codes, inputs[layer])
-        fvus[layer] = float(fvu(y.double(), reconstruction.double()))
-    return fvus, activations.n_tokens
+        y = target_at(adapter, layer, transcoder.config.output_hook, captured[layer][1][valid])
+        outputs[layer] = y, transcoders.decode(layer, codes, inputs[layer])
+    soft = adapter.soft_token_id()
+    is_image = torch.zeros_like(valid) if soft is None else ids == soft
+    return _Reconstructed(outputs, is_image[valid], valid.nonzero()[:, 0])
+
+
+def warn_if_strange(scope: Scope, prompts: Sequence[Mapping[str, Tensor] | InputBatch], name: str = "this") -> int:
+    """Warn in one line of prompts whose reconstruction errors lie far beyond those of the set's validation data.
+
+    `name` is what the line calls a single one. Returns how many are strange: none where the set does not know its usual
+    error.
+    """
+    if scope.transcoders.usual_error is None or not prompts:
+        return 0
+    return _say_strange(scope, [row for each in prompts for row in _reconstructed(scope, each).errors()], name)
+
+
+def _say_strange(scope: Scope, errors: Sequence[Mapping[str, np.ndarray]], name: str = "this") -> int:
+    usual = scope.transcoders.usual_error
+    if usual is None:
+        return 0
+    found = [beyond for each in errors if (beyond := usual.beyond(each))]
+    if not found:
+        return 0
+    role = max(ROLES, key=lambda role: sum(role in beyond for beyond in found))
+    score, limit = max(beyond[role] for beyond in found if role in beyond)
+    what = {"image": "picture", "text": "prompt"}[role]
+    which = f"{name} {what} is" if len(errors) == 1 else f"{len(found)} of {len(errors)} {what}s are"
+    _LOG.warning(
+        "%s unlike what the transcoders were trained on: they err %.1f standard deviations more than usual (the limit "
+        "is %.1f); trust neither the answer nor its explanation (docs/strangers.md)",
+        which,
+        score,
+        limit,
+    )
+    return len(found)
 
 
 def warn_if_unfit(scope: Scope, prompt: str | None, pictures: Sequence[Image.Image] = ()) -> dict[int, float]:
@@ -286,7 +398,10 @@ def warn_if_unfit(scope: Scope, prompt: str | None, pictures: Sequence[Image.Ima
     forward = _input(scope.vlm, prompt, pictures)
     if forward is None:
         return {}
-    fvus, tokens = fvu_on_load(scope, [forward])
+    found = _reconstructed(scope, forward)
+    fvus, tokens = found.fvus(), len(found.is_image)
+    if prompt is not None:
+        _say_strange(scope, found.errors())
     named = ", ".join(f"{layer} ({value:.3g})" for layer, value in fvus.items() if not value <= 1)  # nan too
     if named:
         _LOG.warning(

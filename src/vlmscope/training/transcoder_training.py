@@ -31,7 +31,7 @@ from vlmscope.scope import Scope
 from vlmscope.training.batches import Batch, LayerActivations, OwnPart, forwards
 from vlmscope.training.captures import ActivationStream, CacheSettings, open_captures
 from vlmscope.training.config import TranscoderTrainingConfig, rate_factor
-from vlmscope.training.evaluation import evaluate_transcoders
+from vlmscope.training.evaluation import ErrorMeter, evaluate_transcoders
 from vlmscope.training.layer_trainer import LayerStep, LayerTrainer, cross_layer_losses, differentiate
 from vlmscope.training.ranks import AgreedStop, Ranks
 from vlmscope.training.resume import Checkpoints, fit_or_interrupt, uninterrupted
@@ -309,7 +309,9 @@ def train_transcoders(
     drawn = captures.figures()  # summed over ranks, so all must call it
     if not ranks.main:
         raise NotMainRank
-    metrics = evaluate_transcoders(Scope(vlm, transcoders), val_batches) if val_batches else {}
+    meter = ErrorMeter()
+    metrics = evaluate_transcoders(Scope(vlm, transcoders), val_batches, meter) if val_batches else {}
+    transcoders.usual_error = meter.usual() if val_batches else None
     metrics |= {**progress.speed(), **drawn, "train/tokens": float(module.tokens_seen)}
     metrics["train/stopped_layers"] = last["train/stopped_layers"]
     if last["train/stopped_layers"]:

@@ -39,7 +39,7 @@ _FIGURES = {
 }
 _MARK = "---\n"
 _QUOTED = "## The card of the source"
-ALLOWED = ("*.safetensors", "*.yaml", "*.json", "*.md")
+ALLOWED = ("*.safetensors", "*.yaml", "*.json", "*.csv", "*.md")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from torch.nn import functional
 from vlmscope.core.records import generator
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
 from vlmscope.transcoders.nonlinearities import build_nonlinearity
+from vlmscope.transcoders.usual_error import UsualError
 
 _CACHED = 4 << 20  # bytes of rows that fit a core's cache
 
@@ -364,6 +365,7 @@ class TranscoderSet(nn.Module):
     def __init__(self, transcoders: Mapping[int, Transcoder], config: TranscoderSetConfig) -> None:
         super().__init__()
         self.config = config
+        self.usual_error: UsualError | None = None  # on the data that it was trained on, where that is known
         self._by_layer = nn.ModuleDict({str(layer): transcoders[layer] for layer in sorted(transcoders)})
 
     def __getitem__(self, layer: int) -> Transcoder:

@@ -17,6 +17,7 @@ from vlmscope.transcoders.formats import circuit_tracer
 from vlmscope.transcoders.formats.common import STORED_DTYPES, Choice, SetSource, build_layer
 from vlmscope.transcoders.formats.layer_folders import GEMMA_SCOPE, SAE_LENS, SPARSIFY, Layout
 from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.transcoders.usual_error import read_usual_error
 
 __all__ = ["ANY", "FORMATS", "STORED_DTYPES", "Choice", "detect", "load_set", "open_set", "refusal", "save_set"]
 
@@ -137,6 +138,7 @@ def load_set(
         UserError: a file is missing or corrupt, a tensor is missing, the activation is unknown, or shapes do not fit
             each other or the model. The message names the file and both shapes.
     """
+    folder = Path(folder)
     source = open_set(folder, format, choice)
     if n_layers is not None and sorted(source.layers) != list(range(n_layers)):
         ordered = sorted(source.layers)
@@ -155,7 +157,10 @@ def load_set(
         raise UserError(
             f"{folder}: layers disagree about the model width ({widths}); the files are of different models"
         )
-    return TranscoderSet(transcoders, source.config)
+    loaded, usual = TranscoderSet(transcoders, source.config), read_usual_error(folder)
+    if usual is not None and list(usual.layers) == loaded.layers:
+        loaded.usual_error = usual
+    return loaded
 
 
 def refusal(transcoders: TranscoderSet, format: str) -> str | None:
@@ -193,3 +198,5 @@ def save_set(transcoders: TranscoderSet, folder: str | Path, dtype: str = "float
     if reason is not None:
         raise UserError(f"cannot write this set as {format}: {reason}; choose another format")
     FORMATS[format].write(transcoders, Path(folder), dtype)
+    if transcoders.usual_error is not None:
+        transcoders.usual_error.write(Path(folder))

@@ -44,14 +44,15 @@ def _body(folder: Path, name: str, changed: int) -> dict[str, Any]:
     return {"id": name, "title": title, "hypothesis": _hypothesis(title), "rows": rows, "claims": claims}
 
 
-def _read(path: Path) -> pd.DataFrame:
+def _read(path: Path) -> Any:
+    """A table; pandas' own types say less than is known of it."""
     try:
         return pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path.name}: {str(error).splitlines()[0]}") from error
 
 
-def _measures(settings: dict[str, Any], operation: str, setting: str, table: pd.DataFrame) -> list[str]:
+def _measures(settings: dict[str, Any], operation: str, setting: str, table: Any) -> list[str]:
     """What the experiment counts of a trial in a setting; hits where its configuration does not tell."""
     try:
         named = measures_of(settings["trials"][operation], settings["settings"][setting])
@@ -60,7 +61,7 @@ def _measures(settings: dict[str, Any], operation: str, setting: str, table: pd.
     return [name for name in named if name in table and table[name].notna().any()]
 
 
-def _rows(table: pd.DataFrame, operation: str, measures: list[str]) -> list[dict[str, Any]]:
+def _rows(table: Any, operation: str, measures: list[str]) -> list[dict[str, Any]]:
     by = [column for column in _BY if column in table]
     out = []
     for measure in measures:
@@ -98,7 +99,7 @@ def _number(value: Any) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def _claims(table: pd.DataFrame) -> list[dict[str, Any]]:
+def _claims(table: Any) -> list[dict[str, Any]]:
     rows = []
     for row in table.to_dict("records"):
         of = {"value": "value", "low": "ci_low", "high": "ci_high", "other": "other", "p": "p"}

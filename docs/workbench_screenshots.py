@@ -22,7 +22,8 @@ from screenshots import HEIGHT, ROOT, WIDTH, browser, shrunk
 
 SLOW_MS = 120_000  # the worker imports torch and loads the model, on a busy machine
 MOST_BYTES = 250_000
-PIXELS = 1.5  # of the screen for one of the page
+FEATURE = "L5/709"  # the second strongest of the Mars graph
+PIXELS = 1.25  # of the screen for one of the page
 
 
 @contextmanager
@@ -62,13 +63,18 @@ def take(page: Page, address: str, out: Path) -> None:
     page.goto(f"{address}#/try")
     trace(page, "earth")
     trace(page, "mars")
-    save(page, out / "workbench_try.png")
     page.get_by_role("button", name="Exchange with another graph").click()
     page.locator("dialog .choose button").filter(has_text="earth").first.click()
     page.get_by_role("button", name="Run with").click()
     page.locator(".effect").wait_for(timeout=SLOW_MS)
     quiet(page)
     save(page, out / "workbench_effect.png")
+    page.get_by_role("button", name="Graph", exact=True).click()
+    page.get_by_role("link", name="Open on its own").click()
+    page.locator(".graph-page .edges button").filter(has_text=FEATURE).first.click()
+    page.get_by_role("button", name="Examples").click()
+    quiet(page)
+    save(page, out / "workbench.png")
     page.goto(f"{address}#/features/shipped?modality=image&words=planet+mars&open=L1/657")
     quiet(page)
     save(page, out / "workbench_features.png")

@@ -13,8 +13,11 @@ import { Empty, Panel, Progress } from "../ui/parts";
 import { Command } from "../ui/command";
 import { studyOf } from "./studies";
 
-/** What a feature stands for: examples, histogram, logits, neighbours. `study` "" is the one of the model. */
-export function FeaturePanel({ study, model, feature }: { study: string; model: string; feature: string }) {
+/**
+ * What a feature stands for: examples, histogram, logits, neighbours. `study` "" is the one of the model. `named`: what
+ * stands above it names the feature already, and offers to edit it.
+ */
+export function FeaturePanel({ study, model, feature, named = false }: { study: string; model: string; feature: string; named?: boolean }) {
   // Neighbours open in the same panel, and a button leads back.
   const trail = useSignal<string[]>([]);
   useEffect(() => void (trail.value = []), [feature]);
@@ -34,7 +37,7 @@ export function FeaturePanel({ study, model, feature }: { study: string; model: 
   return (
     <div class="feature-view" data-feature={data.feature}>
       {back}
-      <FeatureView feature={data} onOpen={(other) => (trail.value = [...trail.value, other])} />
+      <FeatureView feature={data} named={named && shown === feature} onOpen={(other) => (trail.value = [...trail.value, other])} />
     </div>
   );
 }
@@ -53,7 +56,7 @@ const STRENGTHS: Record<string, string> = { top: "strongest", q4: "strong", q3: 
 const level = (name: string): string => STRENGTHS[name] ?? name;
 
 /** All about one feature; `wide` lays the parts out side by side. */
-export function FeatureView({ feature, onOpen, wide = false }: { feature: Feature; onOpen: (feature: string) => void; wide?: boolean }) {
+export function FeatureView({ feature, onOpen, wide = false, named = false }: { feature: Feature; onOpen: (feature: string) => void; wide?: boolean; named?: boolean }) {
   const group = useSignal("top");
   const groups = feature.groups.filter((one) => one.examples.length);
   const examples = (groups.find((one) => one.name === group.value) ?? groups[0])?.examples ?? [];
@@ -62,7 +65,7 @@ export function FeatureView({ feature, onOpen, wide = false }: { feature: Featur
   return (
     <>
       <div class="feature-head">
-        <h2>{feature.label?.text || feature.guess}</h2>
+        {!named && <h2>{feature.label?.text || feature.guess}</h2>}
         <p class="feature-line">
           <span class="chip mono">{feature.feature}</span>
           {feature.label && <ScoreChip label={feature.label} />}
@@ -71,9 +74,11 @@ export function FeatureView({ feature, onOpen, wide = false }: { feature: Featur
         <p class="soft">{feature.sentence}</p>
         {embedded === null && (
           <p class="feature-line">
-            <Button small icon="play" onClick={() => (addEdit({ name: feature.feature, features: [{ feature: feature.feature, own: null }] }), go("try"))}>
-              Edit it
-            </Button>
+            {!named && (
+              <Button small icon="play" onClick={() => (addEdit({ name: feature.feature, features: [{ feature: feature.feature, own: null }] }), go("try"))}>
+                Edit
+              </Button>
+            )}
             {!wide && <a class="button small" href={href("feature", `${feature.study}/${feature.feature}`)}>Whole page</a>}
           </p>
         )}

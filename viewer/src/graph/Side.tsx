@@ -280,7 +280,7 @@ function Details({ store, node }: { store: GraphStore; node: number }) {
           />
         </header>
         {side === "examples" ? (
-          <FeaturePanel key={feature} study="" model={model.file.model} feature={feature} />
+          <FeaturePanel key={feature} study="" model={model.file.model} feature={feature} named />
         ) : (
         <div class="body">
           <ul class="edges">

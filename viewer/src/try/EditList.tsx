@@ -31,7 +31,7 @@ export function EditList() {
       {!edits.value.length && (
         <p class="remark">
           {graph ? "Exchange this graph's strongest features for those of another picture, " : "Trace first, or "}
-          name a feature such as L5/709, or press <b>Edit it</b> at any feature of a graph or study.
+          name a feature such as L5/709, or press <b>Edit</b> at any feature of a graph or study.
         </p>
       )}
       <ul class="edits">

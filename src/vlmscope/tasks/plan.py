@@ -79,10 +79,9 @@ def least_time(work: Work, machine: Machine) -> tuple[float, str]:
 
 @dataclass
 class TrainingPlan:
-    """Machines and data of a training run that sees each token once.
+    """Machines and data of a training run that sees each token once; soft tokens of pictures are among the tokens.
 
-    `tokens` None is what the steps come to (trainer.max_steps), `images` None what the sources of a mix come to: the
-    soft tokens of their pictures are among the tokens.
+    `tokens` None is what the steps come to (trainer.max_steps), `images` None what the sources of a mix come to.
     """
 
     gpus: int = 8  # of one host
@@ -113,8 +112,7 @@ class Config(RecipeConfig, BatchConfig):
         BatchConfig.__post_init__(self)
         check_choice("task.device", self.device, MACHINES)
         check_least("task", self, tokens=1, images=0, text_tokens=1)
-        at_least_one = {name: 1 for name in vars(self.training) if name != "images"}
-        check_least("task.training", self.training, images=0, **at_least_one)
+        check_least("task.training", self.training, gpus=1, tokens=1, images=0, context=1)
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
@@ -134,8 +132,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     n_tokens, n_soft = prompt_tokens(adapter, task.tokens, task.images, task.text_tokens)
     widths, kind = _transcoders(cfg, adapter, context.overrides)
     print(f"{model.name}: {adapter.n_layers} layers of width {adapter.d_model}; machine: {machine.name}")
-    print(f"transcoders: {max(widths):,} features a layer, k={kind.k}")
-    print(f"prompt: {n_tokens:,} tokens, {n_soft:,} of them soft")
+    print(f"{max(widths):,} features a layer, k={kind.k}; prompt: {n_tokens:,} tokens, {n_soft:,} of them soft")
     metrics = plan_graph(cfg, adapter, n_tokens, n_soft, widths, kind)
     if isinstance(cfg.transcoder, TranscoderArchConfig):
         metrics |= plan_training(cfg, adapter)
@@ -147,11 +144,9 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     limit = (machine.memory or np.inf) * 1e9
     short = f"needs more than the {gb(limit)} of {task.device}"
     if numbers["memory/trace"] > limit:
-        print(f"\nTracing {short}: model.offload=cpu or disk keeps the weights away, attribution.dtype=model avoids")
-        print("copies in float32, narrower transcoders need less.")
+        print(f"\nTracing {short}: give model.offload=cpu, attribution.dtype=model, or narrower transcoders.")
     if numbers.get("training/peak/rank_00", 0) > limit:  # it owns the most layers
-        print(f"\nTraining {short}: choose a smaller task.tokens_per_batch, task.pool_batches or")
-        print("transcoder.expansion_factor, or more task.training.gpus.")
+        print(f"\nTraining {short}: choose a smaller task.tokens_per_batch or expansion_factor, or more GPUs.")
     return {f"plan/{key}": number for key, number in numbers.items()}
 
 
@@ -167,8 +162,7 @@ def _line(key: str, number: float | tuple[float, str]) -> str:
 
 def transcoder_numbers(d_model: int, n_features: int, skip: bool, activation: str) -> int:
     """Parameters: W_enc, W_dec [F, d], b_enc [F], b_dec [d], a skip path [d, d], and JumpReLU's thresholds [F]."""
-    numbers = 2 * n_features * d_model + n_features + d_model
-    return numbers + d_model**2 * skip + n_features * (activation == "jumprelu")
+    return (2 * n_features + 1 + d_model * skip) * d_model + n_features * (1 + (activation == "jumprelu"))
 
 
 def _transcoders(cfg: AppConfig, adapter: Adapter, overrides: tuple[str, ...]) -> tuple[list[int], Any]:
@@ -228,12 +222,11 @@ def graph_sizes(
     # Features that were left out share a column per layer.
     stored = edges(k * rows / active, 1) if left_out else computed
     per_row = float(((below + 1) * attention(seen) + below * mlp(seen)).mean())
-    gradients = batch * t * (2 * d + queries + 2 * values) * element
     sources = t * (k + 2) * d * element
     sizes = {
         # Dense, of one batch: as swept, absolute values, a byte for which are there, and int64 places of these.
         "memory/rows": batch * columns * (2 * element + 9),
-        "memory/gradients": gradients,
+        "memory/gradients": batch * t * (2 * d + queries + 2 * values) * element,
         # Of all layers when they fit `adjoint.CACHE_BYTES`, else of one at a time.
         "memory/sources": sources * n_layers if sources * n_layers <= 1 << 30 else sources,
         "memory/assembly": (computed + stored) * (element + 4),  # on the host, while rows become a graph
@@ -243,8 +236,7 @@ def graph_sizes(
         "graph/nodes": nodes,
         "graph/edges": stored,
     }
-    flops = per_row * rows + n_layers * (attention(t) + mlp(t)) * config.max_logits
-    return sizes, flops
+    return sizes, per_row * rows + n_layers * (attention(t) + mlp(t)) * config.max_logits
 
 
 def plan_graph(
@@ -317,8 +309,7 @@ def rank_memory(
 
     The set is gathered, to validate and to save, on the device of a single rank; of several, on the CPU.
     """
-    tokens = recipe.tokens_per_batch
-    layers, n, share = len(layout.layers(rank)), tokens, tokens / layout.world
+    layers, n, share = len(layout.layers(rank)), recipe.tokens_per_batch, recipe.tokens_per_batch / layout.world
     f, encoder, captured = arch.expansion_factor * d, BYTES[encoder_dtype], 2 * d * BYTES[dtype]
     weights = _FLOAT * transcoder_numbers(d, f, arch.skip, arch.activation)
     # All layers of the own share, what is sent, received and joined; alone, with padding and then without.
@@ -343,14 +334,10 @@ def pictures_of(cfg: AppConfig, adapter: Adapter, tokens: int) -> int:
     """Pictures among the tokens of a mix: each source has its weight of them, a picture comes with `text_tokens`."""
     from vlmscope.models.sizes import soft_tokens
 
-    sources = cfg.data.sources.values()
-    seen = sum(
-        source.weight for source in sources if source.kind in ("hf_image_label", "hf_cauldron") and source.images
-    )
-    if not seen:
-        return 0
+    sources, kinds = cfg.data.sources.values(), ("hf_image_label", "hf_cauldron")
+    seen = sum(source.weight for source in sources if source.kind in kinds and source.images)
     per_picture = (soft_tokens(adapter) or 0) + cfg.task.text_tokens
-    return round(tokens * seen / sum(source.weight for source in sources) / per_picture)
+    return round(tokens * seen / (sum(source.weight for source in sources) or 1) / per_picture)
 
 
 def plan_training(cfg: AppConfig, adapter: Adapter) -> dict[str, float | tuple[float, str]]:
@@ -376,10 +363,8 @@ def plan_training(cfg: AppConfig, adapter: Adapter) -> dict[str, float | tuple[f
     model = parameters_by_part(adapter)["total"] * BYTES[dtype]
     forward = forward_elements(adapter, share, ceil(pictures), recorded=False) * BYTES[dtype]
     memory = [{"model": model, **rank_memory(layout, rank, d, arch, recipe, dtype, half)} for rank in ranks]
-    peaks = []
-    for parts in memory:  # all that stays, and the largest temporary part
-        passing = [forward, parts["exchange"], parts["work"], parts["gathered"]]
-        peaks.append(sum(parts.values()) - sum(passing[1:]) + max(passing))
+    sizes = [list(parts.values()) for parts in memory]
+    peaks = [sum(parts[:-3]) + max(forward, *parts[-3:]) for parts in sizes]  # what stays, the largest that passes
     captured = 2 * d * BYTES[dtype]  # bytes of a layer's input and output at one token
     sent = share * sum(captured * len(layout.layers(rank)) + 1 for rank in ranks[1:])
     # Activations are written by the forward, packed, unpacked and joined; then each step is drawn from the pool.

@@ -8,7 +8,7 @@ import Sigma from "sigma";
 import type { EdgeDisplayData } from "sigma/types";
 import { layout, MARGIN, type Layout } from "./layout";
 import { tokenText, type Edge } from "./model";
-import { SHAPES, type ShapedData, ShapeProgram } from "./shapes";
+import { LineProgram, SHAPES, type ShapedData, ShapeProgram } from "./shapes";
 import type { GraphStore } from "./store";
 
 export const MOST_EDGES = 5000; // of those drawn for all nodes at once
@@ -47,6 +47,7 @@ export class Scene {
   private readonly rank = new Map<string, number>();
   private readonly pictures: (HTMLImageElement | null)[];
   private readonly watch: ResizeObserver;
+  private settling: ReturnType<typeof setTimeout> | undefined;
   private colours!: Colours;
   private map!: Layout;
   private near = new Map<number, number>(); // neighbours of the chosen node; their weight, as a share of the strongest
@@ -64,6 +65,8 @@ export class Scene {
     this.sigma = new Sigma(this.graph, box, {
       nodeProgramClasses: { shape: ShapeProgram },
       defaultNodeType: "shape",
+      edgeProgramClasses: { line: LineProgram },
+      defaultEdgeType: "line",
       renderLabels: false,
       defaultDrawNodeHover: () => undefined,
       nodeReducer: (key) => this.look(Number(key)),
@@ -72,7 +75,6 @@ export class Scene {
       zIndex: true,
       minCameraRatio: 0.03,
       maxCameraRatio: 1.25,
-      minEdgeThickness: 0.5,
       doubleClickZoomingDuration: 0,
       doubleClickZoomingRatio: 1,
       allowInvalidContainer: true,
@@ -101,7 +103,15 @@ export class Scene {
       if (node === clicked && !event.original.shiftKey) store.togglePin([Number(node)]);
       else click(node, event.original);
     });
-    this.sigma.getCamera().on("updated", () => (store.hovered.value = null));
+    this.sigma.getCamera().on("updated", () => {
+      store.hovered.value = null;
+      ShapeProgram.still = false;
+      clearTimeout(this.settling);
+      this.settling = setTimeout(() => {
+        ShapeProgram.still = true;
+        this.sigma.scheduleRender();
+      }, 150);
+    });
     this.sigma.on("doubleClickStage", ({ preventSigmaDefault }) => {
       preventSigmaDefault();
       this.fit();
@@ -119,6 +129,8 @@ export class Scene {
   }
 
   close(): void {
+    clearTimeout(this.settling);
+    ShapeProgram.still = true;
     this.watch.disconnect();
     this.sigma.kill();
   }
@@ -262,8 +274,8 @@ export class Scene {
     const shown = this.rank.get(String(edge))! < store.edgeCount.value && store.visible.value[source[edge]!] && store.visible.value[target[edge]!];
     if (!shown || store.selected.value !== null) return { hidden: true };
     const strength = Math.sqrt(Math.min(1, store.model.edgeShare[edge]! / 0.05));
-    const opacity = (0.1 + 0.5 * strength) * Math.min(1, Math.max(0.3, 25 / Math.sqrt(store.edgeCount.value)));
-    return { color: premultiplied(weight[edge]! > 0 ? colours.positive : colours.negative, opacity), size: 0.7 + 2 * strength, hidden: false };
+    const opacity = (0.07 + 0.4 * strength) * Math.min(1, Math.max(0.3, 25 / Math.sqrt(store.edgeCount.value)));
+    return { color: premultiplied(weight[edge]! > 0 ? colours.positive : colours.negative, opacity), size: 0.6 + 1.7 * strength, hidden: false };
   }
 
   private draw(): void {

@@ -1,6 +1,10 @@
-/** The WebGL program of nodes: five shapes by their signed distance, with a ring around what is pinned or chosen. */
-import { NodeProgram, type ProgramInfo } from "sigma/rendering";
-import type { NodeDisplayData, RenderParams } from "sigma/types";
+/**
+ * The WebGL programs: nodes, five shapes by their signed distance, with a ring around what is pinned or chosen; and lines.
+ *
+ * Neither is instanced, unlike sigma's own: software renderers take thousands of small instances one by one.
+ */
+import { EdgeProgram, NodeProgram, type ProgramInfo } from "sigma/rendering";
+import type { EdgeDisplayData, NodeDisplayData, RenderParams } from "sigma/types";
 import { floatColor } from "sigma/utils";
 import type { Kind } from "./parse";
 
@@ -33,9 +37,9 @@ varying float v_pixel;
 const float bias = 255.0 / 254.0;
 void main() {
   float size = a_size * u_correctionRatio / u_sizeRatio * 4.0;
-  vec2 position = a_position + size * 1.3 * a_corner;
+  vec2 position = a_position + size * a_corner;
   gl_Position = vec4((u_matrix * vec3(position, 1)).xy, 0, 1);
-  v_point = 1.3 * a_corner;
+  v_point = a_corner;
   v_shape = a_shape;
   v_ringWidth = a_ringWidth;
   v_pixel = u_correctionRatio * 2.0 / size;
@@ -79,15 +83,27 @@ void main() {
   #endif
 }`;
 
-const { FLOAT, UNSIGNED_BYTE, TRIANGLE_STRIP } = WebGLRenderingContext;
+const { FLOAT, UNSIGNED_BYTE, TRIANGLES } = WebGLRenderingContext;
+// Of a triangle around the square of 1.3 times the node's size, which has room for the ring; the radius is 0.5.
+const CORNERS = [[-0.65, -0.65], [1.95, -0.65], [-0.65, 1.95]] as const;
 
 export class ShapeProgram extends NodeProgram<"u_matrix" | "u_sizeRatio" | "u_correctionRatio"> {
+  /** While the camera moves nothing is hovered: what is drawn for picking alone, all nodes again, is left out. */
+  static still = true;
+
+  render(params: RenderParams): void {
+    const { pickProgram } = this;
+    if (!ShapeProgram.still) this.pickProgram = null;
+    super.render(params);
+    this.pickProgram = pickProgram;
+  }
+
   getDefinition() {
     return {
-      VERTICES: 4,
+      VERTICES: 3,
       VERTEX_SHADER_SOURCE: VERTEX,
       FRAGMENT_SHADER_SOURCE: FRAGMENT,
-      METHOD: TRIANGLE_STRIP as 5,
+      METHOD: TRIANGLES as 4,
       UNIFORMS: ["u_matrix", "u_sizeRatio", "u_correctionRatio"] as const,
       ATTRIBUTES: [
         { name: "a_position", size: 2, type: FLOAT },
@@ -97,28 +113,108 @@ export class ShapeProgram extends NodeProgram<"u_matrix" | "u_sizeRatio" | "u_co
         { name: "a_color", size: 4, type: UNSIGNED_BYTE, normalized: true },
         { name: "a_ring", size: 4, type: UNSIGNED_BYTE, normalized: true },
         { name: "a_id", size: 4, type: UNSIGNED_BYTE, normalized: true },
+        { name: "a_corner", size: 2, type: FLOAT },
       ],
-      CONSTANT_ATTRIBUTES: [{ name: "a_corner", size: 2, type: FLOAT }],
-      CONSTANT_DATA: [[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [0.5, 0.5]],
     };
   }
 
   processVisibleItem(id: number, start: number, data: NodeDisplayData): void {
     const { shape, ring, ringWidth } = data as ShapedData;
     const { array } = this;
-    array[start++] = data.x;
-    array[start++] = data.y;
-    array[start++] = data.size;
-    array[start++] = shape;
-    array[start++] = ringWidth;
-    array[start++] = floatColor(data.color);
-    array[start++] = floatColor(ring);
-    array[start++] = id;
+    const [fill, edge] = [floatColor(data.color), floatColor(ring)];
+    for (const [x, y] of CORNERS) {
+      array[start++] = data.x;
+      array[start++] = data.y;
+      array[start++] = data.size;
+      array[start++] = shape;
+      array[start++] = ringWidth;
+      array[start++] = fill;
+      array[start++] = edge;
+      array[start++] = id;
+      array[start++] = x;
+      array[start++] = y;
+    }
   }
 
   setUniforms({ sizeRatio, correctionRatio, matrix }: RenderParams, { gl, uniformLocations }: ProgramInfo<"u_matrix" | "u_sizeRatio" | "u_correctionRatio">): void {
     gl.uniform1f(uniformLocations.u_sizeRatio, sizeRatio);
     gl.uniform1f(uniformLocations.u_correctionRatio, correctionRatio);
     gl.uniformMatrix3fv(uniformLocations.u_matrix, false, matrix);
+  }
+}
+
+const LINE_VERTEX = /* glsl */ `
+attribute vec4 a_color;
+attribute vec2 a_from;
+attribute vec2 a_to;
+attribute vec2 a_corner;
+attribute float a_size;
+uniform mat3 u_matrix;
+uniform vec2 u_pixels;
+varying vec4 v_color;
+varying float v_side;
+varying float v_half;
+const float bias = 255.0 / 254.0;
+void main() {
+  vec2 from = (u_matrix * vec3(a_from, 1)).xy;
+  vec2 to = (u_matrix * vec3(a_to, 1)).xy;
+  vec2 along = (to - from) * u_pixels;
+  vec2 across = vec2(-along.y, along.x) / max(length(along), 0.001);
+  // Half a pixel more on both sides, where the colour fades.
+  v_half = 0.5 * a_size + 0.5;
+  v_side = a_corner.y * v_half;
+  gl_Position = vec4(mix(from, to, a_corner.x) + across * v_side * 2.0 / u_pixels, 0, 1);
+  v_color = a_color;
+  v_color.a *= bias;
+}`;
+
+const LINE_FRAGMENT = /* glsl */ `
+precision mediump float;
+varying vec4 v_color;
+varying float v_side;
+varying float v_half;
+void main() {
+  gl_FragColor = v_color * clamp(v_half - abs(v_side), 0.0, 1.0);
+}`;
+
+const LINE_CORNERS = [[0, -1], [1, -1], [0, 1], [0, 1], [1, -1], [1, 1]] as const;
+
+/** Straight lines; colours are premultiplied with their opacity. */
+export class LineProgram extends EdgeProgram<"u_matrix" | "u_pixels"> {
+  getDefinition() {
+    return {
+      VERTICES: 6,
+      VERTEX_SHADER_SOURCE: LINE_VERTEX,
+      FRAGMENT_SHADER_SOURCE: LINE_FRAGMENT,
+      METHOD: TRIANGLES as 4,
+      UNIFORMS: ["u_matrix", "u_pixels"] as const,
+      ATTRIBUTES: [
+        { name: "a_from", size: 2, type: FLOAT },
+        { name: "a_to", size: 2, type: FLOAT },
+        { name: "a_corner", size: 2, type: FLOAT },
+        { name: "a_size", size: 1, type: FLOAT },
+        { name: "a_color", size: 4, type: UNSIGNED_BYTE, normalized: true },
+      ],
+    };
+  }
+
+  processVisibleItem(_: number, start: number, from: NodeDisplayData, to: NodeDisplayData, data: EdgeDisplayData): void {
+    const { array } = this;
+    const color = floatColor(data.color);
+    for (const [end, side] of LINE_CORNERS) {
+      array[start++] = from.x;
+      array[start++] = from.y;
+      array[start++] = to.x;
+      array[start++] = to.y;
+      array[start++] = end;
+      array[start++] = side;
+      array[start++] = data.size;
+      array[start++] = color;
+    }
+  }
+
+  setUniforms({ matrix, width, height }: RenderParams, { gl, uniformLocations }: ProgramInfo<"u_matrix" | "u_pixels">): void {
+    gl.uniformMatrix3fv(uniformLocations.u_matrix, false, matrix);
+    gl.uniform2f(uniformLocations.u_pixels, width, height);
   }
 }

@@ -161,10 +161,11 @@ function Rename({ store, id, onClose }: { store: GraphStore; id: string; onClose
 function Picture(props: { store: GraphStore; value: Diagram; palette: Palette; onRename?: (id: string) => void }) {
   const { store, value, palette, onRename } = props;
   const { width, height } = value;
+  const grow = onRename ? 1.4 : 1; // on the page as large as there is room, up to this
   const chosen = store.selected.value;
   const most = Math.max(...value.links.map(({ share }) => Math.abs(share)), 0.05);
   return (
-    <svg xmlns="http://www.w3.org/2000/svg" width={width} height={height} viewBox={`0 0 ${width} ${height}`} font-family="Inter, system-ui, sans-serif" role="img" aria-label="Diagram of the pinned nodes">
+    <svg xmlns="http://www.w3.org/2000/svg" width={grow * width} height={grow * height} viewBox={`0 0 ${width} ${height}`} font-family="Inter, system-ui, sans-serif" role="img" aria-label="Diagram of the pinned nodes">
       <rect width={width} height={height} fill={palette.paper} />
       <defs>
         {(["positive", "negative"] as const).map((sign) => (

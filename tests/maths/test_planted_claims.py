@@ -180,6 +180,9 @@ class Experiment:
             cases = self.cases()
             declared = Declared(cases, self.operation, baselines=Baselines(self.scope, self))
             table = run_trials(self.scope, declared.trials(given, self.settings))
+            planned = declared.work(given, self.settings, self.scope.transcoders.layers)
+            # What the progress bar counts to; draws of controls end early where none of them counts.
+            assert len(table) == planned or (len(table) < planned and table.weak.any())
         measures = {f"{o}/{s}": counted(given, self.settings, o, s)[0]
                     for o, s in table[["operation", "setting"]].drop_duplicates().to_numpy()}  # fmt: skip
         found = claims(table, measures)

@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,8 +119,10 @@ def test_a_graph_and_interventions_come_out_with_their_controls(runs: dict[str, 
 
 def test_the_python_of_the_document_runs(runs: dict[str, list[Path]]) -> None:
     folder = runs["trace"][0].parent
-    (code,) = blocks("python")
-    exec(code.replace("/my/", f"{folder}/"), {})
+    names: dict[str, Any] = {}
+    for code in blocks("python"):
+        exec(code.replace("/my/", f"{folder}/"), names)
+    assert [row.draws for row in names["result"].controls] == [5, 5]
     saved, written = folder / "trace_in_python", runs["trace"][0]
     ours, theirs = (load_graph(path / "graph.safetensors").graph.weights for path in (saved, written))
     assert np.array_equal(ours, theirs)

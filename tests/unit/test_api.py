@@ -171,7 +171,9 @@ def test_a_patch_with_itself_changes_nothing(orrery: Any) -> None:
             call()
 
 
-def test_a_trace_shows_its_features_and_saves_the_files_of_the_task(orrery: Any, tmp_path: Path) -> None:
+def test_a_trace_shows_its_features_and_saves_the_files_of_the_task(
+    orrery: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     traced = vlmscope.trace(orrery, QUESTION, MARS, max_nodes=300, patches=True)
     best = traced.top_features(3)
     assert [row.feature for row in best] == list(top_features(traced.graph, 3))
@@ -190,6 +192,10 @@ def test_a_trace_shows_its_features_and_saves_the_files_of_the_task(orrery: Any,
     sources, weights = traced.graph.incoming(row)
     known = {node_id(traced.graph, source): weight for source, weight in zip(sources.tolist(), weights, strict=True)}
     assert all(known[source] == edge["weight"] for source, _, edge in network.in_edges(end, data=True))
+    shown: list[Image.Image] = []
+    monkeypatch.setattr("builtins.display", shown.append, raising=False)  # as in a notebook
+    traced.show()
+    assert [picture.size for picture in shown] == [traced.plot().size]
     folder = traced.save(tmp_path / "saved")
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == {"graph.json", "graph.safetensors", "patches.safetensors", "figures/graph.png"}

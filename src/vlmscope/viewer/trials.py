@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from vlmscope.metrics.rates import CASE, CONTROLS, draws_of, measures_of, rates
 from vlmscope.viewer.safety import Refused
 
 TABLE, CLAIMS = "trials.parquet", "claims.parquet"
+_ONCE = threading.Lock()
 _BY = ("setting", "baseline", "mode", "layers", "positions", "strength", "question")
 _NONE = {"baseline": "", "mode": "", "layers": "", "positions": "", "strength": None, "question": ""}
 
@@ -24,7 +26,8 @@ def trials_body(folder: Path, name: str) -> dict[str, Any]:
     path = folder / TABLE
     if not path.is_file():
         raise Refused(f"{name[:200]} has no {TABLE}", 404)
-    return _body(folder, name, path.stat().st_mtime_ns)
+    with _ONCE:  # two tabs wait for one computation
+        return _body(folder, name, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=32)

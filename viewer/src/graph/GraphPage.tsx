@@ -211,7 +211,10 @@ function GraphView({ store, route }: { store: GraphStore; route: Route }) {
       } else return;
       event.preventDefault();
     };
-    const seen = (): void => void (document.visibilityState === "visible" && store.refresh());
+    const seen = (): void => {
+      if (document.visibilityState === "visible") void store.refresh();
+      else store.flush(); // the tab may be about to close
+    };
     // A link to this same graph, followed or typed.
     const moved = (): void => fromAddress(store, address.peek().query);
     addEventListener("hashchange", moved);

@@ -70,13 +70,13 @@ export class GraphStore {
     return `vlmscope.annotations.${this.model.file.name}.${this.model.n}.${this.model.m}`;
   }
 
-  /** Fetch what the server has; a graph that nobody annotated keeps what its file says. */
+  /** Fetch what the server has: before the first save, what the graph's own file says. */
   async load(): Promise<void> {
     if (this.id === null) return;
     try {
       const found = await api.annotations(this.id);
       this.base = found;
-      if (found.version > 0) this.content.value = contentOf(found);
+      this.content.value = contentOf(found);
     } catch (error) {
       say(`Annotations could not be read: ${reason(error)}`, { error: true });
     }
@@ -84,7 +84,14 @@ export class GraphStore {
 
   close(): void {
     this.closed = true;
-    if (this.timer !== undefined) void this.save();
+    this.flush();
+  }
+
+  /** Save at once what still waits for further changes. */
+  flush(): void {
+    if (this.timer === undefined) return;
+    clearTimeout(this.timer);
+    void this.save();
   }
 
   change(edit: (content: Content) => Partial<Content>): void {

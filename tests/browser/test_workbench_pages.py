@@ -150,7 +150,7 @@ def trace(page: Page, picture: str) -> None:
     expect(page.get_by_label("Question")).to_have_value("what planet is this ?")
     page.get_by_role("button", name="Trace").click()
     expect(page.locator(".try-tabs .answer")).to_have_text(f"answer: {picture}", timeout=SLOW)
-    expect(page.locator(".try-graph .stage canvas").first).to_be_visible()
+    expect(page.locator(".try-graph .stage .canvas canvas.sigma-nodes")).to_be_visible(timeout=SLOW)
 
 
 def test_mars_turns_into_earth_next_to_its_controls(opened: Opened) -> None:

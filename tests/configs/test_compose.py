@@ -24,7 +24,14 @@ from vlmscope.tracking.client import to_params
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted(catalog.options("experiment"))
 # These have keys that no other experiment has.
-LIMITED = ("train_orrery", "train_orrery_transcoders", "captioning", "mars_earth_patch", "mars_earth_curves")
+LIMITED = (
+    "train_orrery",
+    "train_orrery2",
+    "train_orrery_transcoders",
+    "captioning",
+    "mars_earth_patch",
+    "mars_earth_curves",
+)
 LIMITED += ("linear_story", "where_in_the_picture", "hallucination_prediction", "visual_arithmetic", "counting")
 GROUPS = (
     "model",

@@ -109,6 +109,18 @@ def test_orrerys_shapes_hardly_need_mlps_and_its_sums_do() -> None:
     assert need(table, "shape") < 0.2 and need(table, "sum") > 0.7
 
 
+def test_orrery_2_needs_its_mlps_at_the_picture_and_answers_what_binds() -> None:
+    orrery2 = load_named(asset("orrery2"), None, None, "float32", "cpu", "none")
+    whole = (0, orrery2.adapter.n_layers - 1)
+    asked = default_questions(orrery2, 30)
+    sets = [case_set(orrery2, name, asked[name]) for name in ("shape", "left_cover", "exists")]
+    ablated = [Ablation(("mlp",), "mean", whole, role) for role in (None, "image")]
+    table = pd.DataFrame([row for cases in sets for row in measured(orrery2, cases, ablated)])
+    for name in ("shape", "left_cover", "exists"):
+        assert value(table, name, "accuracy", blocks="none") > 0.85 and need(table, name) > 0.8
+        assert value(table, name, "accuracy", blocks="mlp", positions="image") < 0.65
+
+
 def row(question: str, measure: str, number: float, blocks: str, method: str = "", **where: str) -> dict:
     place = {"layers": "all", "positions": "all"} | where
     what = {"question": question, "cases": 50, "blocks": blocks, "method": method, "measure": measure, **place}

@@ -67,8 +67,8 @@ class Part:
         if self.key == ABOUT:
             return " or ".join(self.values)
         if self.key == PICTURES:
-            known = {("0",): "no picture", ("1",): "a picture"}
-            return known.get(self.values, f"{' or '.join(self.values)} pictures")
+            count = " or ".join(self.values)
+            return {"0": "no picture", "1": "a picture"}.get(count, f"{count} pictures")
         if self.key in WORDS:
             return f"{self.key} has {self._quoted}"
         return f"{self.key.replace('_', ' ')} {' or '.join(self.values)}"
@@ -103,9 +103,10 @@ class Rule:
 
         A feature that fires where its own word is, or is about to be, "says" it.
         """
-        at_word = place is not None and place.key == "token" and len(self.parts) == 1 and self.parts[0].key in WORDS
-        if at_word and place.values[0].strip().lower() == " ".join(self.parts[0].values):
-            return f'the word "{self.parts[0].values[0]}"'
+        first, *more = self.parts
+        at = place.values[0].strip().lower() if place is not None and place.key == "token" else None
+        if first.key in WORDS and first.values == (at,) and not more:
+            return f'the word "{at}"'
         said = [f'says "{writes}"' if _speaks_of(part, writes) else part.text for part in self.parts]
         return ", ".join(filter(None, [" and ".join(said), "" if place is None else place.place]))
 

@@ -202,7 +202,7 @@ def test_a_repeated_item_moves_no_score(planted: tuple[Planted, KnownItems]) -> 
 def test_the_kind_alone_is_the_baseline_of_a_label(planted: tuple[Planted, KnownItems]) -> None:
     world, known = planted
     of_kind = propose(world.facts, known, 2, "planet")
-    assert of_kind == Rule((Part("planet", ("mars",)),))
+    assert of_kind is not None and of_kind == Rule((Part("planet", ("mars",)),))
     alone, label = (scored(score_rule(world.facts, known, 2, rule)[0]).score for rule in
                     (of_kind, Rule((Part("question", ("colour",)), Part("planet", ("mars",))))))  # fmt: skip
     assert 0.5 < alone < label - 0.02

@@ -12,9 +12,11 @@ from statistics import median
 
 import torch
 from started import started
+from torch import Tensor
 
 from vlmscope.tasks.plan import Machine, layer_work, least_time
 from vlmscope.training.config import TranscoderArchConfig
+from vlmscope.training.layer_trainer import LayerTrainer
 
 SIZES = [(2048, 128, 2048, 16), (2048, 256, 8192, 16), (1024, 512, 16384, 48), (512, 1024, 16384, 48)]  # n, d, F, k
 GROUPS = {
@@ -25,37 +27,44 @@ GROUPS = {
 }
 
 
+def timed_once(work: Callable[[], object]) -> float:
+    """Seconds of a call, with all that it leaves to GPUs."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    wait()
+    began = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - began
+
+
 def seconds(work: Callable[[], object], repeat: int) -> float:
     """Median time of a call after one that does not count."""
     work()
-    found = []
-    for _ in range(repeat):
-        began = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - began)
-    return median(found)
+    return median(timed_once(work) for _ in range(repeat))
+
+
+def product_rate(dtype: torch.dtype, size: int, repeat: int, device: str = "cpu") -> float:
+    """10^12 operations a second of a product of square matrices."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2e-12 * size**3 / seconds(lambda: a @ b, repeat)
+
+
+def copy_rate(repeat: int, device: str = "cpu", numbers: int = 1 << 26) -> float:
+    """GB/s of a copy of float32 numbers (256 MiB), read and written."""
+    source = torch.randn(numbers, device=device)
+    target = torch.empty_like(source)
+    return 8e-9 * numbers / seconds(lambda: target.copy_(source), repeat)
 
 
 def this_machine(repeat: int) -> Machine:
-    """The rates of a product of 2048 x 2048 in float32 and of a copy of 256 MiB, read and written."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    source = torch.randn(1 << 26)
-    target = torch.empty_like(source)
-    flops = 2 * 2048**3 / seconds(lambda: a @ b, repeat)
-    moved = 2 * 4 * source.numel() / seconds(lambda: target.copy_(source), repeat)
-    return Machine("this machine", flops / 1e12, flops / 1e12, flops / 1e12, moved / 1e9, None, moved / 1e9)
+    """The rates of a product of 2048 x 2048 in float32 and of a copy."""
+    rate, moved = product_rate(torch.float32, 2048, repeat), copy_rate(repeat)
+    return Machine("this machine", rate, rate, rate, moved, None, moved)
 
 
-def measured(n: int, d: int, f: int, k: int, repeat: int) -> dict[str, float]:
-    """Seconds of the groups of one layer's step."""
-    x, y = torch.randn(n, d), torch.randn(n, d)
-    trainer = started(d, f, k, x, y)
+def step_of(trainer: LayerTrainer, x: Tensor, y: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The two halves of a step on [N, d], [N, d]: loss and gradient, and clipping with AdamW."""
     optimiser = torch.optim.AdamW(trainer.parameters(), lr=1e-4, fused=True)
-    standard = trainer.standard.apply(x, y)[0]
-    with torch.no_grad():
-        pre = trainer.transcoder.pre_activations(standard)
-        encoder = seconds(lambda: trainer.transcoder.pre_activations(standard), repeat)
-        choice = seconds(lambda: trainer.transcoder.activation.support(pre), repeat)
 
     def gradient() -> None:
         optimiser.zero_grad(set_to_none=True)
@@ -65,6 +74,19 @@ def measured(n: int, d: int, f: int, k: int, repeat: int) -> dict[str, float]:
         torch.nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
         optimiser.step()
 
+    return gradient, update
+
+
+def measured(n: int, d: int, f: int, k: int, repeat: int) -> dict[str, float]:
+    """Seconds of the groups of one layer's step."""
+    x, y = torch.randn(n, d), torch.randn(n, d)
+    trainer = started(d, f, k, x, y)
+    standard = trainer.standard.apply(x, y)[0]
+    with torch.no_grad():
+        pre = trainer.transcoder.pre_activations(standard)
+        encoder = seconds(lambda: trainer.transcoder.pre_activations(standard), repeat)
+        choice = seconds(lambda: trainer.transcoder.activation.support(pre), repeat)
+    gradient, update = step_of(trainer, x, y)
     whole = seconds(gradient, repeat)
     return dict(zip(GROUPS, (encoder, choice, whole - encoder - choice, seconds(update, repeat)), strict=True))
 

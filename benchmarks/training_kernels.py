@@ -11,19 +11,26 @@ import contextlib
 import io
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from plan import step_of, timed_once
 from started import started
+from torch import Tensor
 from training_data import Activations
+
+from vlmscope.training.layer_trainer import LayerTrainer
 
 
 def measure(job: dict[str, Any], data: Activations) -> dict[str, Any]:
     """Seconds: medians of `steps` rounds, in each of which all are measured in turn."""
     n, width, latents, k = job["batch"], job["width"], job["latents"], job["k"]
-    ours, theirs = our_step(data, n, latents, k), peer_step(job, data, n, latents, k)
+    # The peer's coder starts from our weights: which features are active matters for the speed.
+    trainer = started(data.x.shape[1], latents, k, data.x[: 4 * n], data.y[: 4 * n])
+    ours = step_of(trainer, data.x[:n], data.y[:n])[0]
+    sys.path.insert(0, job["peer_site"])
+    theirs = peer_step(trainer, data.x[:n], data.y[:n])
     x, weights = data.x[:n].contiguous(), torch.randn(latents, width)
     out = torch.empty(n, latents)
     timed = {
@@ -44,33 +51,15 @@ def measure(job: dict[str, Any], data: Activations) -> dict[str, Any]:
     return {**medians, "sparse_s": sparse, "roofline_s": medians["product_s"] + sparse}
 
 
-def timed_once(run: Callable[[], object]) -> float:
-    """Seconds of a call."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def our_step(data: Activations, n: int, latents: int, k: int) -> Callable[[], None]:
-    """Loss and gradients of a batch, as `TranscoderModule` takes them."""
-    trainer = started(data.x.shape[1], latents, k, data.x[: 4 * n], data.y[: 4 * n])
-
-    def step() -> None:
-        trainer.zero_grad(set_to_none=True)
-        trainer.loss(data.x[:n], data.y[:n])[0].backward()
-
-    return step
-
-
-def peer_step(job: dict[str, Any], data: Activations, n: int, latents: int, k: int) -> Callable[[], None]:
-    """The same of the peer's coder, started from our weights: which features are active matters for the speed."""
-    sys.path.insert(0, job["peer_site"])
+def peer_step(trainer: LayerTrainer, x: Tensor, y: Tensor) -> Callable[[], None]:
+    """Loss and gradients of a batch [N, d], [N, d] by the peer's coder with the trainer's weights; needs sparsify."""
     with contextlib.redirect_stdout(io.StringIO()):
         from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
 
-    trainer = started(data.x.shape[1], latents, k, data.x[: 4 * n], data.y[: 4 * n])
     folded = trainer.folded()
-    coder = SparseCoder(data.x.shape[1], SparseCoderConfig(num_latents=latents, k=k, transcode=True))
+    config = folded.config
+    settings = SparseCoderConfig(num_latents=config.n_features, k=config.k, transcode=True)
+    coder = SparseCoder(config.d_model, settings).to(x.device)
     with torch.no_grad():
         coder.encoder.weight.copy_(folded.W_enc)
         coder.encoder.bias.copy_(folded.b_enc)
@@ -80,6 +69,6 @@ def peer_step(job: dict[str, Any], data: Activations, n: int, latents: int, k: i
 
     def step() -> None:
         coder.zero_grad(set_to_none=True)
-        coder(data.x[:n], data.y[:n]).fvu.backward()
+        coder(x, y).fvu.backward()
 
     return step

@@ -28,6 +28,7 @@ LIMITED = (
     "train_orrery",
     "train_orrery2",
     "train_orrery_transcoders",
+    "train_orrery2_transcoders",
     "captioning",
     "mars_earth_patch",
     "mars_earth_curves",

@@ -167,4 +167,4 @@ def test_the_command_line_and_the_python_api_say_the_same(tmp_path: Path) -> Non
             if name == "steer"
             else vlmscope.patch(scope, prompt, [paths["mars"]], [paths["earth"]], features, 3.0)
         )
-        assert after == written["answer"]["after"]
+        assert after.after.answer == written["answer"]["after"]

@@ -68,6 +68,7 @@ def test_a_signal_in_the_middle_of_a_change_of_the_weights_waits_for_its_end(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right, calls = torch.optim.AdamW.step, []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
     def signalled(self: torch.optim.AdamW, closure):
         calls.append(closure())
@@ -78,6 +79,7 @@ def test_a_signal_in_the_middle_of_a_change_of_the_weights_waits_for_its_end(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(torch.optim.AdamW, "step", signalled)
         fit(data, tmp_path / "cut")
+    signal.signal(signal.SIGINT, before)
     assert len(calls) == 4
     resumed = fit(data, tmp_path / "cut", resume=True)
     whole = fit(data, tmp_path / "whole")

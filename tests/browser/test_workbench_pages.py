@@ -189,6 +189,7 @@ def drop(page: Page, picture: bytes) -> None:
 
 def test_a_dropped_picture_is_traced_and_a_trace_is_cancelled(opened: Opened) -> None:
     page = opened("try")
+    expect(page.locator(".try-picture > img")).to_have_attribute("alt", "mars")  # the page listens now
     drop(page, (shipped("assets/pictures") / "shapes.png").read_bytes())
     expect(page.locator(".try-picture > img")).to_have_attribute("alt", "mine.png")
     page.get_by_label("Question").fill("how many shapes are there ?")

@@ -116,6 +116,16 @@ def test_answers_that_are_not_there_are_as_frequent() -> None:
         assert answers.count("yes") / 120 == pytest.approx(0.5, abs=0.12)
 
 
+def test_glyphs_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+
+    whole = load_digits()
+    for split in SPLITS:
+        for digit, (pictures, sources) in enumerate(zip(*glyphs(split), strict=True)):
+            assert (whole.target[sources] == digit).all()  # pyright: ignore[reportAttributeAccessIssue]
+            assert (whole.images[sources] / 16 == pictures).all()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_splits_use_different_glyphs() -> None:
     sources = {split: {int(i) for part in glyphs(split)[1] for i in part} for split in SPLITS}
     assert sum(map(len, sources.values())) == len(set.union(*sources.values())) == 1797

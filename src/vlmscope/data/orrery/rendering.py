@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -224,10 +225,11 @@ def _add_rings(
 @cache
 def glyphs(split: str) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
     """For each digit 0-9 the split's glyphs, float32 [n, 8, 8] in 0..1, and their source indices [n]."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images, labels = data.images.astype(np.float32) / 16.0, data.target  # pyright: ignore[reportAttributeAccessIssue]
+    package = find_spec("sklearn")
+    assert package is not None and package.origin is not None
+    # scikit-learn's digits, read without importing it, which takes longer than all else that draws a scene
+    rows = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    images, labels = rows[:, :-1].reshape(-1, 8, 8).astype(np.float32) / 16.0, rows[:, -1].astype(int)
     low, high = GLYPH_SHARES[split]
     sources = []
     for digit in range(10):

@@ -29,7 +29,6 @@ def shown(notebook: nbformat.NotebookNode) -> list[list[str]]:
     return [sorted(kind for o in cell.outputs for kind in o.get("data", {}) if kind != "image/jpeg") for cell in code]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     from nbclient import NotebookClient

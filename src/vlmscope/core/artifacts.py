@@ -55,6 +55,11 @@ def no_room(error: BaseException, path: str | Path) -> NoRoom | None:
     return None
 
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+_MODE = 0o666 & ~_UMASK  # as any new file has it: safetensors alone makes files that only their owner may read
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; it replaces `path` on success and is removed on any error.
@@ -71,6 +76,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        with suppress(OSError):  # some network drives know no modes
+            temporary.chmod(_MODE)
         os.replace(temporary, path)
     except Exception as error:
         if full := no_room(error, path):

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from vlmscope import attention as map_io
 from vlmscope.attribution.export import load_graph
@@ -43,6 +44,13 @@ def test_tensors_keep_every_bit_shape_dtype_and_metadata(tmp_path: Path) -> None
         assert loaded[name].dtype == array.dtype
         assert loaded[name].shape == array.shape
         assert loaded[name].tobytes() == array.tobytes()
+
+
+def test_tensors_may_be_read_by_whoever_may_read_other_files(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    with artifacts.atomic_path(tmp_path / "x.safetensors") as temporary:
+        save_file({"x": np.ones(2)}, temporary)
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_no_litter(tmp_path: Path) -> None:

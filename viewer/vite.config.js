@@ -1,4 +1,4 @@
-// Two builds: the page of `task=serve` into src/vlmscope/viewer/static, and (mode "single") one file with everything in
+// Two builds: the page of `task=serve` into assets/viewer, and (mode "single") one file with everything in
 // it, single.html, into which Python puts a graph.
 import { createHash } from "node:crypto";
 import { existsSync, readFileSync, readdirSync, statSync } from "node:fs";
@@ -7,7 +7,7 @@ import { fileURLToPath } from "node:url";
 import { defineConfig } from "vite";
 
 const here = fileURLToPath(new URL(".", import.meta.url));
-const out = join(here, "../src/vlmscope/viewer/static");
+const out = join(here, "../assets/viewer");
 const SOURCES = ["index.html", "package.json", "package-lock.json", "tsconfig.json", "vite.config.js", "src"];
 
 /** SHA-256 over names and contents of the sources, in order of their names: `tests/architecture` computes the same. */

@@ -18,7 +18,7 @@ from vlmscope.viewer.graphs import ANNOTATIONS, checked, feature_of
 from vlmscope.viewer.runs import GRAPH
 
 PAGE = "graph.html"
-TEMPLATE = Path(__file__).parent / "static" / "single.html"
+TEMPLATE = shipped("assets/viewer/single.html")
 _PLACE = "<!--DATA-->"
 _BYTES = 18_000_000  # of a page; features with less influence lose their panels beyond it
 _EXAMPLES = 4  # of each feature

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vlmscope.viewer.studies import Studies
 
 UPLOADS = "workbench/uploads"
-STATIC = Path(__file__).parent / "static"
+STATIC = shipped("assets/viewer")
 _NOT_BUILT = """<!doctype html><html lang="en"><meta charset="utf-8"><title>vlmscope workbench</title>
 <h1>The workbench's page is not built</h1>
 <p>Its server runs. Build the page once with <code>make viewer</code> (needs Node.js 20 or later and npm), then reload.

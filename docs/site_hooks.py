@@ -128,7 +128,7 @@ def made_pages() -> dict[str, str]:
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages that lie outside docs/."""
-    from mkdocs.structure.files import File
+    from mkdocs.structure.files import File  # pyright: ignore[reportMissingImports]  # the extra docs
 
     for name, text in made_pages().items():
         files.append(File.generated(config, name, content=text))

@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["serve"]:
         argv[0] = "task=serve"
     if argv[:1] == ["--worker"] and len(argv) == 2 and argv[1].isdigit():  # as the workbench starts it
-        from vlmscope.viewer.worker import run_worker
+        from vlmscope.viewer.jobs import run_worker
 
         return run_worker(main, int(argv[1]))
     if isinstance(sys.stdout, TextIOWrapper):

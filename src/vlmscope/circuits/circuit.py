@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,14 +30,17 @@ from scipy import sparse
 from torch import Tensor
 
 from vlmscope.attribution.influence import SubgraphScores, influence, subgraph_scores
-from vlmscope.circuits.circuit_file import CIRCUIT, LEVELS, READ, VERSION, circuit_body, read_node, write_circuit
 from vlmscope.circuits.config import ANSWER_PREFIX, BIASES, ERRORS, OTHER, SOFT, TEXT
-from vlmscope.core.artifacts import built_from, load_tensors, read_yaml
+from vlmscope.core.artifacts import built_from, load_tensors, read_yaml, save_tensors, write_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.core.records import FeatureId, Places
-from vlmscope.core.results import CircuitEdge, Supernode
+from vlmscope.core.records import FeatureId, PatchBox, Places, Positions
+from vlmscope.core.results import CircuitEdge, CircuitFeature, Supernode
 from vlmscope.interventions.edits import Gate, LayerEdit, Plan, features_at, merge, position_mask, set_features
+
+VERSION = 2
+READ = (1, VERSION)  # version 1 had neither positions nor edges
+CIRCUIT, LEVELS = "circuit.yaml", "levels.safetensors"
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,46 @@ def save_circuit(circuit: Circuit, folder: Path) -> None:
         for role, layers in roles.items()
         for layer, values in layers.items()
     }
-    body = circuit_body(circuit.supernodes, circuit.edges, circuit.model, circuit.n_features)
-    write_circuit(folder, body, arrays)
+    body: dict[str, Any] = {"version": VERSION}
+    if circuit.model:
+        body["model"] = circuit.model
+    if circuit.n_features:
+        body["n_features"] = {int(layer): int(width) for layer, width in circuit.n_features.items()}
+    body["supernodes"] = {name: _node_body(node) for name, node in circuit.supernodes.items()}
+    if circuit.edges:
+        body["edges"] = [vars(edge) for edge in circuit.edges]
+    write_yaml(folder / CIRCUIT, body)
+    save_tensors(folder / LEVELS, arrays, {"version": "1"})
+
+
+def _node_body(node: Supernode) -> dict[str, Any]:
+    body: dict[str, Any] = {"chosen": node.chosen} if node.chosen else {}
+    if node.positions is not None:
+        box = node.positions.box
+        body["positions"] = {"roles": list(node.positions.roles)}
+        body["positions"] |= {} if box is None else {"box": [float(x) for x in box]}
+    body["features"] = [
+        {"feature": str(m.feature), "role": m.role, "contrast": m.contrast, "influence": m.influence}
+        | ({"label": m.label} if m.label else {})
+        for m in node.features
+    ]
+    return body
+
+
+def _node(name: str, stored: Any) -> Supernode:
+    """A supernode of the file; in version 1 it was the list of its features."""
+    body: dict[str, Any] = {"features": stored} if isinstance(stored, list) else stored
+    members = tuple(
+        CircuitFeature(
+            FeatureId.parse(m["feature"]), m["role"], m["contrast"], m["influence"], label=str(m.get("label", ""))
+        )
+        for m in body["features"]
+    )
+    positions = None
+    if (places := body.get("positions")) is not None:
+        box = places.get("box")
+        positions = Positions(tuple(places["roles"]), None if box is None else PatchBox(*map(float, box)))
+    return Supernode(name, members, positions, body.get("chosen", ""))
 
 
 def load_circuit(folder: Path) -> Circuit:
@@ -137,7 +179,7 @@ def load_circuit(folder: Path) -> Circuit:
     if body.get("version") not in READ:
         raise UserError(f"{path} has version {body.get('version')}, this program reads {VERSION}; find it anew")
     with built_from(path, "circuit", "find it again"):
-        supernodes = {str(name): read_node(str(name), stored) for name, stored in body["supernodes"].items()}
+        supernodes = {str(name): _node(str(name), stored) for name, stored in body["supernodes"].items()}
         edges = tuple(CircuitEdge(**edge) for edge in body.get("edges", ()))
     levels: dict[str, dict[str, dict[int, Tensor]]] = {}
     tensors = folder / LEVELS

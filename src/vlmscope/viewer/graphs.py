@@ -1,4 +1,4 @@
-"""Graphs of the workbench: their files, what users add to them, the scores of a pinned part, and circuits made of it.
+"""Graphs of the workbench: their files, what users add to them, and the scores of a pinned part.
 
 Annotations are `annotations.json` next to a graph. Each save names the version that it started from, so that a second
 tab learns of the first one's changes instead of undoing them. A graph file of another program has no
@@ -7,7 +7,6 @@ tab learns of the first one's changes instead of undoing them. A graph file of a
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmscope.core.artifacts import read_json, shipped, write_json
-from vlmscope.core.errors import UserError
 from vlmscope.viewer.runs import GRAPH, Runs
 from vlmscope.viewer.safety import Refused, inside
 
@@ -30,16 +28,9 @@ MOST_BYTES = 200 << 20  # of a graph file
 _MOST = 20_000  # pins, members of supernodes, or labels
 _LONGEST = 20_000  # characters of a text
 _SAVING = threading.Lock()
-_NAME = re.compile(r"[\w][\w .-]{0,60}")
-_KINDS = {
-    "embedding": 0,
-    "cross layer transcoder": 1,
-    "transcoder": 1,
-    "mlp reconstruction error": 2,
-    "bias": 3,
-    "logit": 4,
-    "left out features": 5,
-}  # numbers of `NodeKind`
+# Parts of peers' names of kinds of nodes, and numbers of `NodeKind`; all others are features, of MLPs or attention.
+_KINDS = {"error": 2, "embedding": 0, "logit": 4, "bias": 3, "left out": 5}
+_FEATURE = 1
 
 
 def example_folder() -> Path:
@@ -157,21 +148,14 @@ def from_neuronpedia(graph: Mapping[str, Any]) -> dict[str, Any]:
     return checked({"pinned": pinned, "supernodes": [node for node in nodes if node["members"]]}, "qParams")
 
 
-def to_neuronpedia(runs: Runs, name: str) -> dict[str, Any]:
-    """The graph with its annotations where Neuronpedia and circuit-tracer look for them: `qParams` and `clerp`."""
-    graph, added = read_graph(runs, name), read_annotations(runs, name)
-    groups = [[node["name"], *node["members"]] for node in added["supernodes"]]
-    view = {**_object(graph, "qParams"), "pinnedIds": added["pinned"], "supernodes": groups}
-    nodes = [
-        {**node, "clerp": added["labels"].get(feature_of(node) or str(node.get("node_id")), node.get("clerp", ""))}
-        for node in graph["nodes"]
-    ]
-    return {**graph, "qParams": view, "nodes": nodes}
+def _kind(node: Mapping[str, Any]) -> int:
+    name = str(node.get("feature_type")).lower()
+    return next((kind for part, kind in _KINDS.items() if part in name), _FEATURE)
 
 
 def feature_of(node: Mapping[str, Any]) -> str | None:
     """The name `L<layer>/<index>` of a feature's node, whose id is `<layer>_<index>_<position>`; None for others."""
-    if _KINDS.get(str(node.get("feature_type"))) != 1:
+    if _kind(node) != _FEATURE:
         return None
     found = re.match(r"(\d+)_(\d+)_", str(node.get("node_id")))
     return f"L{int(found[1])}/{int(found[2])}" if found else None
@@ -227,7 +211,7 @@ def from_json(body: Mapping[str, Any]) -> tuple[AttributionGraph, list[str]]:
     try:
         rows = []
         for node in body["nodes"]:
-            kind = _KINDS[str(node["feature_type"])]
+            kind = _kind(node)
             layer = -1 if str(node["layer"]) == "E" else int(node["layer"])
             rows.append((kind == NodeKind.LOGIT, layer, kind, str(node["node_id"]), float(node.get("token_prob") or 0)))
         # A bias is a source of its own layer's features, an error of the next layer's.
@@ -271,66 +255,7 @@ def from_json(body: Mapping[str, Any]) -> tuple[AttributionGraph, list[str]]:
     return graph, [row[3] for row in rows]
 
 
-def circuit(runs: Runs, name: str, body: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The circuit of a graph's supernodes, its YAML content and levels: each pinned feature outside of them is its own.
-
-    A supernode means the roles of the positions where its members stand in the graph; its levels are the activations
-    there, so that experiments can raise it.
-    """
-    from vlmscope.circuits.circuit_file import circuit_body
-    from vlmscope.core.records import FeatureId, Positions
-    from vlmscope.core.results import CircuitFeature, Supernode
-
-    graph, added = read_graph(runs, name), checked({**body, "labels": {}}, "the circuit")
-    nodes = {str(node.get("node_id")): node for node in graph["nodes"] if isinstance(node, dict)}
-    roles = [str(token.get("role", "")) for token in _object(graph, "vlmscope").get("tokens", [])]
-    groups = {node["name"]: node["members"] for node in added["supernodes"]}
-    grouped = {member for members in groups.values() for member in members}
-    groups |= {feature_of(nodes[pin]) or pin: [pin] for pin in added["pinned"] if pin in nodes and pin not in grouped}
-    supernodes, levels = {}, {}
-    for title, members in groups.items():
-        values: dict[FeatureId, dict[str, list[float]]] = {}
-        for member in members:
-            node = nodes.get(member, {})
-            if (feature := feature_of(node)) is not None:
-                place = int(node.get("ctx_idx", 0))
-                role = roles[place] if place < len(roles) else ""
-                values.setdefault(FeatureId.parse(feature), {}).setdefault(role, []).append(
-                    node.get("activation") or 0.0
-                )
-        if not values:
-            continue
-        found = sorted({role for by_role in values.values() for role in by_role if role})
-        parts = [CircuitFeature(f, max(by, key=lambda r: max(by[r])), 0.0, 0.0) for f, by in values.items()]
-        supernodes[title] = Supernode(
-            title, tuple(parts), Positions(tuple(found)) if found else None, f"by hand, in the graph {name}"
-        )
-        for role in found:
-            for layer in sorted({feature.layer for feature in values}):
-                inside_layer = [by_role for feature, by_role in values.items() if feature.layer == layer]
-                means = [float(np.mean(by_role.get(role, [0.0]))) for by_role in inside_layer]
-                levels[f"{title}.:{role}.{layer}"] = np.array(means, dtype=np.float32)
-    if not supernodes:
-        raise Refused("nothing to save: pin features, or group some into a supernode", 422)
-    return circuit_body(supernodes, (), str(_object(graph, "metadata").get("scan", ""))), levels
-
-
 def _object(body: Mapping[str, Any], key: str) -> dict[str, Any]:
     """The object under a key of a graph file, empty where there is none."""
     value = body.get(key)
     return value if isinstance(value, dict) else {}
-
-
-def save_circuit(runs: Runs, name: str, title: str, body: Mapping[str, Any], levels: Mapping[str, np.ndarray]) -> Path:
-    """Write a circuit into `circuits/<title>/` next to its graph, and return that folder."""
-    from vlmscope.circuits.circuit_file import write_circuit
-
-    if _NAME.fullmatch(title) is None:
-        raise Refused("a circuit's name has letters, digits, spaces, '-', '_' or '.', at most 60 of them", 422)
-    base = (runs.root / WORKBENCH if name == EXAMPLE else graph_file(runs, name).parent) / "circuits"
-    if os.path.islink(base) or os.path.islink(base / title):
-        raise Refused(f"{base.name}/{title} is a link; remove it", 409)
-    if (base / title).exists():
-        raise UserError(f"there is a circuit called {title} already; choose another name")
-    write_circuit(base / title, body, levels)
-    return base / title

@@ -1,7 +1,9 @@
 """Jobs of the workbench: command lines that a page asks for, run one at a time by a worker process.
 
-A job is the same command line that a user could type, and is shown as that; so it leaves a run folder and a run in
-MLflow. Nothing that a page sends becomes an argument of its own: every value is checked, and stands behind its key.
+The worker is a process of its own, so that running out of memory, a crash or a cancelled job does not end the server;
+it keeps the model loaded. A job is the same command line that a user could type, and is shown as that; so it leaves a
+run folder and a run in MLflow. Nothing that a page sends becomes an argument of its own: every value is checked, and
+stands behind its key.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -29,7 +31,6 @@ from vlmscope.core.launch import program
 from vlmscope.core.records import FeatureId
 from vlmscope.core.study import study_folder
 from vlmscope.viewer.safety import Refused, inside
-from vlmscope.viewer.worker import FLUSHED, INTERRUPTED, WORKER
 
 SHIPPED = "shipped:"  # begins the name of a picture of assets/pictures, or alone means the shipped study
 _TASKS = {"trace": "trace", "steer": "steer", "generate": "steer", "find": "find"}
@@ -40,6 +41,10 @@ _GRACE = 5.0  # seconds that a cancelled run has to close its files
 _BAR = re.compile(r"(?P<text>[^\r\n|]*?):?\s*(?P<percent>\d{1,3})%\|")  # as tqdm draws it
 # Settings of task=serve that every job gets: which model, and where it is logged.
 PASSED_ON = ("model", "transcoder", "tracking", "trainer.threads")
+
+WORKER = "--worker"  # first argument of the command line that makes it; the second is the number of the pipe
+INTERRUPTED = (130, 143)  # exit codes of a command line that a signal ended
+FLUSHED = "(the end of this job's output)"
 
 
 @dataclass
@@ -377,3 +382,32 @@ def _shown(path: Path) -> str:
     with suppress(ValueError):
         return str(path.relative_to(Path.cwd()))
     return str(path)
+
+
+def run_worker(main: Callable[[Sequence[str]], int], pipe: int) -> int:
+    """Be the worker process: run command lines with `main` until standard input ends, or one was interrupted.
+
+    It reads a JSON list a line from standard input, and writes what happens to a pipe, a JSON object a line: `ready`,
+    what it is doing (`text`), and the exit code of each command line, `done`. What the command lines print goes to
+    standard output, as ever.
+    """
+
+    def say(**event: object) -> None:
+        os.write(pipe, (json.dumps(event) + "\n").encode())
+
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # the system takes this process first when memory runs out, not the server
+    import vlmscope.attribution.trace
+    import vlmscope.models.loading  # noqa: F401  (what takes seconds, before the first job is there)
+    from vlmscope.config.wiring import keep_loaded
+
+    keep_loaded(lambda text: say(text=text))
+    say(ready=True)
+    for line in sys.stdin:
+        code = main(json.loads(line))
+        sys.stderr.flush()
+        print(f"\n{FLUSHED}", flush=True)
+        say(done=code)
+        if code in INTERRUPTED:  # interrupted in the middle of something: the next job gets a new process
+            return code
+    return 0

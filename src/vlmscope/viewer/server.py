@@ -10,14 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import yaml
 from fastapi import Depends, FastAPI, Header
 from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from vlmscope.core.artifacts import atomic_path, parse_json, shipped
@@ -153,20 +152,9 @@ def create_app(root: Path, host: str = "127.0.0.1", token: str | None = None, jo
     def annotate(name: str, body: Body, if_match: Annotated[str, Header()] = "") -> Response:
         return JSONResponse(graphs.save_annotations(runs, name, if_match, body))
 
-    @app.get("/api/graphs/{name:path}/neuronpedia")
-    def neuronpedia(name: str) -> Response:
-        return JSONResponse(graphs.to_neuronpedia(runs, name))
-
     @app.post("/api/graphs/{name:path}/score")
     def score(name: str, body: Body) -> Response:
         return JSONResponse(graphs.score(runs, name, body.get("pinned")))
-
-    @app.post("/api/graphs/{name:path}/circuit")
-    def circuit(name: str, body: Body) -> Response:
-        content, levels = graphs.circuit(runs, name, body)
-        if (title := body.get("name")) is not None:
-            graphs.save_circuit(runs, name, str(title), content, levels)
-        return PlainTextResponse(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
 
     @app.get("/api/graphs/{name:path}")
     def graph(name: str) -> Response:

@@ -4,14 +4,11 @@ import json
 import threading
 from pathlib import Path
 
-import jsonschema
 import numpy as np
 import pytest
-import yaml
 from starlette.testclient import TestClient
 from tests.random_graphs import random_graph
 
-import vlmscope
 from vlmscope.attribution.export import graph_to_json, node_id, save_graph
 from vlmscope.attribution.influence import prune, scores, subgraph_scores
 from vlmscope.core.graph import NodeKind
@@ -19,7 +16,6 @@ from vlmscope.viewer.graphs import from_json
 from vlmscope.viewer.server import create_app
 
 HOST = "127.0.0.1:8600"
-SCHEMA = Path(vlmscope.__file__).parent / "attribution" / "schema" / "neuronpedia-graph.schema.json"
 GRAPH = random_graph(4, 5, 20, left_out=True)
 GRAPH.meta["max_nodes"] = 100
 PRUNED = prune(GRAPH, 0.95, 0.99)
@@ -107,19 +103,13 @@ def test_the_bundled_example_is_annotated_below_the_root(client: TestClient, roo
     assert client.get("/api/graphs/example/annotations").json()["notes"] == "mine"
 
 
-def test_annotations_go_to_neuronpedia_and_back(client: TestClient, root: Path) -> None:
+def test_before_the_first_save_the_annotations_are_the_files_own(client: TestClient, root: Path) -> None:
     first, second = FEATURES[:2]
-    layer, index, _ = first.split("_")
+    view = {"pinnedIds": [first, "gone"], "supernodes": [["both", first, second, "gone"], ["empty", "gone"], "?"]}
+    (root / "trace/one/graph.json").write_text(json.dumps(BODY | {"qParams": view}))
+    found = client.get("/api/graphs/trace/one/annotations").json()
     node = {"id": "n0", "name": "both", "members": [first, second]}
-    save(client, 0, pinned=[first], supernodes=[node], labels={f"L{layer}/{index}": "mine"})
-    body = client.get("/api/graphs/trace/one/neuronpedia").json()
-    jsonschema.validate(body, json.loads(SCHEMA.read_text()))
-    assert body["qParams"]["pinnedIds"] == [first] and body["qParams"]["supernodes"] == [["both", first, second]]
-    assert next(n for n in body["nodes"] if n["node_id"] == first)["clerp"] == "mine"
-    (root / "trace/two").mkdir()
-    (root / "trace/two/graph.json").write_text(json.dumps(body))
-    back = client.get("/api/graphs/trace/two/annotations").json()
-    assert (back["version"], back["pinned"], back["supernodes"]) == (0, [first], [node])
+    assert (found["version"], found["pinned"], found["supernodes"]) == (0, [first], [node])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -173,12 +163,12 @@ def peer(**changes) -> dict:
     """A graph as circuit-tracer writes it: no key of ours."""
     node = {"feature": 1, "ctx_idx": 0, "clerp": "", "influence": 0.1, "activation": 1.0, "is_target_logit": False}
     kinds = {"E_5_0": ("embedding", "E"), "0_3_0": ("cross layer transcoder", "0")}
-    kinds |= {"0_7_0": ("mlp reconstruction error", "0"), "1_9_0": ("logit", "1")}
+    kinds |= {"0_-1_0": ("mlp reconstruction error", "0"), "1_9_0": ("logit", "1")}
     nodes = [
         {**node, "node_id": name, "jsNodeId": name, "feature_type": kind, "layer": layer, "token_prob": 0.5}
         for name, (kind, layer) in reversed(kinds.items())
     ]
-    links = [("E_5_0", "0_3_0", 2.0), ("0_3_0", "1_9_0", -1.0), ("0_7_0", "1_9_0", 1.0), ("E_5_0", "1_9_0", 2.0)]
+    links = [("E_5_0", "0_3_0", 2.0), ("0_3_0", "1_9_0", -1.0), ("0_-1_0", "1_9_0", 1.0), ("E_5_0", "1_9_0", 2.0)]
     body = {"metadata": {}, "qParams": {}, "nodes": nodes, "links": [
         {"source": source, "target": target, "weight": weight} for source, target, weight in links
     ]}  # fmt: skip
@@ -189,6 +179,11 @@ def test_a_graph_of_circuit_tracer_has_scores() -> None:
     graph, ids = from_json(peer())
     assert subgraph_scores(graph, np.array([name == "0_3_0" for name in ids])).replacement == pytest.approx(0.75)
     assert subgraph_scores(graph, np.zeros(4, bool)).replacement == pytest.approx(0.5)
+    attention = json.loads(
+        json.dumps(peer()).replace("cross layer transcoder", "lorsa").replace("mlp rec", "lorsa rec")
+    )
+    again, names = from_json(attention)
+    assert names == ids and again.nodes.kind.tolist() == graph.nodes.kind.tolist()
 
 
 @pytest.mark.parametrize(
@@ -216,36 +211,3 @@ def test_a_huge_graph_file_is_refused(client: TestClient, root: Path, monkeypatc
     monkeypatch.setattr("vlmscope.viewer.graphs.MOST_BYTES", 1000)
     answer = client.get("/api/graphs/trace/one")
     assert answer.status_code == 413 and "attribution.max_nodes" in answer.json()["error"]
-
-
-def test_supernodes_become_a_circuit_that_other_tasks_load(client: TestClient, root: Path) -> None:
-    from vlmscope.circuits.circuit import load_circuit
-
-    node = {"id": "a", "name": "red: planet", "members": FEATURES[:2]}
-    sent = {"pinned": FEATURES[:3], "supernodes": [node], "name": "mine"}
-    text = client.post("/api/graphs/trace/one/circuit", json=sent).text
-    circuit = load_circuit(root / "trace/one/circuits/mine")
-    assert yaml.safe_load(text) == yaml.safe_load((root / "trace/one/circuits/mine/circuit.yaml").read_text())
-    assert circuit.model == "tiny" and len(circuit.supernodes) == 2
-    assert {str(m.feature) for m in circuit.node("red: planet").features} == {
-        "L{}/{}".format(*name.split("_")) for name in FEATURES[:2]
-    }
-    positions = circuit.node("red: planet").positions
-    assert positions is not None
-    activations = {n["node_id"]: n["activation"] for n in BODY["nodes"]}
-    member = circuit.node("red: planet").features[0]
-    (value,) = [activations[n] for n in FEATURES[:2] if n.startswith(f"{member.feature.layer}_{member.feature.index}_")]
-    level = circuit.level("red: planet", member.role, member.feature.layer, "any question")
-    assert member.role in positions.roles and float(level[0]) == pytest.approx(value, rel=1e-6)
-    assert client.post("/api/graphs/trace/one/circuit", json=sent).status_code == 400  # there is one of that name
-
-
-@pytest.mark.parametrize("title", ["../out", "a/b", "", ".hidden", "x" * 100, "a\nb"])
-def test_a_circuit_is_saved_next_to_its_graph_only(title: str, client: TestClient, root: Path) -> None:
-    answer = client.post("/api/graphs/trace/one/circuit", json={"pinned": FEATURES[:1], "name": title})
-    assert answer.status_code == 422 and not (root / "trace/one/circuits").exists()
-
-
-def test_a_circuit_of_nothing_is_refused(client: TestClient) -> None:
-    answer = client.post("/api/graphs/trace/one/circuit", json={"pinned": []})
-    assert answer.status_code == 422 and "pin features" in answer.json()["error"]

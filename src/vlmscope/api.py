@@ -268,7 +268,7 @@ def trace(scope: Scope, prompt: str, images: Pictures = (), **settings: Any) -> 
     Raises:
         UserError: a setting that does not exist, or that does not fit the model or the prompt.
     """
-    from vlmscope.attribution.trace import target_maps
+    from vlmscope.attribution.trace import target_maps, with_heads
     from vlmscope.attribution.trace import trace as run
     from vlmscope.training.evaluation import warn_if_strange
 
@@ -279,7 +279,7 @@ def trace(scope: Scope, prompt: str, images: Pictures = (), **settings: Any) -> 
     labels = _labels(scope, config.labels)
     inputs = scope.inputs(prompt, pictures)
     warn_if_strange(scope, [inputs.tensors])
-    traced = run(scope, inputs, config)
+    traced = with_heads(scope, run(scope, inputs, config), config)
     maps = tuple(target_maps(scope.vlm, traced, config)) if config.patches else ()
     return TraceResult(**vars(traced), labels=labels, pictures=pictures, maps=maps, settings=config)
 

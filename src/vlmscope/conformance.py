@@ -25,6 +25,7 @@ from torch import Tensor
 from vlmscope.activations import capture_mlp
 from vlmscope.attribution.adjoint import Adjoint
 from vlmscope.attribution.edges import Edges, assemble, feature_chunks, target_chunk
+from vlmscope.attribution.heads import HeadSplitter, Place, query_keys, score_parts
 from vlmscope.attribution.targets import choose_logits
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
@@ -40,6 +41,7 @@ from vlmscope.scope import Scope
 TOLERANCE = 1e-9  # of the sum of |incoming edges|, in float64 under `exact_float64`
 CASES = ("text", "one_picture", "two_pictures")  # the n-th has n pictures
 PROMPT = "what is this planet ?"
+_SOURCES = (NodeKind.TOKEN, NodeKind.FEATURE, NodeKind.ERROR, NodeKind.BIAS, NodeKind.LEFT_OUT)
 _SWEPT_AGAIN = 48  # targets whose rows are computed again in other batches and orders
 
 FeatureKey = tuple[int, int, int]  # layer, position, feature index
@@ -382,6 +384,40 @@ def direct_mode(subject: Subject) -> float:
     return float(np.max(gaps) / np.max(effects))
 
 
+@check("an edge is the sum of its heads, stream and skip paths")
+def heads(subject: Subject) -> float:
+    """Sampled rows and sources of every kind, those without an edge too, against the edges of the graph."""
+    nodes, limits, rng = subject.edges.nodes, subject.limits, generator(subject.limits.seed, "heads")
+    features = _sample(rng, np.arange(len(subject.feature_nodes)), limits.sources)
+    rows = np.concatenate([np.sort(features), np.arange(len(subject.feature_nodes), len(subject.rows))])
+    sources = np.unique(np.concatenate([_sample(rng, nodes.of(kind), limits.sources) for kind in _SOURCES]))
+    row, source = (axis.ravel() for axis in np.meshgrid(rows, sources, indexing="ij"))
+    targets = choose_logits(subject.replacement, 1.0, limits.logits)
+    splitter = HeadSplitter(subject.replacement, nodes, targets)
+    parts = splitter.split(source, subject.rows[row], limits.batch_size)
+    edges = subject.matrix[subject.rows[rows]][:, sources].toarray().ravel()
+    gap = np.abs(parts.stream + parts.skip + parts.heads.sum((1, 2), dtype=np.float64) - edges)
+    return float((gap / subject.scale[row]).max())
+
+
+@check("a head's score is the sum of its pairs of sources")
+def scores(subject: Subject, count: int = 4) -> float:
+    """Scores of the model itself, of sampled heads and queries at a key that the query sees, against all pairs."""
+    replacement, rng, adjoint = (
+        subject.replacement,
+        generator(subject.limits.seed, "scores"),
+        Adjoint(subject.replacement),
+    )
+    patterns, worst = replacement.state.patterns, 0.0
+    for layer in np.linspace(0, replacement.n_layers - 1, count).astype(int).tolist():
+        head, query = int(rng.integers(patterns.shape[1])), int(rng.integers(replacement.n_positions))
+        seen = torch.nonzero(patterns[layer, head, query])[:, 0].tolist()
+        place = Place(layer, head, query, int(rng.choice(seen)))
+        found = query_keys(score_parts(subject.scope.vlm, replacement, adjoint, place), replacement, adjoint, 1)
+        worst = _worse(worst, abs(found.total - found.score) / (found.sizes or 1.0))
+    return worst
+
+
 def _random_change(
     subject: Subject, position: int, rng: np.random.Generator
 ) -> tuple[dict[int, LayerEdit], dict[FeatureKey, float]]:
@@ -457,7 +493,7 @@ def weights(subject: Subject) -> float:
     return float(sum(not bool(torch.isfinite(p).all()) or (p.ndim > 1 and not bool(p.any())) for p in parameters))
 
 
-IDENTITIES = (parity, completeness, direct_effects, total_effects, batching, direct_mode)
+IDENTITIES = (parity, completeness, direct_effects, total_effects, batching, heads, scores, direct_mode)
 BEHAVIOUR = (soft_tokens, generation, weights)
 
 

@@ -18,8 +18,10 @@ from vlmscope.conformance import (
     direct_mode,
     find_edges,
     generation,
+    heads,
     in_float64,
     parity,
+    scores,
     soft_tokens,
     total_effects,
     weights,
@@ -117,6 +119,14 @@ def dropped_later_writes(case: Case) -> ReplacementModel:
     return dataclasses.replace(case.replacement, features=features)
 
 
+def dropped_head(case: Case) -> ReplacementModel:
+    """The second head of the first layer looks at nothing."""
+    first, *rest = case.replacement.layers
+    pattern = first.pattern.clone()
+    pattern[1] = 0
+    return dataclasses.replace(case.replacement, layers=[dataclasses.replace(first, pattern=pattern), *rest])
+
+
 FAMILY_FAULTS = [
     ("cross_layer", dropped_later_writes),
     ("cross_layer_text", dropped_later_writes),
@@ -175,10 +185,15 @@ def test_a_fault_breaks_both_identities(one_case: Case, fault: Fault) -> None:
         (direct_mode, wrong_rope_base),
         (direct_mode, dropped_skip),
         (direct_mode, k_ignored),
+        *(
+            (identity, fault)
+            for identity in (heads, scores)
+            for fault in (dropped_head, dropped_skip, dropped_decoder_bias, dropped_attention_bias)
+        ),
     ],
 )
 def test_a_fault_breaks_effects(one_case: Case, identity: Callable[[Subject], Check], fault: Fault) -> None:
-    """Edges and model of the right forward against a replacement model of a wrong one; biases move no effect."""
+    """Edges, scores and model of the right forward against a replacement model of a wrong one."""
     few = dataclasses.replace(one_case.subject.limits, sources=6, positions=4)  # one that shows it is enough
     found = identity(dataclasses.replace(one_case.subject, replacement=fault(one_case), limits=few))
     assert found.failed, found

@@ -10,7 +10,7 @@ from tests.maths.maths_cases import TOLERANCE, Case, case_of, config
 from vlmscope import activations as model_scores
 from vlmscope.activations import HeadSide
 from vlmscope.attribution.adjoint import Adjoint
-from vlmscope.attribution.heads import HeadSplitter, Place, ScoreParts, score_parts, top_pairs
+from vlmscope.attribution.heads import HeadSplitter, Place, ScoreParts, query_keys, score_parts
 from vlmscope.attribution.targets import Targets, answer_targets, choose_logits, difference_target, feature_target
 from vlmscope.attribution.trace import attribute
 from vlmscope.core.graph import AttributionGraph, NodeKind
@@ -105,8 +105,10 @@ def test_a_score_is_the_sum_of_its_parts(case: Case, at: tuple[int, int, int, in
     query, key = parts.query.sum(1), parts.key.sum(1)
     scale = float(parts.scale * parts.query.abs().sum(1) @ parts.key.abs().sum(1))
     assert abs(float(parts.scale * query @ key) - parts.score) <= TOLERANCE * scale
-    pairs = top_pairs(parts, 10)
-    assert abs(pairs.total - parts.score) <= TOLERANCE * pairs.absolute
+    found = query_keys(parts, case.replacement, Adjoint(case.replacement), 10**9)
+    for terms in (found.pairs, found.queries, found.keys):  # all of them
+        assert abs(sum(term for *_, term in terms) - parts.score) <= TOLERANCE * found.sizes
+    assert abs(found.total - parts.score) <= TOLERANCE * found.sizes
     graph = graph_of(case, parts.targets)
     assert short_of(graph, np.array([parts.score, parts.score])) <= TOLERANCE
 
@@ -123,52 +125,44 @@ def test_scores_are_those_of_the_models_pattern(case: Case) -> None:
     assert abs(bent(one.score) - bent(other.score) - expected) <= 1e-8 * (1 + abs(expected))
 
 
-def test_heads_of_an_edge_sum_to_it(case: Case) -> None:
-    graph = case.graph
-    splitter = HeadSplitter(case.replacement, graph, logits_of(case))
-    rng = np.random.default_rng(3)
-    rows = [int(graph.nodes.ends()[0]), *rng.choice(graph.nodes.of(NodeKind.FEATURE)[20:], 4).tolist()]
-    crossed = 0
-    for target in rows:
-        sources, weights = graph.incoming(target)
-        scale = np.abs(weights).sum()
-        usable = np.flatnonzero(np.isin(graph.nodes.kind[sources], (NodeKind.TOKEN, NodeKind.FEATURE, NodeKind.ERROR)))
-        for number in rng.choice(usable, min(8, len(usable)), replace=False):
-            found = splitter.split(int(sources[number]), target)
-            assert found.edge == weights[number]
-            for shares in (found.first, found.last):
-                assert abs(found.direct + shares.sum() - found.edge) <= TOLERANCE * scale
-            crossed += int(np.abs(found.first - found.last).max() > 1e-6 * scale)
-            if graph.nodes.position[sources[number]] != graph.nodes.position[target]:
-                assert found.direct == 0
-    assert crossed  # the two groupings are not the same by accident
-
-
 def logits_of(case: Case) -> Targets:
     return choose_logits(case.replacement, 1.0, 5)
 
 
 @pytest.mark.parametrize("name", ["one_image_skip_biases", "qwen3_vl", "gemma4", "cross_layer"])
 def test_heads_are_those_of_models_without_the_other_heads(name: str, cases: dict[str, Case]) -> None:
-    """Last head h of layer l: the direct part and the edge of a model with no heads above l, and h alone in l."""
+    """Last head h of layer l: what h alone adds to the edge of a model with no heads above l and no others in l.
+
+    Without any head there is what stays; without skip paths too, the stream.
+    """
     with exact_float64():
         case = case_of(name, cases)
         graph, replacement = case.graph, case.replacement
-        splitter = HeadSplitter(replacement, graph, logits_of(case))
         target = int(graph.nodes.ends()[0])
         sources, weights = graph.incoming(target)
-        scale, length = np.abs(weights).sum(), len(case.inputs)
-        wanted = np.flatnonzero(np.isin(graph.nodes.kind[sources], (NodeKind.TOKEN, NodeKind.FEATURE, NodeKind.ERROR)))
-        for number in wanted[[0, length // 2, -1, len(wanted) // 2]]:
-            found = splitter.split(int(sources[number]), target)
-            for layer in range(replacement.n_layers):
-                for head in (0, 2):
-                    for shares, silent in ((found.last, range(layer + 1, 9)), (found.first, range(layer))):
-                        alone = with_heads(replacement, layer, {head}, silent)
-                        none = with_heads(replacement, layer, set(), silent)
-                        edge = row_of(case, alone)[splitter._column(int(sources[number]))]
-                        rest = row_of(case, none)[splitter._column(int(sources[number]))]
-                        assert abs(edge - rest - shares[layer, head]) <= TOLERANCE * scale
+        scale = np.abs(weights).sum()
+        wanted = sources[np.isin(graph.nodes.kind[sources], (NodeKind.TOKEN, NodeKind.BIAS))]
+        wanted = wanted[[0, len(case.inputs) // 2, len(case.inputs) - 1, -1]]  # two soft tokens, the last word, a bias
+        splitter = HeadSplitter(replacement, graph.nodes, logits_of(case))
+        found = splitter.split(wanted.astype(int), np.full(len(wanted), target), 3)
+
+        bias = Adjoint(replacement).columns.bias(int(graph.nodes.layer[wanted[-1]]))
+        columns = [*graph.nodes.position[wanted[:-1]].tolist(), bias]
+
+        def edges(model: ReplacementModel) -> np.ndarray:
+            """From the same sources."""
+            return Adjoint(model).target_rows(logits_of(case), slice(1))[0, columns].numpy()
+
+        for layer in range(replacement.n_layers):
+            none = edges(with_heads(replacement, layer, set(), range(layer + 1, 9)))
+            for head in (0, 2):
+                alone = edges(with_heads(replacement, layer, {head}, range(layer + 1, 9)))
+                assert np.abs(alone - none - found.heads[:, layer, head]).max() <= TOLERANCE * scale
+        headless = with_heads(replacement, 0, set(), range(9))
+        assert np.abs(edges(headless) - found.stream - found.skip).max() <= TOLERANCE * scale
+        plain = dataclasses.replace(headless, features=[dataclasses.replace(f, w_skip=None) for f in headless.features])
+        assert np.abs(edges(plain) - found.stream).max() <= TOLERANCE * scale
+        assert np.abs(found.heads).max() > 1e-3 * scale and np.abs(found.skip).max() > 1e-3 * scale
 
 
 def with_heads(replacement: ReplacementModel, layer: int, kept: set[int], silent: range) -> ReplacementModel:
@@ -181,12 +175,6 @@ def with_heads(replacement: ReplacementModel, layer: int, kept: set[int], silent
                 pattern[head] = 0
         layers.append(dataclasses.replace(frozen, pattern=pattern))
     return dataclasses.replace(replacement, layers=layers)
-
-
-def row_of(case: Case, replacement: ReplacementModel) -> np.ndarray:
-    targets = logits_of(case)
-    at = torch.from_numpy(targets.positions[:1])
-    return Adjoint(replacement).stream_rows(targets.layer, targets.vectors[:1], at)[0].numpy()
 
 
 @pytest.mark.parametrize("fault", ["rotation", "norm", "scale"])
@@ -210,8 +198,8 @@ def test_a_forgotten_part_of_a_score_is_found(
             right_side = model_scores._side
             monkeypatch.setattr(model_scores, "_side", lambda *given: turned(right_side(*given)))
             wrong = parts_at(case, PLACES[2])
-        pairs = top_pairs(wrong, 10)
-        assert abs(pairs.total - right.score) > 1e3 * TOLERANCE * pairs.absolute
+        found = query_keys(wrong, case.replacement, Adjoint(case.replacement), 1)
+        assert abs(found.total - right.score) > 1e3 * TOLERANCE * found.sizes
 
 
 def turned(side: HeadSide) -> HeadSide:

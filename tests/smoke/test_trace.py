@@ -141,22 +141,25 @@ def test_the_console_says_the_answer_its_features_and_how_to_go_on(
     assert where == ["task=where", f"image={picture}", f"prompt={QUESTION}"]
 
 
-def test_a_score_and_heads_are_written_and_named(
-    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert traced(tmp_path, picture, "attribution.attention=L4H0@last:max", "task.head_edges=3") == 0
+def test_a_score_is_written_and_named(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert traced(tmp_path, picture, "attribution.attention=L4H0@last:max") == 0
     body = graph_of(tmp_path)
     ends = [node for node in body["nodes"] if node["node_id"].startswith("TARGET_")]
     assert len(ends) == 2 and all(node["clerp"].startswith("L4H0 ") for node in ends)
     assert [node["is_target_logit"] for node in ends] == [True, False]
-    score = json.loads((tmp_path / "attention.json").read_text())["scores"][0]
-    assert score["sum_of_all_pairs"] == pytest.approx(score["score"], abs=1e-5 * score["sum_of_sizes"])
-    assert score["pairs"][0]["term"] != 0 and str(score["place"]) in capsys.readouterr().out
-    edges = json.loads((tmp_path / "heads.json").read_text())["edges"]
-    ids = {node["node_id"] for node in body["nodes"]}
-    for edge in edges:
-        assert {edge["source"], edge["target"]} <= ids
-        for way in ("first", "last"):
-            size = abs(edge["direct"]) + sum(map(abs, edge[way].values()))
-            assert edge["direct"] + sum(edge[way].values()) == pytest.approx(edge["weight"], abs=1e-4 * size)
-    assert len(edges) == 3
+    score = body["vlmscope"]["attention"]["scores"][0]
+    assert (score["node"], score["layer"], score["head"]) == (ends[0]["node_id"], 4, 0)
+    assert score["score"] == pytest.approx(metrics_of(tmp_path)["attention/score"])
+    assert score["pair_wise_contributors"] == ends[0]["qk_tracing_results"]["pair_wise_contributors"]
+    metrics = metrics_of(tmp_path)
+    assert metrics["heads/score_residual"] < 1e-5 and metrics["heads/edge_residual"] < 1e-5
+    assert "L4H0 looks from 'model' at 28 to picture" in capsys.readouterr().out
+
+
+def test_a_graph_tells_its_heads_and_its_story(run_dir: Path) -> None:
+    body, metrics = graph_of(run_dir), metrics_of(run_dir)
+    attention, view = body["vlmscope"]["attention"], body["qParams"]
+    assert attention["stays"] + sum(attention["heads"].values()) == pytest.approx(1, abs=2e-3)
+    assert len(attention["scores"]) >= 2 and metrics["heads/edges"] == attention["edges"] > 500
+    assert body["nodes"][-1]["node_id"] in view["pinnedIds"] and "picture" in [name for name, *_ in view["supernodes"]]
+    assert 0 < body["vlmscope"]["pinned_scores"]["completeness"] < 1

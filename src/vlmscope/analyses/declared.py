@@ -145,13 +145,13 @@ def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, Ro
     save_circuit(circuit, folder / "circuits" / "_".join(config.concepts))
     save_graph(folder / "graph.safetensors", pruned)
     picture = train[config.concepts[0]][0]
-    named = (folder.name, bench.vlm.name, bench.labels)
-    write_graph_json(folder / "graph.json", pruned, *named, pictures=[picture])
     items, image = evidence_items(bench), np.asarray(picture)
     nodes = described(bench.scope, circuit, lambda features: top_examples(bench.scope, features, items))
     write_evidence(folder / "evidence.parquet", nodes)
     draw_diagram(folder / "figures" / "circuit.png", nodes, direct_edges([pruned.graph], nodes), image, MIN_SHARE)
     groups = {m.feature: node.name for node in nodes for m in node.features}
+    named = (folder.name, bench.vlm.name, bench.labels)
+    write_graph_json(folder / "graph.json", pruned, *named, pictures=[picture], groups=groups)
     attribution_graph(pruned, folder / "figures" / "graph.png", [image], groups, labels=bench.labels)
     together = spread(graphs)
     print(f"graphs that confirm the circuit: {spread_in_words(together)}", flush=True)

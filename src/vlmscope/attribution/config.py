@@ -69,8 +69,10 @@ class AttributionConfig:
     # explain a head's score before the softmax: `L5H2@query:key`, or "auto" for the head that carries most of the flow
     # in the graph of the top logits
     attention: str | None = None
-    n_heads: int = 3  # heads that are listed with their pairs of sources when `attention=auto`
-    n_pairs: int = 100  # pairs of sources that are listed for a score
+    # the strongest kept edges that are split by attention heads, at most; 0: no heads and no scores of attention
+    heads: int = 5000
+    n_heads: int = 4  # heads, those that carry most, whose score is split into pairs of sources
+    n_pairs: int = 10  # pairs, queries and keys that are listed for a score
     node_threshold: float = 0.8  # share of influence that the pruned graph's nodes reach
     edge_threshold: float = 0.98  # share of edge influence that its edges reach
     # how biases count for influence, pruning and scores: "node", as sources of their own, or "fold", not at all
@@ -101,7 +103,7 @@ class AttributionConfig:
     def check(self) -> None:
         """Raise a `UserError` that names the first setting that makes no sense."""
         check_least("attribution", self, max_nodes=1, max_logits=1, batch_size=1, update_every=1, n_heads=1, n_pairs=1)
-        check_least("attribution", self, answer_tokens=0)
+        check_least("attribution", self, answer_tokens=0, heads=0)
         for name in ("logit_mass", "node_threshold", "edge_threshold"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise UserError(f"attribution.{name} = {getattr(self, name)} must lie in (0, 1]; correct it")

@@ -193,7 +193,7 @@ class Edges:
     left_out_mass: np.ndarray
 
 
-def _lay_out(
+def lay_out(
     replacement: ReplacementModel, columns: Columns, kept: np.ndarray, targets: Targets, dtype: str
 ) -> tuple[np.ndarray, NodeTable]:
     """Number the nodes: the node of each column, `[columns]` int32 (-1 above the targets), and the node table.
@@ -261,7 +261,7 @@ def assemble(
     kept = np.zeros(len(table), dtype=bool)
     for chunk in chunks:
         kept[chunk.targets] = True
-    node_of_column, nodes = _lay_out(replacement, columns, kept, targets, dtype)
+    node_of_column, nodes = lay_out(replacement, columns, kept, targets, dtype)
     n_nodes = len(nodes)
     end_nodes = np.arange(n_nodes - len(targets.token_ids), n_nodes)
     feature_nodes = node_of_column[columns.all_features()]

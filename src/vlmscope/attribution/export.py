@@ -19,18 +19,22 @@ import numpy as np
 from PIL import Image
 
 from vlmscope.attribution.influence import scores
+from vlmscope.attribution.supernodes import pins
 from vlmscope.core.artifacts import built_from, load_tensors, save_tensors, write_text
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import (
     ENDS,
     AggregateGraph,
     AttributionGraph,
+    EdgeHeads,
     GraphComparison,
     GraphScores,
     MatchedNodes,
     NodeKind,
     NodeTable,
     PrunedGraph,
+    QueryKeys,
+    Source,
 )
 from vlmscope.core.records import FeatureId, PatchBox
 from vlmscope.data.images import embedded
@@ -57,6 +61,9 @@ _PRUNED_ARRAYS = ("node_mask", "edge_mask", "influence", "cumulative")
 _SCORES = tuple(field.name for field in dataclasses.fields(GraphScores))
 _GRAPH_WORDS = ("tokens", "logit_tokens", "prompt", "meta")
 _PRUNED_WORDS = ("node_threshold", "edge_threshold", "bias")
+_HEAD_ARRAYS = ("edges", "strength", "loadings", "stream", "skip")
+_HEADS_OF_LINK, _LEAST_SHARE = 4, 0.01  # heads named at a link: at most so many, each with so much of its weight
+_HEADS_OF_GRAPH = 32
 
 # The viewers draw the first four by these names.
 _FEATURE_TYPES = {
@@ -81,6 +88,10 @@ def save_graph(path: str | Path, pruned: PrunedGraph) -> None:
     arrays["patch_boxes"] = np.array(boxes, dtype=np.float64)
     words = {name: getattr(graph, name) for name in _GRAPH_WORDS} | {"roles": graph.roles.tolist()}
     words |= {name: getattr(pruned, name) for name in _PRUNED_WORDS} | {"scores": dataclasses.asdict(pruned.scores)}
+    if pruned.heads is not None:
+        arrays |= {f"head_{name}": getattr(pruned.heads, name) for name in _HEAD_ARRAYS}
+        found = [vars(one) for one in pruned.heads.query_keys]
+        words["heads"] = {"query_keys": found, "seconds": pruned.heads.seconds}
     _save(path, arrays, words, FORMAT, VERSION)
 
 
@@ -98,11 +109,22 @@ def load_graph(path: str | Path) -> PrunedGraph:
         )
         pruning: dict[str, Any] = {name: arrays[name] for name in _PRUNED_ARRAYS}
         pruning |= {name: words[name] for name in _PRUNED_WORDS if name in words}
+        if "heads" in words:
+            found = [_query_keys(one) for one in words["heads"]["query_keys"]]
+            loaded = {name: arrays[f"head_{name}"] for name in _HEAD_ARRAYS}
+            pruning["heads"] = EdgeHeads(**loaded, query_keys=found, seconds=words["heads"]["seconds"])
         known = GraphScores(**{**dict.fromkeys(_SCORES, 0.0), **words["scores"]})
         pruned = PrunedGraph(graph=graph, scores=known, **pruning)
         _check_lengths(pruned)
         old = len(words["scores"]) < len(_SCORES)
         return dataclasses.replace(pruned, scores=scores(graph)) if old else pruned
+
+
+def _query_keys(body: dict[str, Any]) -> QueryKeys:
+    """What `vars` gave, through JSON, which has lists for tuples."""
+    sides = {name: [(Source(*one), term) for one, term in body[name]] for name in ("queries", "keys")}
+    pairs = [(Source(*query), Source(*key), term) for query, key, term in body["pairs"]]
+    return QueryKeys(**{**body, **sides, "pairs": pairs})
 
 
 def _check_lengths(pruned: PrunedGraph) -> None:
@@ -112,6 +134,10 @@ def _check_lengths(pruned: PrunedGraph) -> None:
     by_node = [*vars(graph.nodes).values(), graph.residual, graph.indptr[1:], pruned.node_mask, pruned.influence]
     if any(array.shape != (n,) for array in by_node) or any(len(a) != e for a in (graph.weights, pruned.edge_mask)):
         raise ValueError(f"its arrays do not have one length: {n} nodes, {e} edges")
+    if pruned.heads is not None:
+        sizes = [len(getattr(pruned.heads, name)) for name in _HEAD_ARRAYS]
+        if len(set(sizes)) > 1 or (sizes[0] and not 0 <= pruned.heads.edges.min() <= pruned.heads.edges.max() < e):
+            raise ValueError(f"its heads are not of its {e} edges")
     if graph.indptr[0] != 0 or graph.indptr[-1] != e or (np.diff(graph.indptr) < 0).any():
         raise ValueError(f"indptr does not divide {e} edges")
     if e and not 0 <= graph.indices.min() <= graph.indices.max() < n:
@@ -165,11 +191,12 @@ def node_id(graph: AttributionGraph, node: int) -> str:
     layer, position = int(table.layer[node]), int(table.position[node])
     if table.kind[node] == NodeKind.TARGET:
         return f"TARGET_{node - int(table.ends()[0])}_{layer}_{position}"
-    return source_id(NodeKind(int(table.kind[node])), layer, position, int(table.index[node]))
+    return source_id(table.source(node))
 
 
-def source_id(kind: NodeKind, layer: int, position: int, index: int) -> str:
+def source_id(source: Source) -> str:
     """The id of a node of any kind but TARGET; these fields identify it in its graph."""
+    kind, layer, position, index = source
     match kind:
         case NodeKind.TOKEN:
             return f"E_{index}_{position}"
@@ -195,11 +222,12 @@ def graph_to_json(
     labels: Labels = None,
     extra: Mapping[str, Any] | None = None,
     pictures: Sequence[Image.Image] = (),
+    groups: Labels = None,
 ) -> dict[str, Any]:
     """The pruned graph as the viewers' JSON; kept edges become links with exactly their weights.
 
     `slug` is the graph's name, `scan` the model's; `extra` joins the values under the key `vlmscope`, small copies of
-    the prompt's `pictures` among them.
+    the prompt's `pictures` among them. `groups` names the supernodes of features, which are found otherwise.
     """
     graph, table = pruned.graph, pruned.graph.nodes
     names = {node: node_id(graph, node) for node in np.flatnonzero(pruned.node_mask).tolist()}
@@ -211,13 +239,17 @@ def graph_to_json(
     nodes, first_end = [], int(table.ends()[0])
     for node, name in names.items():
         position, value = int(table.position[node]), _number(table.activation[node])
-        label = _label(graph, node, first_end, labels or {})
-        record = _viewer_node(table, node, name, label, value, pruned.cumulative[node])
-        record["is_target_logit"] = node == first_end
+        label = _label(graph, table.source(node), node - first_end, labels or {})
+        record = _viewer_node(table.source(node), name, label, value)
+        end = int(table.kind[node]) in ENDS
+        record |= {"influence": None if end else float(pruned.cumulative[node]), "is_target_logit": node == first_end}
         nodes.append({**record, "modality": None, **(where[position] if position >= 0 else {})})
     edges = np.flatnonzero(pruned.edge_mask)
     ends = zip(graph.indices[edges].tolist(), graph.targets_of(edges).tolist(), graph.weights[edges], strict=True)
     links = [{"source": names[s], "target": names[t], "weight": _number(w)} for s, t, w in ends]
+    found = pruned.heads
+    attention = {} if found is None else _add_heads(graph, found, links, edges, nodes, list(names))
+    unlisted = {} if found is None else _unlisted(graph, found, set(names.values()), labels or {})
     metadata = {
         "slug": slug,
         "scan": scan,
@@ -245,15 +277,76 @@ def graph_to_json(
         "target": str(graph.meta.get("target", "logits")),
         "target_weights": [float(weight) for weight in graph.end_weights],
         "pictures": [embedded(picture) for picture in pictures],
+        **attention,
         **(extra or {}),
     }
-    view = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
-    return {"metadata": metadata, "qParams": view, "nodes": nodes, "links": links, "vlmscope": details}
+    pinned = pins(pruned, labels or {}, groups)
+    supernodes = [[name, *(names[node] for node in members.tolist())] for name, members in pinned.supernodes.items()]
+    view = {"pinnedIds": [names[node] for node in pinned.nodes.tolist()], "supernodes": supernodes}
+    view |= {"linkType": "both", "clickedId": "", "sg_pos": ""}
+    details["pinned_scores"] = pinned.scores._asdict()
+    body = {"metadata": metadata, "qParams": view, "nodes": nodes, "links": links}
+    return {**body, **({"qk_only_nodes": unlisted} if unlisted else {}), "vlmscope": details}
 
 
-def _viewer_node(table: NodeTable, node: int, name: str, label: str, value: float, cumulative: float) -> dict[str, Any]:
-    """A node as the viewers read it; `value` is a feature's activation or a logit's probability."""
-    kind, layer, index = NodeKind(int(table.kind[node])), int(table.layer[node]), int(table.index[node])
+def _add_heads(
+    graph: AttributionGraph,
+    heads: EdgeHeads,
+    links: list[dict[str, Any]],
+    edges: np.ndarray,
+    nodes: list[dict[str, Any]],
+    numbers: list[int],
+) -> dict[str, Any]:
+    """Add shares of heads to links (of `edges`) and scores to nodes (`numbers`); returns the record of them all.
+
+    A link's shares are of its weight; with the heads too weak to be named they sum to 1. `qk_tracing_results` is
+    Neuronpedia's field of attention features; heads are no nodes here, so it is at the node into which a head carries
+    most, whose position is the query's.
+    """
+    for number, edge in enumerate(np.searchsorted(edges, heads.edges).tolist()):
+        weight = float(graph.weights[heads.edges[number]])
+        loadings = heads.loadings[number].ravel().astype(np.float64) / weight
+        best = np.argsort(-np.abs(loadings), kind="stable")[:_HEADS_OF_LINK]
+        best = best[np.abs(loadings[best]) >= _LEAST_SHARE].tolist()
+        each = heads.loadings.shape[2]
+        links[edge]["heads"] = [[*divmod(one, each), round(float(loadings[one]), 4)] for one in best]
+        for name, value in (("stream", heads.stream[number]), ("skip", heads.skip[number])):
+            if value:
+                links[edge][name] = round(float(value) / weight, 4)
+    records = []
+    for one in heads.query_keys:
+        listed = {
+            "pair_wise_contributors": [[source_id(q), source_id(k), term] for q, k, term in one.pairs],
+            "top_q_marginal_contributors": [[source_id(source), term] for source, term in one.queries],
+            "top_k_marginal_contributors": [[source_id(source), term] for source, term in one.keys],
+        }
+        place = {name: getattr(one, name) for name in ("layer", "head", "query", "key")}
+        record = {**place, "score": one.score, "probability": one.probability, "sum_of_sizes": one.sizes}
+        node = {"node": node_id(graph, one.node)} if one.node in numbers else {}
+        if node:
+            nodes[numbers.index(one.node)].setdefault("qk_tracing_results", listed)
+        records.append({**node, **record, **listed})
+    shares = {f"L{layer}H{head}": round(share, 4) for layer, head, share in heads.ranked()[:_HEADS_OF_GRAPH]}
+    staying = float(heads.parts()[0].sum() / heads.strength.sum()) if len(heads.edges) else 0.0
+    return {"attention": {"edges": len(heads.edges), "heads": shares, "stays": round(staying, 4), "scores": records}}
+
+
+def _unlisted(graph: AttributionGraph, heads: EdgeHeads, listed: set[str], labels: Mapping[FeatureId, str]) -> dict:
+    """Sources of scores that are no node of the pruned graph, by their id."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in heads.query_keys:
+        pairs = [source for pair in one.pairs for source in pair[:2]]
+        for source in [*pairs, *(source for source, _ in [*one.queries, *one.keys])]:
+            name = source_id(source)
+            if name not in listed and name not in found:
+                label = _label(graph, source, -1, labels)
+                found[name] = _viewer_node(source, name, label, graph.nodes.activation_of(source))
+    return found
+
+
+def _viewer_node(source: Source, name: str, label: str, value: float | None) -> dict[str, Any]:
+    """A node as the viewers read it; `value` is a feature's activation or a logit's probability, if known."""
+    kind, layer, position, index = source
     end = kind in ENDS
     feature = index if kind in (NodeKind.TOKEN, NodeKind.LOGIT) and index >= 0 else None
     return {
@@ -262,24 +355,23 @@ def _viewer_node(table: NodeTable, node: int, name: str, label: str, value: floa
         # Ends are drawn one layer up, above what their own layer adds.
         "layer": "E" if kind == NodeKind.TOKEN else str(layer + end),
         # The viewers need a position; nodes without one are drawn at the first.
-        "ctx_idx": max(int(table.position[node]), 0),
-        "feature_type": _FEATURE_TYPES[kind],
+        "ctx_idx": max(position, 0),
+        "feature_type": _FEATURE_TYPES[NodeKind(kind)],
         "token_prob": value if kind == NodeKind.LOGIT else 0.0,
         "jsNodeId": name,
         "clerp": label,
-        "influence": None if end else float(cumulative),
         "activation": value if kind == NodeKind.FEATURE else None,
     }
 
 
-def _label(graph: AttributionGraph, node: int, first_end: int, labels: Mapping[FeatureId, str]) -> str:
-    table = graph.nodes
-    layer, position, end = int(table.layer[node]), int(table.position[node]), node - first_end
-    match NodeKind(int(table.kind[node])):
+def _label(graph: AttributionGraph, source: Source, end: int, labels: Mapping[FeatureId, str]) -> str:
+    """The words at a node, the `end`-th end or a source."""
+    kind, layer, position, index = source
+    match NodeKind(kind):
         case NodeKind.TOKEN:
             return f'Emb: "{graph.tokens[position]}"'
         case NodeKind.FEATURE:
-            return labels.get(table.feature_id(node), "")
+            return labels.get(FeatureId(layer, index), "")
         case NodeKind.ERROR:
             return f"Err: layer {layer}, position {position}"
         case NodeKind.BIAS:
@@ -289,7 +381,16 @@ def _label(graph: AttributionGraph, node: int, first_end: int, labels: Mapping[F
         case NodeKind.LOGIT:  # the viewers read the probability out of the label
             return f'Output "{graph.logit_tokens[end]}" (p={graph.logit_probabilities[end]:.3f})'
         case NodeKind.TARGET:
-            return f"{graph.logit_tokens[end]} = {table.target[node]:+.3f}"
+            return f"{graph.logit_tokens[end]} = {graph.nodes.target[graph.nodes.ends()[end]]:+.3f}"
+
+
+def source_words(graph: AttributionGraph, source: Source, labels: Mapping[FeatureId, str]) -> str:
+    """A source in words: what it is, and where."""
+    label = _label(graph, source, -1, labels)
+    if source.kind == NodeKind.FEATURE:
+        label = f"{FeatureId(source.layer, source.index)} {label}".strip()
+    at = source.kind in (NodeKind.FEATURE, NodeKind.TOKEN)
+    return f"{label} ({graph.place(source.position)})" if at else label
 
 
 def _number(value: np.floating) -> float:
@@ -305,12 +406,13 @@ def write_graph_json(
     labels: Labels = None,
     extra: Mapping[str, Any] | None = None,
     pictures: Sequence[Image.Image] = (),
+    groups: Labels = None,
 ) -> float:
     """Write `graph_to_json`, atomically; returns its size in megabytes (10^6 bytes).
 
     A file too large for an upload to Neuronpedia is written too, with a warning.
     """
-    body = graph_to_json(pruned, slug, scan, labels, extra, pictures)
+    body = graph_to_json(pruned, slug, scan, labels, extra, pictures, groups)
     text = json.dumps(body, ensure_ascii=False, allow_nan=False) + "\n"
     size = len(text.encode()) / 1e6
     if size > UPLOAD_MB:

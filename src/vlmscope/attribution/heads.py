@@ -1,13 +1,12 @@
-"""Attention in graphs: an edge by heads, a graph's flow by heads, and a head's score by sources.
+"""Attention in graphs: the heads that carry an edge, and why a head attends, both as exact sums.
 
 An edge is a sum over the paths from its source to its target through the frozen model. A path goes from position to
-position only through heads, so every path has a first head (nearest to its source) and a last one (nearest to its
-target), or no head: it then stays at its position, in the residual stream and the transcoders' skip paths. Grouped by
-either, the shares of all heads and the direct share sum to the edge.
-    first head h of layer l:  G . (s2 (P_h (sv (s1 u W_v))) W_o),  u the source carried up to l without heads, G the
-                              target's gradient above that attention
-    last head h of layer l:   the edge from the source to the read-out of h's output by g, g the target's gradient
-                              carried down to l without heads
+position only through heads, so it has a last head, nearest to its target, or none: it then stays at its position, in
+the residual stream or in skip paths of transcoders. With g the target's vector carried down to layer l without heads,
+and s the stream that the source alone gives there, the loading of head h of layer l is
+    z_h . (P_h (sv (s1 s W_v)))[q],    z_h = (s2 g) W_o of the head, q the target's position
+The loadings of all heads, the stream's share and that of skip paths sum to the edge; value biases are in the loadings
+of the biases' edges. The source runs forwards and the target backwards, neither as in the adjoint that gave the edge.
 
 A head's score before the softmax says why it looks where it looks. With patterns and norm scales frozen, the query
 `q = sum_i q_i` and the key `k = sum_j k_j` are sums over sources (and constants, which belong to bias nodes), so the
@@ -16,14 +15,15 @@ score `s = c q . k` is
     sum_i  c q_i . k            the query's side: affine in its sources, the key as it is
     sum_j  c q . k_j            the key's side.
 All three sum to the model's own score (docs/maths.md). The cap of a family that caps its scores comes after s.
-Legend: L layers, H heads, Hkv key/value heads, D head width, T positions, d width, B targets, S carried positions,
-W columns below the layer and its bias.
+Legend: L layers, H heads, Hkv key/value heads, D head width, T positions, d width, B sources carried at once, W columns
+below the layer and its bias.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -33,230 +33,222 @@ from torch import Tensor
 from vlmscope.activations import HasAdapter, HeadSide, head_score
 from vlmscope.attribution.adjoint import Adjoint, Sweep
 from vlmscope.attribution.config import parse_head
-from vlmscope.attribution.influence import influence, logit_weights
+from vlmscope.attribution.edges import lay_out
+from vlmscope.attribution.influence import edge_strengths
 from vlmscope.attribution.targets import Targets, other_targets, parse_position, shown_position
 from vlmscope.core.errors import UserError
-from vlmscope.core.graph import ENDS, AttributionGraph, NodeKind
+from vlmscope.core.graph import ENDS, EdgeHeads, NodeKind, NodeTable, PrunedGraph, QueryKeys, Source
 from vlmscope.replacement import ReplacementModel
 
 
-class HeadLoadings(NamedTuple):
-    """An edge by the first and the last head on the path, `[L, H]` float64 each, and `direct`, without any head."""
+class _HeadlessAdjoint(Adjoint):
+    """An adjoint without heads, whose rows are what stays at a position; keeps the gradient above each attention."""
 
-    edge: float
-    direct: float
-    first: np.ndarray
-    last: np.ndarray
-
-
-class _Read(NamedTuple):
-    """One target: `vector [d]` at a position of the stream before, or after, the attention of a layer."""
-
-    layer: int
-    position: int
-    vector: Tensor
-    after_attention: bool
-
-
-_Gradients = dict[int, tuple[Tensor, Tensor]]  # layer -> gradient above its attention `[S, B, d]` at positions `[S]`
-
-
-class _RecordingAdjoint(Adjoint):
-    """An adjoint that keeps the gradient above every attention of a sweep."""
-
-    def gradients(self, layer: int, vectors: Tensor, position: Tensor, after_attention: bool) -> _Gradients:
-        """The gradients of one sweep, of read-outs as in `stream_rows`."""
-        self._gradients: _Gradients = {}
-        self.stream_rows(layer, vectors, position, after_attention=after_attention)
-        return self._gradients
+    def begin(self) -> dict[int, Tensor]:
+        """Forget what was kept; from now on layer -> `[B, d]`, each target's gradient at its own position."""
+        self._above: dict[int, Tensor] = {}
+        return self._above
 
     def _attention(self, layer: int, sweep: Sweep) -> None:
-        self._gradients[layer] = (sweep.gradient, sweep.positions)
-        super()._attention(layer, sweep)
+        # A target has a gradient at its own position alone, so the sum over positions picks it.
+        gradient, frozen = sweep.gradient, self.replacement.layers[layer]
+        scaled = frozen.attn_out_scale[sweep.positions, None] * gradient
+        self._above[layer] = scaled.sum(0)
+        if frozen.output_bias is not None:
+            sweep.out[:, self.columns.bias(layer)] += (scaled @ frozen.output_bias).sum(0)
+
+
+class Loadings(NamedTuple):
+    """Edges by the last head on the path, `heads [n, L, H]`, and without any head, `[n]` each; together the edges."""
+
+    heads: np.ndarray
+    stream: np.ndarray
+    skip: np.ndarray
 
 
 class HeadSplitter:
-    """Splits edges of one graph; the rows by last heads of a target are kept for its other edges."""
+    """Splits edges of one graph by heads."""
 
-    def __init__(self, replacement: ReplacementModel, graph: AttributionGraph, targets: Targets) -> None:
-        self.replacement, self.graph, self.targets = replacement, graph, targets
-        self._adjoint = Adjoint(replacement)
-        self._recording = _RecordingAdjoint(replacement, self._adjoint.sources)
-        self._by_target: dict[int, tuple[_Gradients, Tensor, Tensor]] = {}
+    def __init__(self, replacement: ReplacementModel, nodes: NodeTable, targets: Targets) -> None:
+        self.replacement, self.nodes, self.targets = replacement, nodes, targets
+        self._all = _HeadlessAdjoint(replacement)
+        self._sources, self._columns = self._all.sources, self._all.columns
+        plain = replace(replacement, features=[replace(one, w_skip=None) for one in replacement.features])
+        self._stream = _HeadlessAdjoint(plain, self._sources)
+        table = replacement.feature_activations
+        features = nodes.of(NodeKind.FEATURE)
+        keys = zip(*(getattr(nodes, name)[features].tolist() for name in ("layer", "position", "index")), strict=True)
+        self._row = dict(zip(features.tolist(), (table.row(*key) for key in keys), strict=True))
+        kept = np.zeros(len(table), dtype=bool)
+        kept[list(self._row.values())] = True
+        self._node_of_column = lay_out(replacement, self._columns, kept, targets, "float32")[0]
 
     @torch.no_grad()
-    def split(self, source: int, target: int) -> HeadLoadings:
-        """The heads of the edge from a token, feature or error to a feature or an end, by their node numbers."""
-        kinds = self.graph.nodes.kind
-        assert kinds[source] in (NodeKind.TOKEN, NodeKind.FEATURE, NodeKind.ERROR), "the source has no position"
-        assert kinds[target] in (NodeKind.FEATURE, *ENDS), "the target has no edges into it"
-        read, column = self.read(target), self._column(source)
-        if target not in self._by_target:
-            position = torch.tensor([read.position], device=read.vector.device)
-            gradients = self._recording.gradients(read.layer, read.vector[None], position, read.after_attention)
-            self._by_target[target] = (gradients, *self._last(read))
-        gradients, last, direct_row = self._by_target[target]
-        first, direct = self._first(int(self.graph.nodes.position[source]), column, read, gradients)
-        # The two groupings share only the direct part, which each computes by itself.
-        assert abs(float(direct_row[column]) - direct) <= 1e-4 * (1e-6 + abs(direct) + float(first.abs().sum()))
-        sources, weights = self.graph.incoming(target)
-        edge = float(weights[sources == source].sum())
-        return HeadLoadings(edge, direct, first.double().cpu().numpy(), last[:, :, column].double().cpu().numpy())
+    def split(self, source: np.ndarray, target: np.ndarray, batch_size: int) -> Loadings:
+        """Split the edges from nodes `source [n]` to `target [n]`; `batch_size` of either are swept at once."""
+        replacement, n_heads = self.replacement, self.replacement.state.patterns.shape[1]
+        rows, row = np.unique(target, return_inverse=True)
+        stream, skip, reads = self._staying(rows, source, row, batch_size)
+        loadings = replacement.errors.new_zeros(len(source), replacement.n_layers, n_heads)
+        carried, slot = np.unique(source, return_inverse=True)
+        for begin in range(0, len(carried), batch_size):
+            mine = np.flatnonzero((slot >= begin) & (slot < begin + batch_size))
+            edge, number, reader, position = map(
+                torch.from_numpy, (mine, slot[mine] - begin, row[mine], self.nodes.position[target[mine]].astype(int))
+            )
+            top = int(self.nodes.layer[target[mine]].max())
+            for layer, given in self._forward(carried[begin : begin + batch_size], top):
+                terms = given[number, position] * reads[layer][reader]
+                loadings[edge, layer] = terms.view(len(mine), n_heads, -1).sum(-1)
+        return Loadings(loadings.cpu().numpy(), stream, skip)
 
-    def read(self, target: int) -> _Read:
-        """How a feature or an end reads the stream."""
-        nodes, replacement = self.graph.nodes, self.replacement
-        if nodes.kind[target] in ENDS:
-            number = target - int(nodes.ends()[0])
-            position, vector = int(self.targets.positions[number]), self.targets.vectors[number]
-            return _Read(self.targets.layer, position, vector, self.targets.after_attention)
-        layer, position, index = (int(getattr(nodes, name)[target]) for name in ("layer", "position", "index"))
-        scale = replacement.layers[layer].mlp_in_scale[position]
-        return _Read(layer, position, replacement.features[layer].w_enc[index] * scale, True)
+    @torch.no_grad()
+    def key(self, node: int, layer: int, head: int) -> int:
+        """The position from which most of what a head writes for a target comes, biases included."""
+        frozen, query = self.replacement.layers[layer], int(self.nodes.position[node])
+        _, above = self._headless(self._all, np.array([node]))
+        read = (above[layer] @ frozen.output_weight)[0].view(len(frozen.pattern), -1)[head]
+        values = frozen.values(self._streams[layer], with_bias=True)
+        values = values.view(len(values), frozen.n_kv_heads, -1)[:, head // (len(frozen.pattern) // frozen.n_kv_heads)]
+        return int((frozen.pattern[head, query] * (values @ read)).abs().argmax())
 
-    def _column(self, source: int) -> int:
-        nodes, columns = self.graph.nodes, self._adjoint.columns
-        layer, position = int(nodes.layer[source]), int(nodes.position[source])
-        if nodes.kind[source] == NodeKind.TOKEN:
-            return position
-        if nodes.kind[source] == NodeKind.ERROR:
-            return columns.errors(layer) + position
-        row = self.replacement.feature_activations.row(layer, position, int(nodes.index[source]))
-        return int(columns.all_features()[row])
+    @cached_property
+    def _streams(self) -> list[Tensor]:
+        """The model's own stream before each layer's attention, `[T, d]`."""
+        x, state, out = self.replacement.state.embeddings, self.replacement.state, []
+        for layer, frozen in enumerate(self.replacement.layers):
+            out.append(x)
+            h = x + frozen.attend(x, with_bias=True)
+            x = frozen.leave(h + state.norm_scales[layer, 3] * state.mlp_out[layer], with_injection=True)
+        return out
 
-    def _first(self, position: int, column: int, read: _Read, gradients: _Gradients) -> tuple[Tensor, float]:
-        """Shares `[L, H]` by first head of the source at a position and column, and the direct share."""
-        replacement, token = self.replacement, column == position
-        x = replacement.state.embeddings[position] if token else torch.zeros_like(read.vector)
-        shares = read.vector.new_zeros(replacement.n_layers, replacement.state.patterns.shape[1])
-        for layer in range(read.layer + int(read.after_attention)):
-            frozen, (gradient, positions) = replacement.layers[layer], gradients[layer]
-            values = ((frozen.attn_in_scale[position] * x) @ frozen.value_weight.T).view(frozen.n_kv_heads, -1)
-            if frozen.value_scale is not None:
-                values = values * frozen.value_scale[position].view_as(values)
-            z = (frozen.attn_out_scale[positions] * gradient[:, 0]) @ frozen.output_weight  # [S, H * D]
-            z = z.view(len(positions), len(shares[layer]), -1)
-            values = values.repeat_interleave(z.shape[1] // frozen.n_kv_heads, dim=0)
-            pattern = frozen.pattern[:, positions, position]  # [H, S]
-            shares[layer] = torch.einsum("shd,hd,hs->h", z, values, pattern)
-            if layer == read.layer:
-                break
-            sources, skip = self._adjoint.sources.of(layer), replacement.features[layer].w_skip
-            # What the source writes here, if anything.
-            out = x + sources.vectors[position, :-1][sources.columns[position] == column].sum(0)
+    def _headless(self, adjoint: _HeadlessAdjoint, rows: np.ndarray) -> tuple[Tensor, dict[int, Tensor]]:
+        """Rows of targets without heads, and what `begin` keeps; targets are of one layer, ends without gaps."""
+        above = adjoint.begin()
+        if self.nodes.kind[rows[0]] in ENDS:
+            first, last = rows[[0, -1]] - int(self.nodes.ends()[0])
+            return adjoint.target_rows(self.targets, slice(int(first), int(last) + 1)), above
+        layer = int(self.nodes.layer[rows[0]])
+        below = int(self._columns.n_features[:layer].sum())
+        which = torch.tensor([self._row[node] - below for node in rows.tolist()], device=self.replacement.errors.device)
+        return adjoint.feature_rows(layer, which), above
+
+    def _staying(
+        self, rows: np.ndarray, source: np.ndarray, row: np.ndarray, batch_size: int
+    ) -> tuple[np.ndarray, np.ndarray, list[Tensor]]:
+        """Shares of the edges in the stream and in skip paths, `[n]` each, and what `rows` read of heads.
+
+        Of a layer's heads a target reads `[H * D]` at its position: layer -> `[rows, H * D]`, 0 above the target.
+        """
+        layers, staying = self.replacement.layers, np.zeros((2, len(source)))
+        reads = [self.replacement.errors.new_zeros(len(rows), frozen.output_weight.shape[1]) for frozen in layers]
+        for chunk in self._chunks(rows, batch_size):
+            for part, adjoint in zip(staying, (self._stream, self._all), strict=True):
+                out, above = self._headless(adjoint, rows[chunk])
+                nodes = self._node_of_column[: out.shape[1]]
+                for number, weights in zip(chunk.tolist(), out.double().cpu().numpy(), strict=True):
+                    # Left-out features share a node; columns above the targets have none.
+                    by_node = np.bincount(nodes[nodes >= 0], weights[nodes >= 0], minlength=len(self.nodes))
+                    part[row == number] = by_node[source[row == number]]
+            for layer, gradient in above.items():
+                reads[layer][chunk] = gradient @ layers[layer].output_weight
+        return staying[0], staying[1] - staying[0], reads
+
+    def _chunks(self, rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+        """Numbers of `rows`, ascending, in chunks as `_headless` takes them."""
+        end = np.isin(self.nodes.kind[rows], ENDS)
+        new = (np.diff(self.nodes.layer[rows]) > 0) | (end[1:] & ((np.diff(rows) > 1) | ~end[:-1]))
+        for part in np.split(np.arange(len(rows)), np.flatnonzero(new) + 1):
+            yield from (part[begin : begin + size] for begin in range(0, len(part), size))
+
+    def _forward(self, nodes: np.ndarray, top: int) -> Iterator[tuple[int, Tensor]]:
+        """Carry each source alone up to layer `top`: (layer, what its heads give at each position `[B, T, H * D]`)."""
+        replacement = self.replacement
+        positions, width = replacement.errors.shape[1:]
+        slot_of_node = np.full(len(self.nodes) + 1, -1)  # the last one for columns that are no node
+        slot_of_node[nodes] = np.arange(len(nodes))
+        slot = torch.from_numpy(slot_of_node[self._node_of_column]).to(replacement.errors.device)
+        bias = slot_of_node[:-1][self.nodes.kind == NodeKind.BIAS]  # layer -> slot
+        token = torch.nonzero(slot[:positions] >= 0)[:, 0]
+        x = replacement.errors.new_zeros(len(nodes), positions, width)
+        x[slot[token], token] = replacement.state.embeddings[token]
+        first = max(int(self.nodes.layer[nodes].min()), 0)
+        last = min(top, replacement.n_layers - 1)
+        for layer in range(first, last + 1):
+            frozen, own = replacement.layers[layer], int(bias[layer])
+            values = frozen.values(x, with_bias=False)
+            if own >= 0 and frozen.value_bias is not None:
+                values[own] += (
+                    frozen.value_bias if frozen.value_scale is None else frozen.value_bias * frozen.value_scale
+                )
+            n_heads, kv = len(frozen.pattern), frozen.n_kv_heads
+            pattern = frozen.pattern.view(kv, n_heads // kv, positions, positions)
+            mixed = torch.einsum("hgqk,bkhd->bqhgd", pattern, values.view(len(nodes), positions, kv, -1))
+            heads = mixed.reshape(len(nodes), positions, -1)
+            yield layer, heads
+            if layer == last:
+                return
+            out = heads @ frozen.output_weight.T
+            if own >= 0 and frozen.output_bias is not None:
+                out[own] += frozen.output_bias
+            x = x + frozen.attn_out_scale * out
+            skip, sources = replacement.features[layer].w_skip, self._sources.of(layer)
             if skip is not None:
-                out = out + frozen.write_scale[position] * (skip @ (frozen.mlp_in_scale[position] * x))
-            x = out * frozen.stream_scale
-            if token and frozen.injection is not None:
-                x = x + frozen.injection[position]
-        return shares, float(read.vector @ x) if read.position == position else 0.0
-
-    def _last(self, read: _Read) -> tuple[Tensor, Tensor]:
-        """Rows `[L, H, columns]` by last head, and the direct row `[columns]`."""
-        replacement, adjoint = self.replacement, self._adjoint
-        width, n_heads = adjoint.columns.total, replacement.state.patterns.shape[1]
-        rows = read.vector.new_zeros(replacement.n_layers, n_heads, width)
-        position = torch.tensor([read.position], device=read.vector.device)
-        sweep = Sweep(read.vector[None, None].clone(), position, read.vector.new_zeros(1, width + 1))
-        every = torch.arange(replacement.n_positions, device=position.device)
-        for layer in range(read.layer - 1 + int(read.after_attention), -1, -1):
-            if layer < read.layer:
-                adjoint._leaving(layer, sweep)
-                adjoint._mlp(layer, sweep)
-            gradient = self._through_heads(layer, read.position, sweep.gradient[0, 0])
-            branch = Sweep(gradient, every, gradient.new_zeros(n_heads, width + 1))
-            adjoint._descend(layer, branch)
-            rows[layer] = branch.out[:, :width]
-        adjoint._read_tokens(replacement.state.embeddings, sweep)
-        return rows, sweep.out[0, :width]
-
-    def _through_heads(self, layer: int, position: int, gradient: Tensor) -> Tensor:
-        """Take `gradient [d]` above a layer's attention at a position back through each head alone: `[T, H, d]`."""
-        frozen = self.replacement.layers[layer]
-        n_heads = len(frozen.pattern)
-        z = ((frozen.attn_out_scale[position] * gradient) @ frozen.output_weight).view(n_heads, -1)
-        weight = frozen.value_weight.view(frozen.n_kv_heads, z.shape[1], -1)
-        groups = n_heads // frozen.n_kv_heads
-        by_key = frozen.pattern[:, position, :, None] * z[:, None]  # [H, T, D]
-        if frozen.value_scale is not None:
-            scales = frozen.value_scale.view(-1, frozen.n_kv_heads, z.shape[1]).transpose(0, 1)
-            by_key = by_key * scales.repeat_interleave(groups, dim=0)
-        back = torch.bmm(by_key, weight.repeat_interleave(groups, dim=0))  # [H, T, d]
-        return frozen.attn_in_scale[:, None] * back.transpose(0, 1)
+                x = x + frozen.write_scale * ((frozen.mlp_in_scale * x) @ skip.T)
+            # Padding has column -1, whose node is none.
+            writer = torch.where(sources.columns >= 0, slot[sources.columns], -1)
+            position, which = torch.nonzero(writer >= 0, as_tuple=True)
+            x.index_put_((writer[position, which], position), sources.vectors[position, which], accumulate=True)
+            if own >= 0:
+                x[own] += sources.vectors[:, -1]
+            x = frozen.leave(x, with_injection=False)
+            if frozen.injection is not None:
+                x[slot[token], token] += frozen.injection[token]
 
 
-@dataclass(frozen=True)
-class HeadFlow:
-    """How much of a graph's flow each head carries, `flow [L, H]` float64, summed over queries and keys.
+def edge_heads(
+    replacement: ReplacementModel, pruned: PrunedGraph, targets: Targets, count: int, batch_size: int
+) -> tuple[EdgeHeads, HeadSplitter]:
+    """The heads of the `count` strongest kept edges of a graph.
 
-    Most of it goes to position `query` from position `key`, `[L, H]`; `covered` is the share of the rows' worth that
-    was counted.
+    At most a quarter as many different sources, and targets, as the graph has rows are swept: edges of others, weaker
+    ones, are left out, so that heads never take as long as half of the graph.
     """
-
-    flow: np.ndarray
-    query: np.ndarray
-    key: np.ndarray
-    covered: float
-
-    def ranked(self) -> list[tuple[int, int]]:
-        """(layer, head), the one with the largest flow first."""
-        order = np.argsort(-self.flow, axis=None, kind="stable")
-        return [divmod(number, self.flow.shape[1]) for number in order.tolist()]
+    graph = pruned.graph
+    edges, strength = edge_strengths(pruned)
+    source, target = graph.indices[edges].astype(np.int64), graph.targets_of(edges)
+    most = max(int((np.diff(graph.indptr) > 0).sum()) // 4, 1)
+    chosen = np.flatnonzero(_among_first(source, most) & _among_first(target, most))[:count]
+    splitter = HeadSplitter(replacement, graph.nodes, targets)
+    found = splitter.split(source[chosen], target[chosen], batch_size)
+    return EdgeHeads(edges[chosen], strength[chosen], *found), splitter
 
 
-@torch.no_grad()
-def head_flow(
-    replacement: ReplacementModel, graph: AttributionGraph, targets: Targets, max_rows: int = 256, batch: int = 8
-) -> HeadFlow:
-    """The flow through each head of the ends of a graph and of its `max_rows` most influential features.
+def _among_first(values: np.ndarray, most: int) -> np.ndarray:
+    """Mask `[n]` of those among the `most` different values that come first."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    return first.argsort().argsort()[inverse] < most
 
-    A row i hands (I_i + w_i) / sum |edges| down for each unit of |edge|. Of a target's value, head h carries
-    `P_h[q, k] (G_q s2 W_o) . v_k` from key k to query q, biases of values included; its size times that factor, summed
-    over the rows, is the flow. `batch` targets are swept at once.
+
+def carriers(pruned: PrunedGraph, heads: EdgeHeads, splitter: HeadSplitter, count: int) -> list[tuple[int, Place]]:
+    """The heads that carry most, each with the node into which it carries most and the key that gives most there.
+
+    A head and a node are in the list once.
     """
-    weights = logit_weights(graph)
-    flow = influence(graph, weights)
-    worth, features = flow.nodes + weights, graph.nodes.of(NodeKind.FEATURE)
-    chosen = np.sort(features[np.argsort(-flow.nodes[features], kind="stable")[:max_rows]])
-    n_layers, n_heads, n_positions, _ = replacement.state.patterns.shape
-    total = replacement.errors.new_zeros(n_layers, n_heads, n_positions, n_positions, dtype=torch.float64)
-    adjoint, splitter = _RecordingAdjoint(replacement), HeadSplitter(replacement, graph, targets)
-    values = _values(replacement)
-    rows = np.concatenate([chosen, graph.nodes.ends()])
-    reads = [splitter.read(int(node)) for node in rows]
-    for layer, after in sorted({(read.layer, read.after_attention) for read in reads}):
-        mine = [row for row, read in enumerate(reads) if (read.layer, read.after_attention) == (layer, after)]
-        for begin in range(0, len(mine), batch):
-            chunk = mine[begin : begin + batch]
-            vectors = torch.stack([reads[row].vector for row in chunk])
-            position = torch.tensor([reads[row].position for row in chunk], device=vectors.device)
-            factor = torch.from_numpy(flow.per_edge[rows[chunk]]).to(total.device)
-            for lower, (gradient, positions) in adjoint.gradients(layer, vectors, position, after).items():
-                frozen = replacement.layers[lower]
-                z = (frozen.attn_out_scale[positions, None] * gradient) @ frozen.output_weight  # [S, B, H * D]
-                z = z.view(*z.shape[:2], n_heads, -1).permute(2, 1, 0, 3)  # [H, B, S, D]
-                terms = torch.einsum("hbsd,htd,hst->hbst", z, values[lower], frozen.pattern[:, positions])
-                total[lower, :, positions] += (terms.abs().double() * factor[None, :, None, None]).sum(1)
-    flat = total.flatten(2)
-    best = flat.argmax(-1).cpu().numpy()
-    has_row = np.isin(graph.nodes.kind, (NodeKind.FEATURE, *ENDS))
-    covered = float(worth[rows].sum() / worth[has_row].sum())
-    return HeadFlow(flat.sum(-1).cpu().numpy(), best // n_positions, best % n_positions, covered)
-
-
-def _values(replacement: ReplacementModel) -> list[Tensor]:
-    """The values of each query head per layer, `[H, T, D]`."""
-    x, state, out = replacement.state.embeddings, replacement.state, []
-    for layer, frozen in enumerate(replacement.layers):
-        values = frozen.values(x, with_bias=True)
-        per_head = values.view(len(x), frozen.n_kv_heads, -1).transpose(0, 1)
-        out.append(per_head.repeat_interleave(len(frozen.pattern) // frozen.n_kv_heads, dim=0))
-        h = x + frozen.attend(x, with_bias=True)
-        x = frozen.leave(h + state.norm_scales[layer, 3] * state.mlp_out[layer], with_injection=True)
-    return out
-
-
-_BLOCK = 1024  # rows of the matrix of pairs in memory at once
+    graph = pruned.graph
+    rows, row = np.unique(graph.targets_of(heads.edges), return_inverse=True)
+    into = np.zeros((len(rows), *heads.loadings.shape[1:]))
+    np.add.at(into, row, heads.parts()[1])
+    found: dict[tuple[int, int], tuple[int, Place]] = {}
+    for flat in np.argsort(-into, axis=None, kind="stable").tolist():
+        number, layer, head = (int(i) for i in np.unravel_index(flat, into.shape))
+        node = int(rows[number])
+        if len(found) == count or not into[number, layer, head]:
+            break
+        if (layer, head) not in found and all(node != other for other, _ in found.values()):
+            place = Place(layer, head, int(graph.nodes.position[node]), splitter.key(node, layer, head))
+            found[layer, head] = node, place
+    return list(found.values())
 
 
 class Place(NamedTuple):
@@ -282,11 +274,6 @@ class ScoreParts:
     query: Tensor  # `[D, W]`, what each source gives the query
     key: Tensor  # `[D, W]`, what each source gives the key
     targets: Targets  # the query's side and the key's side as the two ends of a graph, worth a half each
-
-    def pairs(self) -> Iterator[tuple[int, Tensor]]:
-        """The matrix of pairs, rows query columns, in blocks `[n, W]` with the number of their first row."""
-        for first in range(0, self.query.shape[1], _BLOCK):
-            yield first, self.scale * self.query[:, first : first + _BLOCK].T @ self.key
 
 
 def find_place(replacement: ReplacementModel, text: str) -> Place:
@@ -348,50 +335,53 @@ def score_parts(model: HasAdapter, replacement: ReplacementModel, adjoint: Adjoi
     )
 
 
-class Pairs(NamedTuple):
-    """The strongest pairs of sources of a score, by |term|.
-
-    `query` and `key` are columns of sources, `[n]` int64, `terms` `c q_i . k_j`, `[n]` float64; `total`, the score, and
-    `absolute` are sums of terms and |terms| over all pairs.
-    """
-
-    query: np.ndarray
-    key: np.ndarray
-    terms: np.ndarray
-    total: float
-    absolute: float
+_MOST = 2048  # sources with the longest queries, and keys, that pairs are made of
 
 
 @torch.no_grad()
-def top_pairs(parts: ScoreParts, count: int, only: np.ndarray | None = None) -> Pairs:
-    """The `count` strongest pairs of sources, both in `only [W]` bool where it is given; totals are of all pairs."""
-    allowed = None if only is None else torch.from_numpy(only).to(parts.query.device)
-    best: list[tuple[Tensor, Tensor]] = []
-    total, absolute, width = 0.0, 0.0, parts.key.shape[1]
-    for first, block in parts.pairs():
-        total += float(block.sum(dtype=torch.float64))
-        absolute += float(block.abs().sum(dtype=torch.float64))
-        if allowed is not None:
-            block = block * allowed[first : first + len(block), None] * allowed
-        flat = block.flatten()
-        chosen = flat.abs().topk(min(count, len(flat))).indices
-        best.append((flat[chosen], chosen + first * width))
-    terms, cells = map(torch.cat, zip(*best, strict=True))
-    order = terms.abs().argsort(descending=True, stable=True)[:count]
-    order = order[terms[order] != 0]
-    query, key = divmod(cells[order].cpu().numpy(), width)
-    return Pairs(query, key, terms[order].double().cpu().numpy(), total, absolute)
+def query_keys(
+    parts: ScoreParts, replacement: ReplacementModel, adjoint: Adjoint, count: int, node: int = -1
+) -> QueryKeys:
+    """The `count` strongest pairs, queries and keys of a score; `node` is what the head writes for, if known."""
+    query, key = (side.norm(dim=0).topk(min(_MOST, side.shape[1])).indices for side in (parts.query, parts.key))
+    terms = parts.scale * parts.query[:, query].T @ parts.key[:, key]
+    sums = [side.sum(1, dtype=torch.float64) for side in (parts.query, parts.key)]
+
+    def source(column: int) -> Source:
+        return source_of(replacement, adjoint, column)
+
+    def top(values: Tensor) -> tuple[list[int], list[float]]:
+        best = values.flatten().abs().topk(min(count, values.numel())).indices
+        best = best[values.flatten()[best] != 0]
+        return best.tolist(), values.flatten()[best].double().tolist()
+
+    cells, pairs = top(terms)
+    ends = [(source(int(query[i // len(key)])), source(int(key[i % len(key)]))) for i in cells]
+    sides = [top(parts.scale * (side.T @ other.to(side.dtype)))
+             for side, other in ((parts.query, sums[1]), (parts.key, sums[0]))]  # fmt: skip
+    queries, keys = ([(source(i), term) for i, term in zip(*side, strict=True)] for side in sides)
+    return QueryKeys(
+        node,
+        *parts.place,
+        score=parts.score,
+        probability=parts.probability,
+        total=float(parts.scale * sums[0] @ sums[1]),
+        sizes=float(terms.abs().sum(dtype=torch.float64)),
+        pairs=[(*both, term) for both, term in zip(ends, pairs, strict=True)],
+        queries=queries,
+        keys=keys,
+    )
 
 
-def source_of(replacement: ReplacementModel, adjoint: Adjoint, column: int) -> tuple[NodeKind, int, int, int]:
-    """Kind, layer, position and index (token id or feature, -1 for none) of the source that owns a column."""
+def source_of(replacement: ReplacementModel, adjoint: Adjoint, column: int) -> Source:
+    """The source that owns a column."""
     columns = adjoint.columns
     if column < columns.n_positions:
-        return NodeKind.TOKEN, -1, column, replacement.inputs.input_ids[column]
+        return Source(NodeKind.TOKEN, -1, column, replacement.inputs.input_ids[column])
     layer = int(np.searchsorted(columns.start, column, side="right")) - 1
     if column == columns.bias(layer):
-        return NodeKind.BIAS, layer, -1, -1
+        return Source(NodeKind.BIAS, layer, -1, -1)
     if column >= columns.errors(layer):
-        return NodeKind.ERROR, layer, column - columns.errors(layer), -1
+        return Source(NodeKind.ERROR, layer, column - columns.errors(layer), -1)
     features, number = replacement.features[layer], column - columns.features(layer)
-    return NodeKind.FEATURE, layer, int(features.position[number]), int(features.index[number])
+    return Source(NodeKind.FEATURE, layer, int(features.position[number]), int(features.index[number]))

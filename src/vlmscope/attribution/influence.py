@@ -289,6 +289,26 @@ def _dead_ends(graph: AttributionGraph, nodes: np.ndarray, edges: np.ndarray) ->
     return nodes & ~(entered & left)
 
 
+def edge_strengths(pruned: PrunedGraph) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the kept edges with influence, strongest first, int64, and the strength of each, float64.
+
+    An edge's strength is its share of its target's incoming |weight| times the target's influence on the ends, the
+    quantity that pruning ranks by.
+    """
+    graph = pruned.graph
+    total = graph.absolute_sums(counted(graph, pruned.bias))
+    importance = pruned.influence.astype(np.float64).copy()
+    # Influence starts from the weights of the ends and does not include them.
+    importance[graph.nodes.ends()] += graph.end_weights
+    kept = np.flatnonzero(pruned.edge_mask)
+    targets = graph.targets_of(kept)
+    magnitude = np.abs(graph.weights[kept].astype(np.float64))
+    strength = magnitude / np.where(total > 0, total, 1.0)[targets] * importance[targets]
+    kept, strength = kept[strength > 0], strength[strength > 0]
+    order = np.argsort(-strength, kind="stable")
+    return kept[order], strength[order]
+
+
 def reaches_image(pruned: PrunedGraph, logit: int) -> bool:
     """Whether kept edges lead back from a logit, or another end of the graph, to a soft token."""
     graph = pruned.graph

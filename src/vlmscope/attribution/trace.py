@@ -2,7 +2,8 @@
 
 The phases, one module each: what is explained (`targets`), the local replacement model (`vlmscope.replacement`), its
 adjoint (`adjoint`), rows of edges and the choice of features that get one (`edges`), influence and pruning
-(`influence`). Next to the graph a trace writes attention scores, heads of edges, and maps over patches.
+(`influence`). To the graph are added the heads that carry its edges and the scores of those (`heads`), and maps over
+patches.
 """
 
 from __future__ import annotations
@@ -20,24 +21,12 @@ from vlmscope.attribution.adjoint import Adjoint, SourceVectors, target_readers
 from vlmscope.attribution.compare import GRAPH_FILE, graph_file
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.edges import RowStore, assemble, select_rows, target_chunk
-from vlmscope.attribution.export import node_id, source_id
-from vlmscope.attribution.heads import (
-    HeadFlow,
-    HeadSplitter,
-    Pairs,
-    Place,
-    ScoreParts,
-    find_place,
-    head_flow,
-    score_parts,
-    source_of,
-    top_pairs,
-)
-from vlmscope.attribution.influence import counted, end_sources, prune
+from vlmscope.attribution.heads import ScoreParts, carriers, edge_heads, find_place, query_keys, score_parts
+from vlmscope.attribution.influence import end_sources, prune
 from vlmscope.attribution.memory import MemoryPlan, plan_memory
 from vlmscope.attribution.targets import Targets, ask, choose_logits, choose_targets
 from vlmscope.attribution.vision import save_maps, vision_path
-from vlmscope.core.artifacts import parse_json, text_lines, write_json
+from vlmscope.core.artifacts import parse_json, text_lines
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
 from vlmscope.core.maps import PictureMap
@@ -57,8 +46,8 @@ class Trace:
     graph: AttributionGraph
     pruned: PrunedGraph
     targets: Targets
-    scores: tuple[ScoreParts, ...] = ()
-    flow: HeadFlow | None = None
+    scores: tuple[ScoreParts, ...] = ()  # of attention, where the question is one
+    batch_size: int = 64  # of sweeps that go on from the graph
 
     def metrics(self) -> dict[str, float]:
         """Size, scores and time of the graph."""
@@ -80,7 +69,18 @@ class Trace:
             "graph/max_residual": float(graph.residual.max()),
             "graph/target_residual": float(graph.residual[graph.nodes.ends()].max()),
             "graph/seconds": float(graph.meta["seconds"]),
+            **self._of_heads(),
         }
+
+    def _of_heads(self) -> dict[str, float]:
+        """Residuals of what `with_heads` added, and the score that was asked for."""
+        heads = self.pruned.heads
+        if heads is None:
+            return {}
+        gaps = [abs(one.total - one.score) / (one.sizes or 1.0) for one in heads.query_keys]
+        score = {"attention/score": self.scores[0].score} if self.scores else {}
+        residuals = {"heads/edge_residual": heads.residual(self.graph), "heads/score_residual": max(gaps, default=0.0)}
+        return {**score, **residuals, "heads/edges": float(len(heads.edges)), "heads/seconds": heads.seconds}
 
     def explained(self) -> list[str]:
         """A string per end: a logit's token with its probability, or a label with its value."""
@@ -131,13 +131,13 @@ def trace(scope: Scope, inputs: ModelInputs, config: AttributionConfig, folder: 
         return attribute(replacement, config, vlm.tokenizer, vlm.name, targets, plan), plan
 
     scores: tuple[ScoreParts, ...] = ()
-    flow = None
     if config.attention:
-        if config.attention == "auto":  # the heads that carry most of the flow to the top logits
+        if config.attention == "auto":  # the heads that carry most of the graph of the top logits
             logits = choose_logits(replacement, config.logit_mass, config.max_logits)
-            flow = head_flow(replacement, graph_of(logits)[0], logits)
-            heads = flow.ranked()[: config.n_heads]
-            places = [Place(*head, int(flow.query[head]), int(flow.key[head])) for head in heads]
+            graph, plan = graph_of(logits)
+            pruned = prune(graph, config.node_threshold, config.edge_threshold, plan.storage, config.bias)
+            heads, splitter = edge_heads(replacement, pruned, logits, config.heads or _EDGES, plan.batch_size)
+            places = [place for _, place in carriers(pruned, heads, splitter, config.n_heads)]
         else:
             places = [find_place(replacement, config.attention)]
         adjoint = Adjoint(replacement)
@@ -147,7 +147,39 @@ def trace(scope: Scope, inputs: ModelInputs, config: AttributionConfig, folder: 
         targets = choose_targets(replacement, config, vlm.tokenizer, ids)
     graph, plan = graph_of(targets)
     pruned = prune(graph, config.node_threshold, config.edge_threshold, plan.storage, config.bias)
-    return Trace(replacement, graph, pruned, targets, scores, flow)
+    return Trace(replacement, graph, pruned, targets, scores, plan.batch_size)
+
+
+_EDGES = 5000  # edges split to find the heads of `attention=auto` where `heads` is 0
+
+
+def with_heads(scope: Scope, traced: Trace, config: AttributionConfig) -> Trace:
+    """The same with the heads that carry its strongest kept edges, and why those that carry most attend.
+
+    To split a score takes a row of edges for each number of its query and key. So there are at most as many scores as
+    take a quarter of the graph's rows, but one, and none where their rows exceed `config.memory_gb`. The graph comes
+    back unchanged where `config.heads` is 0.
+    """
+    if not config.heads:
+        return traced
+    started = time.perf_counter()
+    replacement, pruned, graph = traced.replacement, traced.pruned, traced.graph
+    heads, splitter = edge_heads(replacement, pruned, traced.targets, config.heads, traced.batch_size)
+    adjoint = Adjoint(replacement)
+    width = max(frozen.output_weight.shape[1] for frozen in replacement.layers) // replacement.state.patterns.shape[1]
+    most = max(int((np.diff(graph.indptr) > 0).sum()) // (8 * width), 1)
+    if (
+        config.memory_gb
+        and 2 * width * adjoint.columns.total * replacement.errors.element_size() > config.memory_gb * 1e9
+    ):
+        most = 0
+    # Scores that were asked for come first; the graph explains the first of them.
+    parts = list(zip([int(graph.nodes.ends()[0])] + [-1] * len(traced.scores), traced.scores, strict=False))
+    for node, place in carriers(pruned, heads, splitter, min(config.n_heads, most)):
+        parts.append((node, score_parts(scope.vlm, replacement, adjoint, place)))
+    found = [query_keys(one, replacement, adjoint, config.n_pairs, node) for node, one in parts]
+    heads = replace(heads, query_keys=found, seconds=time.perf_counter() - started)
+    return replace(traced, pruned=replace(pruned, heads=heads))
 
 
 def attribute(
@@ -275,105 +307,6 @@ def graph_files(runs: Sequence[str]) -> list[Path]:
             raise UserError(f"{index} is incomplete; finish that run with trainer.resume=true") from error
         files += [graph_file(folder / GRAPH_FILE) for folder in folders]
     return files
-
-
-def strongest_edges(pruned: PrunedGraph, count: int) -> np.ndarray:
-    """Numbers of the `count` strongest kept edges, strongest first, int64.
-
-    An edge's strength is its share of its target's incoming |weight| times the target's influence on the ends, the
-    quantity that pruning ranks by.
-    """
-    graph = pruned.graph
-    total = graph.absolute_sums(counted(graph, pruned.bias))
-    importance = pruned.influence.astype(np.float64).copy()
-    # Influence starts from the weights of the ends and does not include them.
-    importance[graph.nodes.ends()] += graph.end_weights
-    kept = np.flatnonzero(pruned.edge_mask)
-    targets = graph.targets_of(kept)
-    magnitude = np.abs(graph.weights[kept].astype(np.float64))
-    strength = magnitude / np.where(total > 0, total, 1.0)[targets] * importance[targets]
-    kept, strength = kept[strength > 0], strength[strength > 0]
-    return kept[np.argsort(-strength, kind="stable")][:count]
-
-
-def write_scores(path: Path, traced: Trace, count: int) -> dict[str, float]:
-    """Write the scores of a trace of attention with their strongest pairs of sources; nothing for other traces.
-
-    Returns:
-        Metrics: the first score, and how far the sum of all pairs is from it, relative to the sum of their sizes.
-    """
-    if not traced.scores:
-        return {}
-    adjoint = Adjoint(traced.replacement)
-    records = [_score_record(traced, adjoint, parts, count) for parts in traced.scores]
-    body: dict[str, Any] = {"scores": records}
-    if traced.flow is not None:
-        flow, whole = traced.flow.flow, float(traced.flow.flow.sum())
-        ranked = [(f"L{layer}H{head}", float(flow[layer, head]) / whole) for layer, head in traced.flow.ranked()]
-        body["head_flow"] = {"covered": traced.flow.covered, "shares": dict(ranked)}
-        print("  heads by flow: " + ", ".join(f"{name} {share:.0%}" for name, share in ranked[:8]))
-    write_json(path, body, indent=1)
-    for record in records:
-        best = record["feature_pairs"][0] if record["feature_pairs"] else None
-        most = f"; strongest pair of features {best['query']} x {best['key']} {best['term']:+.3f}" if best else ""
-        print(f"  {record['place']}: score {record['score']:+.3f}, pattern {record['probability']:.3f}{most}")
-    pairs = top_pairs(traced.scores[0], 1)
-    residual = abs(pairs.total - traced.scores[0].score) / (pairs.absolute or 1.0)
-    return {"attention/score": traced.scores[0].score, "attention/pairs_residual": residual}
-
-
-def _score_record(traced: Trace, adjoint: Adjoint, parts: ScoreParts, count: int) -> dict[str, Any]:
-    tokens, place = traced.replacement.inputs.tokens, parts.place
-    features = np.isin(np.arange(parts.query.shape[1]), adjoint.columns.all_features())
-
-    def listed(pairs: Pairs) -> list[dict[str, Any]]:
-        columns = {*pairs.query, *pairs.key}
-        names = {column: source_id(*source_of(traced.replacement, adjoint, column)) for column in columns}
-        rows = zip(pairs.query.tolist(), pairs.key.tolist(), pairs.terms.tolist(), strict=True)
-        return [{"query": names[query], "key": names[key], "term": term} for query, key, term in rows]
-
-    pairs, feature_pairs = top_pairs(parts, count), top_pairs(parts, count, features)
-    return {
-        "place": str(place),
-        "layer": place.layer,
-        "head": place.head,
-        "query": {"position": place.query, "token": tokens[place.query]},
-        "key": {"position": place.key, "token": tokens[place.key]},
-        "score": parts.score,
-        "probability": parts.probability,
-        "sum_of_all_pairs": pairs.total,
-        "sum_of_sizes": pairs.absolute,
-        "pairs": listed(pairs),
-        "feature_pairs": listed(feature_pairs),
-    }
-
-
-def write_heads(path: Path, traced: Trace, count: int) -> None:
-    """Write the heads of the `count` strongest kept edges, by the first and by the last head on the path."""
-    graph, records = traced.graph, []
-    splitter = HeadSplitter(traced.replacement, graph, traced.targets)
-    for edge in strongest_edges(traced.pruned, traced.pruned.n_edges):
-        source, target = int(graph.indices[edge]), int(graph.targets_of(np.array([edge]))[0])
-        if graph.nodes.kind[source] in (NodeKind.BIAS, NodeKind.LEFT_OUT):
-            continue
-        loadings = splitter.split(source, target)
-        record = {"source": node_id(graph, source), "target": node_id(graph, target), "weight": loadings.edge}
-        heads = {"first": _by_head(loadings.first), "last": _by_head(loadings.last)}
-        records.append({**record, "direct": loadings.direct, **heads})
-        if len(records) == count:
-            break
-    write_json(path, {"edges": records}, indent=1)
-    for record in records[:5]:
-        heads = ", ".join(f"{name} {share:+.3f}" for name, share in list(record["last"].items())[:3])
-        edge = f"{record['source']} -> {record['target']} {record['weight']:+.3f}"
-        print(f"  {edge}: direct {record['direct']:+.3f}, {heads}")
-
-
-def _by_head(shares: np.ndarray) -> dict[str, float]:
-    """Shares `[L, H]` as L3H1 -> share, largest first, zeros left out."""
-    order = np.argsort(-np.abs(shares), axis=None, kind="stable")
-    heads = [divmod(number, shares.shape[1]) for number in order.tolist()]
-    return {f"L{layer}H{head}": float(shares[layer, head]) for layer, head in heads if shares[layer, head]}
 
 
 def target_maps(vlm: VLM, traced: Trace, settings: AttributionConfig) -> list[PictureMap]:

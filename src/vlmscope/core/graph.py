@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,6 +39,15 @@ class NodeKind(IntEnum):
 
 
 ENDS = (NodeKind.LOGIT, NodeKind.TARGET)  # the nodes that a graph explains, without outgoing edges
+
+
+class Source(NamedTuple):
+    """A source in a graph or left out of it: fields as in `NodeTable`."""
+
+    kind: int
+    layer: int
+    position: int
+    index: int
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,16 @@ class NodeTable:
     def ends(self) -> np.ndarray:
         """Node numbers of the ends, ascending, int64."""
         return np.flatnonzero(np.isin(self.kind, ENDS))
+
+    def source(self, node: int) -> Source:
+        """What identifies a node of any kind but TARGET."""
+        return Source(*(int(getattr(self, name)[node]) for name in Source._fields))
+
+    def activation_of(self, source: Source) -> float | None:
+        """The activation of a feature, None where it is no node."""
+        same = [getattr(self, name) == value for name, value in source._asdict().items()]
+        found = np.flatnonzero(np.all(same, axis=0))
+        return float(self.activation[found[0]]) if len(found) else None
 
     def feature_id(self, node: int) -> FeatureId:
         """The feature that a FEATURE node stands for."""
@@ -169,6 +189,61 @@ class GraphScores:
 
 
 @dataclass(frozen=True)
+class QueryKeys:
+    """Why a head attends: its score before the softmax as a sum of terms of sources (`attribution/heads.py`).
+
+    Listed are the strongest terms, each side fixed at the other's value for `queries` and `keys`.
+    """
+
+    node: int  # whose edges the head carries most of; -1 where none is known
+    layer: int
+    head: int
+    query: int  # positions
+    key: int
+    score: float  # the model's own
+    probability: float  # of the pattern there
+    total: float  # sum of the terms of all pairs: the score, up to rounding
+    sizes: float  # sum of their sizes
+    pairs: list[tuple[Source, Source, float]]
+    queries: list[tuple[Source, float]]
+    keys: list[tuple[Source, float]]
+
+
+@dataclass(frozen=True)
+class EdgeHeads:
+    """Kept edges, the strongest first, by the last head on the path from source to target (`attribution/heads.py`)."""
+
+    edges: np.ndarray  # [n] int64, numbers of edges
+    strength: np.ndarray  # [n] float64, the influence that the edge hands down
+    loadings: np.ndarray  # [n, L, H] float, through each head; with the next two they sum to the edge
+    stream: np.ndarray  # [n] float64, without heads: in the residual stream, constants of the target included
+    skip: np.ndarray  # [n] float64, without heads, through skip paths of transcoders
+    query_keys: list[QueryKeys] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def parts(self) -> tuple[np.ndarray, np.ndarray]:
+        """The influence of each edge divided by sizes of its parts: what stays, `[n]`, and by head `[n, L, H]`."""
+        stays, heads = np.abs(self.stream) + np.abs(self.skip), np.abs(self.loadings).astype(np.float64)
+        total = stays + heads.sum((1, 2))
+        each = self.strength / np.where(total > 0, total, 1.0)
+        return each * stays, each[:, None, None] * heads
+
+    def ranked(self) -> list[tuple[int, int, float]]:
+        """(layer, head, share of the influence of these edges), the largest first."""
+        heads, whole = self.parts()[1].sum(0), self.strength.sum()
+        order = np.argsort(-heads, axis=None, kind="stable")
+        ranked = [divmod(number, heads.shape[1]) for number in order.tolist()]
+        return [(layer, head, float(heads[layer, head] / whole)) for layer, head in ranked if heads[layer, head] > 0]
+
+    def residual(self, graph: AttributionGraph) -> float:
+        """The largest |edge - sum of its parts| / sum of |edges into its target|."""
+        if not len(self.edges):
+            return 0.0
+        gap = np.abs(graph.weights[self.edges] - self.stream - self.skip - self.loadings.sum((1, 2), dtype=np.float64))
+        return float((gap / graph.absolute_sums()[graph.targets_of(self.edges)]).max())
+
+
+@dataclass(frozen=True)
 class PrunedGraph:
     """The part of a graph with most influence on its ends, as masks over the whole graph."""
 
@@ -181,6 +256,7 @@ class PrunedGraph:
     node_threshold: float  # share of influence that the kept nodes had to reach
     edge_threshold: float  # the same for edges
     bias: str = "node"  # "fold": biases have no influence, and rows are normalised without them
+    heads: EdgeHeads | None = None  # None where they were not asked for
 
     @property
     def n_nodes(self) -> int:

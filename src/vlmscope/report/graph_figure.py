@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from vlmscope.attribution.trace import strongest_edges
+from vlmscope.attribution.influence import edge_strengths
 from vlmscope.core.graph import (
     ENDS,
     AggregateGraph,
@@ -308,7 +308,7 @@ def attribution_graph(
     features whose ids are written stand below.
     """
     graph, nodes, scores = pruned.graph, pruned.graph.nodes, pruned.scores
-    chosen = strongest_edges(pruned, max_edges)
+    chosen = edge_strengths(pruned)[0][:max_edges]
     weights = graph.weights[chosen]
     edges = _signed(graph.indices[chosen].astype(int), graph.targets_of(chosen), weights, np.abs(weights))
     groups, is_feature = groups or {}, nodes.kind == NodeKind.FEATURE

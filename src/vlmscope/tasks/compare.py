@@ -114,7 +114,7 @@ def _graphs(cfg: AppConfig, context: RunContext, sides: tuple[_Side, _Side]) -> 
 
     graphs = {name: load_graph(side.file) for name, side in zip(_FOLDERS, sides, strict=True) if side.file}
     if len(graphs) < 2:
-        from vlmscope.attribution.trace import trace
+        from vlmscope.attribution.trace import trace, with_heads
         from vlmscope.config.wiring import load_model, load_scope
         from vlmscope.data.images import open_images
 
@@ -124,7 +124,8 @@ def _graphs(cfg: AppConfig, context: RunContext, sides: tuple[_Side, _Side]) -> 
         inputs = {name: vlm.prepare(side.prompt, open_images(side.images)) for name, side in by_name.items()}
         scope = load_scope(cfg, vlm, context.overrides)
         for name, prepared in inputs.items():
-            graphs[name] = trace(scope, prepared, cfg.attribution, context.run_dir).pruned
+            traced = trace(scope, prepared, cfg.attribution, context.run_dir)
+            graphs[name] = with_heads(scope, traced, cfg.attribution).pruned
             save_graph(context.run_dir / name / "graph.safetensors", graphs[name])
             path, pictures = context.run_dir / name / "graph.json", open_images(by_name[name].images)
             write_graph_json(path, graphs[name], name, vlm.name, pictures=pictures)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from vlmscope.attribution.trace import Trace
     from vlmscope.config import AppConfig
+    from vlmscope.core.graph import PrunedGraph
     from vlmscope.core.records import FeatureId
     from vlmscope.data.inputs import PromptRow
     from vlmscope.models.base import ModelInputs
@@ -36,6 +37,7 @@ _LOG = logging.getLogger(__name__)
 _ROWS, _ROW = "rows", "row.json"
 _MAPPED = 3  # targets in figures/patches.png
 _TOLD, _ON_PICTURE = 8, 3  # features on the console
+_HEADS = 5
 _RUNNERS_UP = 3  # words that the graph does not explain
 _SUBJECT = ("model=", "model.", "transcoder=", "transcoder.")  # overrides that a command about the same graph needs
 
@@ -44,14 +46,12 @@ _SUBJECT = ("model=", "model.", "transcoder=", "transcoder.")  # overrides that 
 class Config:
     """Settings of the graph and its targets are in `attribution=` (docs/attribution.md).
 
-    `figure` draws the pruned graph too; `head_edges` of its strongest edges are split by attention heads. One more
-    forward with `others` pictures tells whether the answer needs MLPs (docs/anatomy.md; 0: not asked). `rows` is a
-    CSV or JSONL file of many prompts with their pictures (docs/graphs.md); with `skip_bad` rows that cannot be traced
-    are left out and counted.
+    `figure` draws the pruned graph too. One more forward with `others` pictures tells whether the answer needs MLPs
+    (docs/anatomy.md; 0: not asked). `rows` is a CSV or JSONL file of many prompts with their pictures (docs/graphs.md);
+    with `skip_bad` rows that cannot be traced are left out and counted.
     """
 
     figure: bool = True
-    head_edges: int = 0
     others: int = 8
     rows: str | None = None
     skip_bad: bool = False
@@ -89,14 +89,14 @@ def _trace_into(
     """Trace a prompt, write its files into a folder and return metrics; `name` is the graph's, else the folder's."""
     from vlmscope.attribution.export import save_graph, write_graph_json
     from vlmscope.attribution.influence import reaches_image
-    from vlmscope.attribution.trace import target_maps, trace, write_heads, write_scores, write_target_maps
+    from vlmscope.attribution.trace import target_maps, trace, with_heads, write_target_maps
     from vlmscope.config.wiring import feature_labels
     from vlmscope.data.images import for_figures
     from vlmscope.report.graph_figure import attribution_graph
     from vlmscope.report.pictures import patch_maps
 
     labels = feature_labels(cfg, scope.vlm.name, scope.transcoders)
-    traced = trace(scope, inputs, cfg.attribution, folder)
+    traced = with_heads(scope, trace(scope, inputs, cfg.attribution, folder), cfg.attribution)
     graph, pruned, metrics, extra = traced.graph, traced.pruned, traced.metrics(), None
     save_graph(folder / "graph.safetensors", pruned)
     if cfg.attribution.patches and pictures:
@@ -116,9 +116,6 @@ def _trace_into(
         attribution_graph(pruned, folder / "figures" / "graph.png", for_figures(pictures), labels=labels)
     if cfg.task.rows is None:
         print("\n".join(_answer(traced, scope.vlm.tokenizer, labels)))
-    metrics |= write_scores(folder / "attention.json", traced, cfg.attribution.n_pairs)
-    if cfg.task.head_edges:
-        write_heads(folder / "heads.json", traced, cfg.task.head_edges)
     if pictures:
         metrics["graph/answer_sees_image"] = float(reaches_image(pruned, int(graph.nodes.ends()[0])))
         if cfg.task.others and cfg.attribution.asked == "logits":
@@ -150,6 +147,7 @@ def _answer(traced: Trace, tokenizer: Any, labels: Mapping[FeatureId, str]) -> l
         table = text_table(rows if labels else [row[:-1] for row in rows])
         lines += ["features with most influence on it", *(f"  {line}" for line in table.splitlines())]
     lines += ["how much the graph explains", f"  {spread_in_words(spread([traced.metrics()]))}"]
+    lines += _attention(pruned, labels)
     if graph.is_image.any():
         kept = graph.nodes.position[pruned.node_mask & (graph.nodes.kind == NodeKind.FEATURE)]
         seen = int(graph.is_image[kept].sum())
@@ -164,6 +162,28 @@ def _answer(traced: Trace, tokenizer: Any, labels: Mapping[FeatureId, str]) -> l
         for node in strongest:
             feature, place = graph.nodes.feature_id(node), graph.place(int(graph.nodes.position[node]))
             lines.append(f"  strongest there: {feature} ({place})  {labels.get(feature, '')}".rstrip())
+    return lines
+
+
+def _attention(pruned: PrunedGraph, labels: Mapping[FeatureId, str]) -> list[str]:
+    """The heads that carry most, and why they attend."""
+    from vlmscope.attribution.export import source_words
+
+    heads, graph = pruned.heads, pruned.graph
+    if heads is None or not len(heads.edges):
+        return []
+    ranked = heads.ranked()
+    shares = ", ".join(f"L{layer}H{head} {share:.1%}" for layer, head, share in ranked[:_HEADS])
+    stays = 1.0 - sum(share for _, _, share in ranked)
+    lines = [f"attention: {stays:.0%} of what the kept edges carry stays at its position; heads {shares}"]
+    for one in heads.query_keys:
+        query, key, term = one.pairs[0]
+        names = " x ".join(source_words(graph, source, labels) for source in (query, key))
+        places = f"from {graph.place(one.query)} to {graph.place(one.key)}"
+        lines.append(
+            f"  L{one.layer}H{one.head} looks {places}: score {one.score:+.2f}, pattern {one.probability:.2f}; "
+            f"strongest pair {names} {term:+.2f}"
+        )
     return lines
 
 
@@ -290,7 +310,7 @@ def _origin(cfg: AppConfig, overrides: Sequence[str]) -> dict[str, Any]:
     names = labels_folder(cfg)
     if names is not None:
         attribution["labels"] = study_digest(str(names))
-    task = {"task.figure": cfg.task.figure, "task.head_edges": cfg.task.head_edges, "seed": cfg.seed}
+    task = {"task.figure": cfg.task.figure, "seed": cfg.seed}
     return plain(model_origin(cfg) | transcoder_origin(cfg, overrides) | flat("attribution", attribution) | task)
 
 

@@ -20,9 +20,8 @@ from vlmscope.attribution.export import (
     save_graph,
     save_merged,
 )
-from vlmscope.attribution.influence import influence, logit_weights, prune
+from vlmscope.attribution.influence import edge_strengths, influence, logit_weights, prune
 from vlmscope.attribution.storage import smallest_set
-from vlmscope.attribution.trace import strongest_edges
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AggregateGraph, GraphComparison, NodeKind, PrunedGraph
 from vlmscope.core.records import PatchBox
@@ -181,8 +180,8 @@ def test_shares_and_strongest_edges_follow_the_convention_for_biases() -> None:
     strength = sizes / np.where(sums > 0, sums, 1.0)[targets] * worth[targets]
     strongest = np.flatnonzero(folded.edge_mask)
     strongest = strongest[np.argsort(-strength[strongest], kind="stable")][:20]
-    np.testing.assert_array_equal(strongest_edges(folded, 20), strongest)
-    assert not np.array_equal(strongest_edges(prune(graph), 20), strongest)
+    np.testing.assert_array_equal(edge_strengths(folded)[0][:20], strongest)
+    assert not np.array_equal(edge_strengths(prune(graph))[0][:20], strongest)
 
 
 def test_an_aggregate_is_the_mean_of_what_the_graphs_have() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlmscope.attribution.trace import strongest_edges
+from vlmscope.attribution.influence import edge_strengths
 from vlmscope.core.records import FeatureId
 from vlmscope.core.results import Curve, Rate, Supernode, SweepJob
 from vlmscope.report import figures
@@ -53,7 +53,7 @@ def test_cycles_lose_their_weakest_edge(supernode: Supernode) -> None:
 
 def test_strongest_edges_are_kept_and_ranked(pruned) -> None:
     graph = pruned.graph
-    chosen = strongest_edges(pruned, 40)
+    chosen = edge_strengths(pruned)[0][:40]
     assert len(chosen) == 40
     assert pruned.edge_mask[chosen].all()
     importance = pruned.influence.copy()

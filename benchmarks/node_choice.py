@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--limits", type=int, nargs="*", default=[250, 500, 1000, 2000])
     parser.add_argument("--repeat", type=int, default=3)
     given = parser.parse_args()
-    scope = load(check=False)
+    scope = load("orrery", check=False)
     inputs = prompts(scope, given.scenes)
     found = [of_prompt(scope, one, given.limits, given.repeat) for one in inputs]
     print(f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}", end="")

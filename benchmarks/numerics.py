@@ -70,7 +70,7 @@ def tiny_errors(family: str, seed: int, precision: Precision) -> Errors:
 
 def orrery(dtype: str) -> Scope:
     """Orrery and its transcoders, whose files are bfloat16, in a dtype."""
-    return load(dtype=dtype)
+    return load("orrery", dtype=dtype)
 
 
 def questions(pictures_a_planet: int) -> Iterator[tuple[str, Image.Image]]:

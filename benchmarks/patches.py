@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--deleted", type=int, default=6, help="cases a question for the deletion curves")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/patches"))
     arguments = parser.parse_args()
-    scope = load()
+    scope = load("orrery")
     cases = collect(scope, arguments.pictures)
     names = list(cases[0].maps)
     by_question = {q: [c for c in cases if c.question == q] for q in QUESTIONS}

@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--data", default="outputs/data/orrery")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    scope, config = vlmscope.load(check=False), StudyConfig()
+    scope, config = vlmscope.load("orrery", check=False), StudyConfig()
     vlm, sets = scope.vlm, scope.transcoders
     sources = {kind: SourceConfig("shards", arguments.data, split="train", stream=kind) for kind in KINDS}
     opened = {name: (one.weight, open_source(name, one)) for name, one in sources.items()}

@@ -55,7 +55,7 @@ def prepare(data: Path, folder: Path) -> None:
     if all((folder / f"{name}.safetensors").exists() for name in ("pictures", "layers", "text")):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    vlm = load().vlm
+    vlm = load("orrery").vlm
     train, val = (_captured(vlm, ScenePool(data, split), n) for split, n in (("train", TOKENS), ("val", VAL_TOKENS)))
     own = {"x": train.by_layer[LAYER][0], "y": train.by_layer[LAYER][1]}
     own |= {"x_val": val.by_layer[LAYER][0], "y_val": val.by_layer[LAYER][1]}

@@ -159,7 +159,7 @@ def on_text(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     from vlmscope.training.batches import collect
     from vlmscope.training.captures import ActivationStream, Captures
 
-    vlm = load().vlm
+    vlm = load("orrery").vlm
     train, val = training_data.text(folder)
     rows = job["batch"] // train.shape[1]
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(job["rep"]))

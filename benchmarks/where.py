@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.model == "orrery":
-        scope = load(check=False)
+        scope = load("orrery", check=False)
         image = make_scene("test", "shapes", 3, seed=5).image
         assert image is not None
         vlm, inputs = scope.vlm, scope.inputs("which shape is this ?", [Image.fromarray(image)])

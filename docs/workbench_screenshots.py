@@ -22,7 +22,7 @@ from screenshots import HEIGHT, ROOT, WIDTH, browser, shrunk
 
 SLOW_MS = 120_000  # the worker imports torch and loads the model, on a busy machine
 MOST_BYTES = 250_000
-FEATURE = "L5/709"  # the second strongest of the Mars graph
+FEATURE = "L3/1242"  # the strongest of the Mars graph
 PIXELS = 1.25  # of the screen for one of the page
 
 
@@ -75,7 +75,7 @@ def take(page: Page, address: str, out: Path) -> None:
     page.get_by_role("button", name="Examples").click()
     quiet(page)
     save(page, out / "workbench.png")
-    page.goto(f"{address}#/features/shipped?modality=image&words=planet+mars&open=L1/657")
+    page.goto(f"{address}#/features/shipped?modality=image&words=planet+mars&open=L1/770")
     quiet(page)
     save(page, out / "workbench_features.png")
     page.goto(f"{address}#/runs?kind=graph")

@@ -42,10 +42,10 @@ test-browser: $(STAMP) ## Tests of reports and the MLflow UI in headless Chromiu
 	@command -v chromium >/dev/null || { echo "error: no chromium: apt-get install -y --no-install-recommends chromium" >&2; exit 2; }
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m browser tests/browser
 
-study: $(STAMP) ## Make the study and the labels that come with Orrery again, after a change of its weights (minutes)
+study: $(STAMP) ## Make the study and the labels that come with Orrery 2 again, after a change of its weights (minutes)
 	$(BIN)/python run.py task=evaluate task.save=true tracking=none hydra.run.dir=outputs/shipped_evaluation
 	$(BIN)/python run.py task=study study.samples=60 task.labels=true task.keep=6 tracking=none trainer.resume=true hydra.run.dir=outputs/shipped_study
-	rm -rf assets/orrery_study && cp -r outputs/shipped_study/small assets/orrery_study
+	rm -rf assets/orrery2_study && cp -r outputs/shipped_study/small assets/orrery2_study
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

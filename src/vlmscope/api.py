@@ -2,7 +2,7 @@
 
 import vlmscope
 
-scope = vlmscope.load("orrery")                           # the shipped model and its transcoders, also without a name
+scope = vlmscope.load("orrery2")                          # the shipped model and its transcoders, also without a name
 scope = vlmscope.load("org/vlm", "me/set", revision=commit, transcoder_revision=commit)   # folders or hub ids
 traced = vlmscope.trace(scope, "what planet is this ?", "mars.png")
 traced.top_features(5)                                    # rows: feature, label, influence, place, ...
@@ -10,10 +10,10 @@ traced.to_frame(), traced.to_networkx()                   # the kept nodes as a 
 traced.plot()                                             # a picture of the graph
 traced.save("outputs/my_trace")                           # the files of task=trace
 both = vlmscope.compare(traced, "outputs/trace/earth", names=("mars", "earth"))
-changed = vlmscope.steer(scope, "what planet is this ?", "mars.png", {"L5/709": 0.0})
+changed = vlmscope.steer(scope, "what planet is this ?", "mars.png", {"L3/1242": 0.0})
 changed.before, changed.after, changed.controls           # answers and next tokens, next to what chance would do
-vlmscope.where(scope, "what planet is this ?", "mars.png", ["L5/709"]).plot()       # maps over the picture
-vlmscope.study(scope, "what planet is this ?", pictures, ["L5/709"]).plot()         # where the feature fires most
+vlmscope.where(scope, "what planet is this ?", "mars.png", ["L3/1242"]).plot()       # maps over the picture
+vlmscope.study(scope, "what planet is this ?", pictures, ["L3/1242"]).plot()         # where the feature fires most
 
 Pictures are paths, PIL images or uint8 arrays, one or a list of them. All results show themselves in a notebook.
 """
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from vlmscope.features.study_files import StudyFolder
 
 Graph: TypeAlias = "Trace | PrunedGraph | str | Path"  # a path is a run folder or a graph.safetensors
-Feature: TypeAlias = str | FeatureId  # "L5/709"
+Feature: TypeAlias = str | FeatureId  # "L3/1242"
 T = TypeVar("T")
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -116,7 +116,7 @@ def _named(group: str, name: str | Path | None) -> dict[str, Any]:
     from vlmscope.config.catalog import option, options
     from vlmscope.config.resolve import suggestion
 
-    text = str(name or "orrery")
+    text = str(name or "orrery2")
     found = option(group, text)
     if not found and "/" not in text and not Path(text).exists():
         raise UserError(f"no {group} {text!r}; {suggestion(text, options(group))} A folder or a hub id does as well")
@@ -133,7 +133,7 @@ def load(
     transcoder_revision: str | None = None,
     check: bool = True,
 ) -> Scope:
-    """Load a model and a transcoder set, each a folder, a hub id or a name of `task=list`; by default those of Orrery.
+    """Load a model and a transcoder set, each a folder, a hub id or a name of `task=list`; by default Orrery 2's.
 
     A hub id needs its commit, 40 hexadecimal digits, in `revision` or `transcoder_revision`. `device` is cpu, cuda,
     cuda:N or mps; `offload` is the place of the model's weights: "none" (on the device), "cpu" or "disk". `check` runs
@@ -143,6 +143,7 @@ def load(
         UserError: a folder is no model or set, a hub id has no pinned commit or cannot be fetched, or the transcoders
             do not fit the model.
     """
+    from vlmscope.config.catalog import option
     from vlmscope.features.shipped import shipped_study
     from vlmscope.models.loading import load_named
     from vlmscope.training.evaluation import check_hooks, warn_on_load
@@ -152,6 +153,8 @@ def load(
     named = _named("model", model)
     revision = revision or named.get("revision")
     vlm = load_named(named["path"], named.get("hub"), revision, dtype, device, offload)
+    if transcoders is None and option("transcoder", str(model)):  # orrery: those of its name
+        transcoders = model
     adapter, chosen = vlm.adapter, _named("transcoder", transcoders)
     transcoder_revision = transcoder_revision or chosen.get("revision")
     choice = Choice(*(chosen.get(key) for key in ("width", "l0", "affine")))
@@ -351,7 +354,7 @@ def steer(
     inputs = scope.inputs(prompt, images)
     warn_if_strange(scope, [inputs.tensors])
     if not features:
-        raise UserError('no features; give some with their values, such as {"L5/709": 0.0}')
+        raise UserError('no features; give some with their values, such as {"L3/1242": 0.0}')
     plan = steer_plan(scope, {_feature(name): value for name, value in features.items()}, len(inputs), positions)
     return run_edit("steer", scope, inputs, Fixed(plan), **runs)
 
@@ -389,7 +392,7 @@ def patch(
     warn_if_strange(scope, [inputs.tensors])
     warn_if_strange(scope, [donor.tensors], "the donor's")
     if not features:
-        raise UserError('no features; give some, such as ["L5/709"]')
+        raise UserError('no features; give some, such as ["L3/1242"]')
     carry = Carry(by_layer(scope.transcoders, map(_feature, features)))
     return run_edit("patch", scope, inputs, carry, **runs, donors=scope.batch([donor]), strength=strength)
 

@@ -166,7 +166,7 @@ def test_mars_turns_into_earth_next_to_its_controls(opened: Opened) -> None:
         expect(control).to_contain_text("mars 5 of 5")
         expect(control).to_contain_text("0 of 5")
     expect(effect.locator("code")).to_contain_text(
-        "image=assets/pictures/mars.png 'prompt=what planet is this ?' 'task.features={L5/709: 0,"
+        "image=assets/pictures/mars.png 'prompt=what planet is this ?' 'task.features={L"
     )
     expect(effect.get_by_text("Answer under the edit")).to_be_visible()
 

@@ -66,7 +66,7 @@ def test_own_pairs_are_chosen_on_tested_and_a_saved_circuit_is_taken_again(
     (folder,) = (tmp_path / "first" / "circuits").iterdir()
     saved = load_circuit(folder)
     assert len(saved.supernodes["answer"].features) == 3
-    assert folder.name == "pairs" and saved.model == "orrery" and saved.n_features is not None
+    assert folder.name == "pairs" and saved.model == "orrery2" and saved.n_features is not None
     assert main([*command(own, tmp_path / "again"), f"interchange.circuit={folder}"]) == 0
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
     one, other = (pd.read_parquet(tmp_path / name / "trials.parquet") for name in ("first", "again"))

@@ -40,7 +40,7 @@ def test_settings_change_the_plan(tmp_path: Path) -> None:
     assert longer["plan/memory/patterns"] == 4 * base["plan/memory/patterns"]
     assert (base["plan/memory/copies"] > 0, longer["plan/memory/copies"]) == (True, 0)
     assert longer["plan/graph/active_features"] == 26 * 128 * 8
-    assert plan(tmp_path / "d", "model=orrery")["plan/parameters/transcoders"] == 8 * (2 * 2048 * 128 + 2048 + 128)
+    assert plan(tmp_path / "d", "model=orrery2")["plan/parameters/transcoders"] == 8 * (2 * 2048 * 128 + 2048 + 128)
     slow = plan(tmp_path / "c", "model=gemma3_1b_it", "task.device=cpu")
     assert slow["plan/sweep/seconds"] > 100 * base["plan/sweep/seconds"]
 

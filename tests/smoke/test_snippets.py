@@ -22,7 +22,7 @@ QUESTION = "what planet is this ?"
 
 @pytest.fixture(scope="module")
 def orrery() -> Any:
-    return vlmscope.load("orrery", check=False)
+    return vlmscope.load(check=False)
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def test_completion_offers_the_public_functions_alone() -> None:
 
 @pytest.fixture(scope="module")
 def orrery() -> Any:
-    return vlmscope.load("orrery", "orrery", check=False)
+    return vlmscope.load(check=False)
 
 
 @pytest.mark.parametrize("call", ["trace", "where"])

@@ -325,7 +325,7 @@ class SupernodeConfig:
     Contrast and influence are measured at the supernode's `positions`, everywhere when None.
     """
 
-    ids: list[str] = field(default_factory=list)  # such as L5/709
+    ids: list[str] = field(default_factory=list)  # such as L3/1242
     label: LabelConfig | None = None
     contrast: ContrastConfig | None = None
     influence: InfluenceConfig | None = None

@@ -96,13 +96,13 @@ def _load_model(cfg: AppConfig) -> VLM:
     return vlm
 
 
-def is_orrery(vlm: VLM) -> bool:
-    """Whether this is the shipped model, by resolved path."""
-    return bool(vlm.path) and Path(vlm.path).resolve() == Path(asset("orrery")).resolve()
+def is_default(vlm: VLM) -> bool:
+    """Whether this is the default model, Orrery 2, by resolved path."""
+    return bool(vlm.path) and Path(vlm.path).resolve() == Path(asset("orrery2")).resolve()
 
 
 def names_transcoders(overrides: Sequence[str]) -> bool:
-    """Whether the command line sets transcoders; the default ones are Orrery's, which fit Orrery only."""
+    """Whether the command line sets transcoders; the default ones are Orrery 2's, which fit Orrery 2 only."""
     return any(override.lstrip("+~").startswith("transcoder") for override in overrides)
 
 
@@ -121,6 +121,7 @@ def load_scope(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("transcoder
         print("transcoders: random, as the model is; transcoder=path names trained ones")
         return Scope(vlm, random_transcoders(RandomTranscodersConfig(seed=cfg.seed), vlm))
     adapter = vlm.adapter
+    _check_own_set(cfg, vlm)
 
     def trained() -> TranscoderSet:
         device, itemsize = str(adapter.device), adapter.dtype.itemsize
@@ -130,6 +131,14 @@ def load_scope(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("transcoder
     scope = Scope(vlm, _kept("transcoders", (cfg.model, cfg.transcoder), trained))
     warn_if_unfit(scope, cfg.prompt, user_pictures(cfg) if cfg.prompt is not None else [])
     return scope
+
+
+def _check_own_set(cfg: AppConfig, vlm: VLM) -> None:
+    """Refuse the transcoders of one shipped model for another, which has the same sizes."""
+    own, chosen = Path(f"{vlm.path}_transcoders"), Path(str(getattr(cfg.transcoder, "path", "")))
+    if own != chosen and own.is_dir() and own.parent == chosen.parent == Path(asset("")):
+        name = Path(str(vlm.path)).name
+        raise UserError(f"{chosen.name} are not the transcoders of {name}: choose transcoder={name}")
 
 
 def trained_transcoders(
@@ -165,7 +174,7 @@ def chosen_set(cfg: AppConfig) -> tuple[Path, str, Choice]:
 
     chosen = cfg.transcoder
     if not isinstance(chosen, TranscoderSetConfig):
-        raise UserError("this task needs a trained transcoder set: choose transcoder=orrery, path or random")
+        raise UserError("this task needs a trained transcoder set: choose transcoder=orrery2, path or random")
     choice = Choice(chosen.width, chosen.l0, chosen.affine)
     return set_folder(chosen.path, chosen.revision, chosen.format, choice), chosen.format, choice
 

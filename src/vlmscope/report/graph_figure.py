@@ -127,7 +127,7 @@ def lay_out(nodes: Nodes, shown: np.ndarray, strength: np.ndarray, is_image: np.
 
 
 def key_entries(features: Sequence[FeatureId], labels: Labels | None) -> list[str]:
-    """`L5/709  planet = mars (0.97)` for each different feature that has a label, in order."""
+    """`L3/1242  planet = mars (0.97)` for each different feature that has a label, in order."""
     entries = [f"{feature}  {labels[feature]}" for feature in dict.fromkeys(features) if labels and feature in labels]
     return [text if len(text) <= _KEY_CHARACTERS else f"{text[: _KEY_CHARACTERS - 3]}..." for text in entries]
 

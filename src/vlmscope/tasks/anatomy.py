@@ -44,7 +44,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         raise UserError(f"{bad[0]}; correct the file")
 
     from vlmscope.analyses.anatomy import anatomy, default_questions, metrics_of
-    from vlmscope.config.wiring import is_orrery, load_model, load_scope, names_transcoders
+    from vlmscope.config.wiring import is_default, load_model, load_scope, names_transcoders
     from vlmscope.report.anatomy import anatomy_sections, console, summary
     from vlmscope.report.marks import write_rows
     from vlmscope.report.page import ReportPage
@@ -52,7 +52,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     vlm = load_model(cfg)
     asked = row_questions(rows) if rows else default_questions(vlm, task.cases, cfg.seed)
     questions = {name: sides[: task.cases] for name, sides in asked.items()}
-    scope, known = None, is_orrery(vlm) or cfg.model.family is not None or names_transcoders(context.overrides)
+    scope, known = None, is_default(vlm) or cfg.model.family is not None or names_transcoders(context.overrides)
     if task.graphs and known:
         scope = load_scope(cfg, vlm, context.overrides)
     elif task.graphs:

@@ -41,7 +41,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.analyses.anatomy import in_short
     from vlmscope.config.schema import RandomTranscodersConfig
     from vlmscope.config.wiring import (
-        is_orrery,
+        is_default,
         load_model,
         load_scope,
         names_transcoders,
@@ -53,8 +53,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     pictures = user_pictures(cfg)
     vlm = load_model(cfg)
-    # The named set; else the shipped one for Orrery and a random one for any other model.
-    if names_transcoders(context.overrides) or is_orrery(vlm):
+    # The named set; else the shipped one for Orrery 2 and a random one for any other model.
+    if names_transcoders(context.overrides) or is_default(vlm):
         scope = load_scope(cfg, vlm)
         which = "random" if isinstance(cfg.transcoder, RandomTranscodersConfig) else cfg.transcoder.path
     else:

@@ -63,9 +63,10 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.circuits.build import Asked, Sources, build_circuit, spread_answers, trace_all, trace_pairs
     from vlmscope.circuits.circuit import circuit_metrics, direct_edges, labelled, load_circuit, save_circuit
     from vlmscope.config.resolve import declared_circuit
-    from vlmscope.config.wiring import is_orrery, look_for_labels
+    from vlmscope.config.wiring import look_for_labels
     from vlmscope.data.images import for_figures
     from vlmscope.features.study_files import StudyFolder
+    from vlmscope.training.evaluation import speaks_orrery
 
     # Refuse all that needs no model before one is loaded.
     look_for_labels(cfg)
@@ -107,7 +108,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     bench.used.save(bench.run_dir)
     bench.metrics |= circuit_metrics(circuit, graphs)
     if cfg.task.figure:
-        pool = page.example_pool(inputs, others, is_orrery(bench.vlm), cfg.seed + 1)
+        pool = page.example_pool(inputs, others, speaks_orrery(bench.vlm), cfg.seed + 1)
         nodes = page.described(
             bench.scope, circuit, lambda features: page.examples_among(bench.scope, features, pool, study), page.SHOWN
         )

@@ -37,7 +37,7 @@ _AUTOMATIC = "auto"  # the only set of labels that may be missing
 class Config:
     """Which features of which study, and what is shown of them.
 
-    `study.path=` names the study, the run folder of a task=study. Features are named (`features=[L5/709,L4/1802]`), or
+    `study.path=` names the study, the run folder of a task=study. Features are named (`features=[L3/1242,L5/586]`), or
     the `top` most influential ones of a trace (`from_graph`), or the `top` of each supernode of a circuit
     (`from_circuit`, the run of an experiment or the circuit's folder), or the `top` first by a `rule` over `layers`
     (all by default): frequency (most inputs), activation (largest), image, text or answer (most inputs, of features

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Config(EditConfig):
     """`features` maps names to activations: 'task.features={L1/7: 8.0, L2/30: 0}' (0 switches off).
 
-    `factors` maps names to numbers by which their own activations are multiplied, wherever they are: {L5/709: 2}.
+    `factors` maps names to numbers by which their own activations are multiplied, wherever they are: {L3/1242: 2}.
     Features of `from_graph` or `circuit` are all set to `value`. `positions` are prompt positions to edit; without them
     the edit applies everywhere, generated tokens included, except for supernodes with positions of their own.
     """

@@ -158,10 +158,11 @@ def _answer(traced: Trace, tokenizer: Any, labels: Mapping[FeatureId, str]) -> l
             )
         nodes = graph.nodes.of(NodeKind.FEATURE)
         nodes = nodes[graph.is_image[graph.nodes.position[nodes]]]
-        strongest = nodes[(-pruned.influence[nodes]).argsort(kind="stable")][:_ON_PICTURE].tolist()
-        for node in strongest:
-            feature, place = graph.nodes.feature_id(node), graph.place(int(graph.nodes.position[node]))
-            lines.append(f"  strongest there: {feature} ({place})  {labels.get(feature, '')}".rstrip())
+        strongest: dict[FeatureId, int] = {}  # each feature where it has most influence
+        for node in nodes[(-pruned.influence[nodes]).argsort(kind="stable")].tolist():
+            strongest.setdefault(graph.nodes.feature_id(node), int(graph.nodes.position[node]))
+        for feature, position in list(strongest.items())[:_ON_PICTURE]:
+            lines.append(f"  strongest there: {feature} ({graph.place(position)})  {labels.get(feature, '')}".rstrip())
     return lines
 
 

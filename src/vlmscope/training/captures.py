@@ -319,11 +319,15 @@ def _orrery_batches(data: DataConfig, settings: BatchConfig, seed: int, load: Lo
     train, val = (ScenePool(folder, split, tuple(data.scenes)) for split in ("train", "val"))
     vlm = load()
     if not speaks_orrery(vlm, data.scenes):
-        raise UserError(f"data=orrery has words for Orrery alone, not for {vlm.name}; choose data=folder data.path=...")
+        raise UserError(
+            f"data: these scenes have words that {vlm.name} lacks; choose data=orrery for the first Orrery, "
+            "data=folder data.path=... for another model"
+        )
     soft = int(vlm.processor.image_seq_length)
+    counts = {kind: count for kind, count in settings.batch.items() if kind in data.scenes}
 
     def batch(step: int) -> Batch:
-        scenes = train.batch(seed, step, settings.batch)
+        scenes = train.batch(seed, step, counts)
         return chat_batch(scenes, vlm.tokenizer, soft, generator(seed, "chat", step))
 
     val_batches = [

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from vlmscope.core.errors import UserError, check_choice, check_least
+from vlmscope.data.orrery.scenes import COMPOSED, KINDS
 from vlmscope.transcoders.config import ACTIVATIONS
 
 PRECISIONS = ("32", "bf16-mixed")
@@ -129,14 +130,18 @@ class RecipeConfig:
 class BatchConfig:
     """Batches for training and validation of transcoders (keys of `task`).
 
-    With data=orrery, `batch` is the number of scenes of each kind, `val_scenes` that of each kind for validation. With
-    data=folder or a mix, a batch has about `tokens_per_batch` tokens, an example at most `max_tokens` (the rest is cut
-    off), and validation uses at most `val_examples`. The folder `cache` keeps the captured activations in `cache_dtype`
-    (null: the model's): later runs on the same model and data read them instead of running the model (docs/data.md).
+    Of Orrery's scenes `batch` is the number of each kind (those that the data lack are left out), `val_scenes` that of
+    each kind for validation. With data=folder or a mix, a batch has about `tokens_per_batch` tokens, an example at most
+    `max_tokens` (the rest is cut off), and validation uses at most `val_examples`. The folder `cache` keeps captured
+    activations in `cache_dtype` (null: the model's): later runs on the same model and data read them instead of running
+    the model (docs/data.md).
     """
 
     batch: dict[str, int] = field(
-        default_factory=lambda: {"planets": 14, "digits": 18, "shapes": 12, "hands": 8, "text": 12}
+        default_factory=lambda: {
+            **{"planets": 10, "digits": 12, "shapes": 8, "hands": 4, "text": 6},
+            **{"duets": 8, "tinted": 8, "objects": 8},
+        }
     )
     val_scenes: int = 100
     tokens_per_batch: int = 2048
@@ -147,6 +152,8 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         check_least("task", self, tokens_per_batch=1, max_tokens=1, val_examples=1)
+        for kind in self.batch:
+            check_choice("task.batch", kind, (*KINDS, *COMPOSED))
         if self.cache_dtype is not None:
             check_choice("task.cache_dtype", self.cache_dtype, ("float32", "bfloat16", "float16"))
             if self.cache is None:

@@ -14,6 +14,7 @@ from typing import Any
 from vlmscope.core.artifacts import read_json, read_text, shipped, write_text
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
+from vlmscope.core.study import SHIPPED_STUDY
 from vlmscope.viewer.graphs import ANNOTATIONS, checked, feature_of
 from vlmscope.viewer.runs import GRAPH
 
@@ -82,7 +83,7 @@ def feature_panels(
 
     model = str(graph.get("metadata", {}).get("scan", ""))
     try:
-        opened = OpenStudy("", shipped("assets/orrery_study") if study is None else study)
+        opened = OpenStudy("", shipped(SHIPPED_STUDY) if study is None else study)
     except UserError:
         if study is None:  # not shipped with this copy
             return {}, []

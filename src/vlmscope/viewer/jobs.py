@@ -29,7 +29,7 @@ from vlmscope.core.artifacts import read_json, read_text, shipped
 from vlmscope.core.errors import UserError
 from vlmscope.core.launch import program
 from vlmscope.core.records import FeatureId
-from vlmscope.core.study import study_folder
+from vlmscope.core.study import SHIPPED_STUDY, study_folder
 from vlmscope.viewer.safety import Refused, inside
 
 SHIPPED = "shipped:"  # begins the name of a picture of assets/pictures, or alone means the shipped study
@@ -177,7 +177,7 @@ class Jobs:
         if name in (None, ""):
             return None
         if name in ("shipped", SHIPPED):
-            return study_folder(shipped("assets/orrery_study"))
+            return study_folder(shipped(SHIPPED_STUDY))
         return study_folder(inside(self.root, str(name)))
 
     # ---- the worker

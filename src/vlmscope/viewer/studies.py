@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from vlmscope.core.artifacts import read_yaml, shipped
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
-from vlmscope.core.study import KINDS, LEVELS, MANIFEST, TOP, StudyExample, bin_edges, item_hash
+from vlmscope.core.study import KINDS, LEVELS, MANIFEST, SHIPPED_STUDY, TOP, StudyExample, bin_edges, item_hash
 from vlmscope.features.labels import Label, Labels
 from vlmscope.features.study_files import EXAMPLE_TABLE, EXAMPLES, FEATURES, StudyFolder, read_table
 from vlmscope.report.feature_page import FeaturePage, PageExample, PageMaker
@@ -349,7 +349,7 @@ class OpenStudy:
             folder = None
         if folder is not None and (folder / "layer_0.safetensors").is_file():
             return folder
-        return shipped("assets/orrery_transcoders") if self.study.info.model == "orrery" else None
+        return shipped("assets/orrery2_transcoders") if self.study.info.model == "orrery2" else None
 
 
 class Studies:
@@ -377,7 +377,7 @@ class Studies:
 
     def folder(self, name: str) -> Path:
         """The folder of a study by its id."""
-        folder = shipped("assets/orrery_study") if name == SHIPPED else inside(self.runs.root, name)
+        folder = shipped(SHIPPED_STUDY) if name == SHIPPED else inside(self.runs.root, name)
         if not any((place / MANIFEST).is_file() for place in (folder, folder / "study")):
             raise Refused(f"{name[:200]} is no study", 404)
         return folder
@@ -405,5 +405,5 @@ class Studies:
         return {"total": total, "rows": rows}
 
     def feature(self, name: str, feature: str) -> dict[str, Any]:
-        """One feature by its name, such as L5/709."""
+        """One feature by its name, such as L3/1242."""
         return self.get(name).feature(FeatureId.parse(feature))

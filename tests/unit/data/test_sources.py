@@ -19,6 +19,8 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import CAPTION_REQUEST, Conversation
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.mixing import ShuffledSource, open_source
+from vlmscope.data.orrery.dataset import row_of_scene
+from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.samples import WHOLE, RawSample, Share, held_out
 from vlmscope.data.tables import row_parser
 
@@ -230,6 +232,16 @@ def test_orrery_in_three_streams() -> None:
         assert len(one.exchanges) == 1 and one.exchanges[0] in all_of_them.exchanges
     assert len({one.exchanges[0].user for one in questions}) > 4  # not the first question of each
     assert text != samples(SourceConfig("orrery", stream="text", limit=8), split="val")
+
+
+def test_things_of_a_scene_are_colour_and_shape_by_place() -> None:
+    scene = make_scene("val", "objects", 0)
+    things = [str(scene.facts[f"thing_{slot}"]) for slot in range(4)]
+    assert things == ["purple cross", "", "", "purple cross"]
+    assert row_of_scene(scene, "objects").facts == {
+        **{"scene": "objects", "upper_left_colour": "purple", "upper_left_shape": "cross"},
+        **{"lower_right_colour": "purple", "lower_right_shape": "cross"},
+    }
 
 
 def test_holding_out_follows_the_content() -> None:

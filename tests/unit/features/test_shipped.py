@@ -1,4 +1,4 @@
-"""The study that comes with Orrery: it fits model and transcoders, is found by their weights, and names features."""
+"""The study that comes with Orrery 2: it fits model and transcoders, is found by their weights, and names features."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from vlmscope.features.shipped import shipped_study
 from vlmscope.features.study_files import StudyFolder
 from vlmscope.transcoders.formats import load_set
 
-MODEL, TRANSCODERS, STUDY = Path(asset("orrery")), Path(asset("orrery_transcoders")), Path(asset("orrery_study"))
+MODEL, TRANSCODERS, STUDY = Path(asset("orrery2")), Path(asset("orrery2_transcoders")), Path(asset("orrery2_study"))
 
 
 def test_the_shipped_study_is_of_the_shipped_model_and_transcoders() -> None:
@@ -43,7 +43,7 @@ def test_another_set_is_not_called_by_the_labels_of_this_one(tmp_path: Path) -> 
 
 
 def test_a_first_graph_has_words() -> None:
-    scope = vlmscope.load("orrery", check=False)
+    scope = vlmscope.load(check=False)
     assert scope.study == STUDY
     picture = Path(asset("pictures/mars.png"))
     traced = vlmscope.trace(scope, "what planet is this ?", [picture])

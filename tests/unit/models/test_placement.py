@@ -151,9 +151,9 @@ def test_too_little_memory_says_what_would_fit(
 MEMORY = [
     (["model=path", "model.path=MODEL"], 0.1, "in float32 on cpu.*model.dtype=bfloat16 needs"),
     (
-        ["model=orrery"],
+        ["model=orrery2"],
         12,
-        "the transcoders in .*orrery_transcoders need about 16.8 MB on cpu, 12.0 MB are free; choose",
+        "the transcoders in .*orrery2_transcoders need about 16.8 MB on cpu, 12.0 MB are free; choose",
     ),
     (
         ["model=tiny", "transcoder=random", "transcoder.n_features=100000"],

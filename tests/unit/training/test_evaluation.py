@@ -136,11 +136,11 @@ def test_a_set_of_the_post_norms_output_is_compared_and_spliced_in_there() -> No
 
 @pytest.fixture(scope="module")
 def orrery() -> VLM:
-    return load_vlm(asset("orrery"))
+    return load_vlm(asset("orrery2"))
 
 
 def shipped() -> TranscoderSet:
-    return load_set(asset("orrery_transcoders")).requires_grad_(False)
+    return load_set(asset("orrery2_transcoders")).requires_grad_(False)
 
 
 @pytest.mark.parametrize("prompt", [None, "what colour is mars ?"])

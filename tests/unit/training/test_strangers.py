@@ -66,8 +66,8 @@ def test_errors_are_those_of_the_prompt_by_role() -> None:
 
 @pytest.fixture(scope="module")
 def scope() -> Scope:
-    vlm = load_vlm(asset("orrery"))
-    return Scope(vlm, load_set(asset("orrery_transcoders")).requires_grad_(False))
+    vlm = load_vlm(asset("orrery2"))
+    return Scope(vlm, load_set(asset("orrery2_transcoders")).requires_grad_(False))
 
 
 def house() -> Image.Image:

@@ -375,10 +375,21 @@ def row_of_scene(scene: Scene, stream: str) -> RawSample:
 
 
 def _plain_facts(kind: str, facts: Mapping[str, Any]) -> dict[str, str | int]:
-    """Kind and facts of a scene that are words or whole numbers, coordinates left out."""
-    return {"scene": kind} | {name: value for name, value in facts.items() if isinstance(value, str | int)}
+    """Kind and facts of a scene that are words or whole numbers, coordinates left out; colour and shape of each thing.
+
+    Labels name a thing by these two, so that what they say of one shape in one place holds of others too.
+    """
+    plain: dict[str, str | int] = {"scene": kind}
+    for name, value in facts.items():
+        if name in THINGS:
+            plain |= dict(zip((f"{THINGS[name]}_colour", f"{THINGS[name]}_shape"), str(value).split(), strict=False))
+        elif isinstance(value, str | int):
+            plain[name] = value
+    return plain
 
 
+# Facts of `object_scene`, by rows
+THINGS = {"thing_0": "upper_left", "thing_1": "upper_right", "thing_2": "lower_left", "thing_3": "lower_right"}
 DEFAULT_SHARDS = ("outputs/data/orrery", "outputs/data/orrery2")  # as in conf/data/
 
 

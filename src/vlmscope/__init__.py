@@ -16,6 +16,9 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """The public functions of `vlmscope.api`, imported when first used: `import vlmscope` itself must stay quick."""
     if name in __all__:
+        from vlmscope.core.launch import LARGE_MODULES, import_quickly
+
+        import_quickly(*LARGE_MODULES)
         from vlmscope import api
 
         return getattr(api, name)

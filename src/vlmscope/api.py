@@ -7,7 +7,7 @@ scope = vlmscope.load("org/vlm", "me/set", revision=commit, transcoder_revision=
 traced = vlmscope.trace(scope, "what planet is this ?", "mars.png")
 traced.top_features(5)                                    # rows: feature, label, influence, place, ...
 traced.to_frame(), traced.to_networkx()                   # the kept nodes as a pandas frame, the graph for networkx
-traced.plot()                                             # a picture of the graph
+traced.plot(), traced.show()                              # a picture of the graph; its page, to click through
 traced.save("outputs/my_trace")                           # the files of task=trace
 both = vlmscope.compare(traced, "outputs/trace/earth", names=("mars", "earth"))
 changed = vlmscope.steer(scope, "what planet is this ?", "mars.png", {"L3/1242": 0.0})
@@ -22,10 +22,12 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import webbrowser
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from html import escape
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from PIL import Image
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 
 Graph: TypeAlias = "Trace | PrunedGraph | str | Path"  # a path is a run folder or a graph.safetensors
 Feature: TypeAlias = str | FeatureId  # "L3/1242"
+_WITH_EXAMPLES = 12  # features with examples in the page that `show` makes; each takes a tenth of a second
 T = TypeVar("T")
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -92,10 +95,11 @@ def _feature(name: Feature) -> FeatureId:
 
 def _labels(scope: Scope, study: str | None = None) -> dict[FeatureId, str]:
     """Labels of features, of a labelled study or of the one that is shipped with model and transcoders."""
+    from vlmscope.config.wiring import NO_LABELS
     from vlmscope.features.labels import labels_for
 
     named = study or scope.study
-    return {} if named is None else labels_for(named, scope.vlm.name, scope.transcoders.widths).texts()
+    return {} if named in (None, NO_LABELS) else labels_for(named, scope.vlm.name, scope.transcoders.widths).texts()
 
 
 def _picture(draw: Callable[[Path], object], path: str | Path | None) -> Image.Image:
@@ -169,6 +173,17 @@ def load(
 
 
 @dataclass(frozen=True, repr=False)
+class _Frame:
+    """A page within the output of a notebook's cell."""
+
+    page: Path
+
+    def _repr_html_(self) -> str:
+        text = escape(self.page.read_text(encoding="utf-8"))  # whole: a notebook's server does not serve other folders
+        return f'<iframe srcdoc="{text}" style="width: 100%; height: 800px; border: 0"></iframe>'
+
+
+@dataclass(frozen=True, repr=False)
 class TraceResult(Trace):
     """A traced prompt with its pictures, and what shows and saves it."""
 
@@ -218,9 +233,19 @@ class TraceResult(Trace):
         return _picture(lambda file: attribution_graph(self.pruned, file, shown, labels=self.labels), path)
 
     def show(self) -> None:
-        """Show the graph: below a notebook's cell, else in the system's viewer of pictures."""
-        show = getattr(builtins, "display", Image.Image.show)  # IPython adds `display`
-        show(self.plot())
+        """Show the graph's page, to click through: below a notebook's cell, else in the browser.
+
+        The page is `graph.html` of a temporary folder, which is printed; `save` keeps the graph.
+        """
+        from vlmscope.viewer.export import export_graph
+
+        page, _ = export_graph(self.save(mkdtemp(prefix="vlmscope-")), most=_WITH_EXAMPLES)
+        print(page)
+        display = getattr(builtins, "display", None)  # IPython adds it
+        if display is None:
+            webbrowser.open(page.as_uri())
+        else:
+            display(_Frame(page))
 
     def to_networkx(self) -> nx.DiGraph:
         """The pruned graph: nodes with the columns of `to_frame`, edges with their `weight`, from source to target."""
@@ -265,8 +290,8 @@ def trace(scope: Scope, prompt: str, images: Pictures = (), **settings: Any) -> 
     """The attribution graph of a prompt, whole and pruned.
 
     `settings` are those of `attribution=` (docs/attribution.md). `labels` names features, from the folder of a labelled
-    study, by default the one that is shipped with model and transcoders; `patches=True` follows the answer to the parts
-    of each picture.
+    study, by default the one that is shipped with model and transcoders ("none": no labels); `patches=True` follows the
+    answer to the parts of each picture.
 
     Raises:
         UserError: a setting that does not exist, or that does not fit the model or the prompt.

@@ -118,7 +118,7 @@ def test_steering_and_patching_keep_to_the_supernodes_positions(made: Path) -> N
         ("task=circuit task.load=MINE model.family=llava", "circuit of the model tiny_gemma3"),
         ("task=steer PROMPT task.circuit=MINE task.supernodes=[right]", "no supernode 'right'"),
         ("task=steer PROMPT task.supernodes=[left] task.features={L1/3:0}", "add task.circuit="),
-        ("task=steer PROMPT task.circuit=MINE task.features={L1/3:0}", "not both"),
+        ("task=steer PROMPT task.circuit=MINE task.features={L1/3:0}", "give exactly one of"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -123,13 +123,17 @@ def test_hand_labels_are_found_and_reach_the_graph(study: Path, tmp_path: Path) 
     hand.write_text(f"{feature}: a zebra\n")
     try:
         labels = f"attribution.labels={study}"
-        assert nodes("trace", *trace, labels)[node] == "a zebra"
+        assert nodes("trace", *trace, labels, "task.page=true")[node] == "a zebra"
+        assert (tmp_path / "trace/graph.html").read_text().count("a zebra") > 1  # at nodes, and with its examples
+        assert set(nodes("bare", *trace, "attribution.labels=none").values()) == {""}
         runs = [f"task.{side}={tmp_path / 'trace'}" for side in ("first", "second")]
-        compared = ["task=compare", *runs, labels, "task.figure=false", f"hydra.run.dir={tmp_path / 'compared'}"]
-        assert main([*compared, *TINY]) == 0
+        compared = ["task=compare", *runs, "task.figure=false", f"hydra.run.dir={tmp_path / 'compared'}", *TINY]
+        assert main(compared) == 0  # with the labels that the traces gave
         header, *rows = (tmp_path / "compared/nodes.csv").read_text().splitlines()
         assert header.endswith(",label")
         assert [row for row in rows if row.endswith(",a zebra")] == [r for r in rows if r.startswith(f"{feature},")]
+        assert main([*compared, "attribution.labels=none"]) == 0
+        assert "zebra" not in (tmp_path / "compared/nodes.csv").read_text()
         (found,) = features_found(tmp_path / "words", "query=zebras", f"study.path={study}")
         assert f"L{found['layer']}/{found['index']}" == feature and found["source"] == "hand"
     finally:

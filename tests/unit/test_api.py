@@ -1,10 +1,14 @@
 """`vlmscope.load`: folders and hub ids, and the check that the transcoders fit; what a Scope runs."""
 
 import inspect
+import json
 import logging
 import shutil
+from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import huggingface_hub
 import numpy as np
@@ -14,6 +18,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 import vlmscope
+from vlmscope import api
 from vlmscope.attribution.export import load_graph, node_id
 from vlmscope.attribution.influence import top_features
 from vlmscope.config.catalog import asset
@@ -192,10 +197,14 @@ def test_a_trace_shows_its_features_and_saves_the_files_of_the_task(
     sources, weights = traced.graph.incoming(row)
     known = {node_id(traced.graph, source): weight for source, weight in zip(sources.tolist(), weights, strict=True)}
     assert all(known[source] == edge["weight"] for source, _, edge in network.in_edges(end, data=True))
-    shown: list[Image.Image] = []
+    shown: list[Any] = []
+    monkeypatch.setattr(api, "_WITH_EXAMPLES", 1)
+    monkeypatch.setattr("webbrowser.open", shown.append)
+    traced.show()
     monkeypatch.setattr("builtins.display", shown.append, raising=False)  # as in a notebook
     traced.show()
-    assert [picture.size for picture in shown] == [traced.plot().size]
+    page = Path(url2pathname(urlparse(shown[0]).path)).read_text()
+    assert json.dumps(traced.top_features(1)[0].label)[1:-1] in page and escape(page)[-5000:] in shown[1]._repr_html_()
     folder = traced.save(tmp_path / "saved")
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == {"graph.json", "graph.safetensors", "patches.safetensors", "figures/graph.png"}

@@ -103,8 +103,8 @@ def chosen_features(named: Sequence[str], task: EditConfig) -> Chosen:
 
     if bool(named) + (task.from_graph is not None) + (task.circuit is not None) != 1:
         raise UserError(
-            "which features? name them, as in task.features=..., take them from a trace with "
-            "task.from_graph=/run/graph.safetensors, or from a circuit with task.circuit=/run/circuits/name, not both"
+            "which features? give exactly one of: task.features=..., task.from_graph=/run/graph.safetensors, "
+            "task.circuit=/run/circuits/name"
         )
     if task.supernodes and task.circuit is None:
         raise UserError("task.supernodes= chooses among a circuit's; add task.circuit=/run/circuits/name")
@@ -321,7 +321,7 @@ def report_edit(result: EditResult, run_dir: Path) -> dict[str, float]:
     from vlmscope.core.artifacts import write_json
 
     name, layers = result.name, len({feature.layer for feature in result.features})
-    print(f"{len(result.features)} features in {layers} layers, {result.active} of them active there")
+    print(f"features edited: {len(result.features)}, in layers: {layers}, active on this prompt: {result.active}")
     written: dict[str, Any] = {"prompt": result.prompt, "features": [*map(str, result.features)], "modes": {}}
     for mode, tokens in result.tokens.items():
         effects, controls = result.effects(mode), result.controls_in(mode)

@@ -97,7 +97,8 @@ class AttributionConfig:
     # what a patch counts against: "grey" (pixels 0 after normalisation) or "mean" (of its picture)
     patch_baseline: str = "grey"
     patch_rule: str = "frozen"  # "frozen" (complete; docs/maths.md) or "gradient" (the plain gradient, for comparison)
-    # the run folder of a study whose labels (docs/labels.md) name the features in graphs, figures, tables and reports
+    # the run folder of a study whose labels (docs/labels.md) name the features in graphs, figures, tables and reports;
+    # by default the study that is shipped with model and transcoders, "none": no labels
     labels: str | None = None
 
     def check(self) -> None:

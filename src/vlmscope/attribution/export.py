@@ -20,7 +20,7 @@ from PIL import Image
 
 from vlmscope.attribution.influence import scores
 from vlmscope.attribution.supernodes import pins
-from vlmscope.core.artifacts import built_from, load_tensors, save_tensors, write_text
+from vlmscope.core.artifacts import built_from, load_tensors, read_json, save_tensors, write_text
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import (
     ENDS,
@@ -44,7 +44,7 @@ _LOG = logging.getLogger(__name__)
 Merged = GraphComparison | AggregateGraph
 Labels = Mapping[FeatureId, str] | None
 
-GRAPH_FILE = "graph.safetensors"
+GRAPH_FILE, GRAPH_JSON = "graph.safetensors", "graph.json"
 FORMAT, VERSION = "vlmscope.graph", "3"
 # Version 1 had no target weights: they were the probabilities. Before 3, biases were always nodes, and scores without
 # them were not kept.
@@ -396,6 +396,18 @@ def source_words(graph: AttributionGraph, source: Source, labels: Mapping[Featur
 def _number(value: np.floating) -> float:
     """The shortest decimal that gives the same bits in the value's own dtype."""
     return float(str(value))
+
+
+def saved_labels(graphs: Sequence[Path]) -> dict[FeatureId, str]:
+    """The labels of features in the `graph.json` next to each of these graph files; a file without one has none."""
+    named = {}
+    for path in (graph.with_name(GRAPH_JSON) for graph in graphs):
+        nodes = read_json(path)["nodes"] if path.is_file() else ()
+        for node in nodes:
+            if node["feature_type"] == _FEATURE_TYPES[NodeKind.FEATURE] and node["clerp"] and node["layer"].isdigit():
+                layer, index, *_ = node["node_id"].split("_")
+                named[FeatureId(int(layer), int(index))] = node["clerp"]
+    return named
 
 
 def write_graph_json(

@@ -60,7 +60,8 @@ class CircuitConfig:
         for name, question in self.questions.items():
             missing = [c for c in self.concepts if c not in question.answers]
             if missing:
-                raise UserError(f"circuit.questions.{name}.answers lacks {', '.join(missing)}")
+                where = f"circuit.questions.{name}.answers"
+                raise UserError(f"{where} lacks {', '.join(missing)}; add it there, or choose other circuit.concepts")
             first, second = (question.answers[concept] for concept in self.concepts[:2])
             if first == second and len(self.concepts) == 2:
                 raise UserError(

@@ -127,12 +127,19 @@ def one_line(error: BaseException) -> str:
                 return f"{origin}{key}{_one_line(link.msg or link)}; correct the interpolation"
             case OmegaConfBaseException():
                 key = f"{link.full_key}: " if link.full_key else ""
-                return f"{origin}{key}{_one_line(link.msg or link)}; give a value of that type"
+                said = _one_line(link.msg or link)
+                for wrong, clear in _MERGES.items():
+                    said = said.replace(wrong, clear)
+                return f"{origin}{key}{said}; give a value of that type"
             case _:
                 continue
     return _one_line(error)
 
 
+_MERGES = {  # OmegaConf's words for a list in the place of a mapping, and the reverse
+    "Cannot merge DictConfig with ListConfig": "a list where {key: value} is needed",
+    "Cannot merge ListConfig with DictConfig": "{key: value} where a [list] is needed",
+}
 _QUOTED = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
 _ESCAPED = re.compile(r"\\[\\()\[\]{}:=, \t]")
 _SWEEP = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.DOTALL)

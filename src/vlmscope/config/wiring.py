@@ -16,7 +16,7 @@ from vlmscope.config.catalog import asset
 from vlmscope.config.schema import RandomTranscodersConfig, TranscoderSetConfig
 from vlmscope.core.artifacts import files_digest, flat, folder_digest
 from vlmscope.core.errors import UserError
-from vlmscope.core.launch import program
+from vlmscope.core.launch import LARGE_MODULES, import_quickly, program
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 # Files of a model's folder that decide its input tokens and its computation, besides the weights.
 _MODEL_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*/*.jinja")
 
+
+NO_LABELS = "none"  # of `attribution.labels`: features are shown by their ids alone
 
 _KEPT: dict[str, tuple[str, Any]] | None = None
 _tell: Callable[[str], None] = print
@@ -75,6 +77,7 @@ def load_model(cfg: AppConfig) -> VLM:
     Raises:
         UserError: the model is missing and cannot be fetched, or is not supported.
     """
+    import_quickly(*LARGE_MODULES)
     limit_threads(cfg)
     return _kept("model", (cfg.model, cfg.seed), lambda: _load_model(cfg))
 
@@ -349,29 +352,38 @@ def made_study(cfg: AppConfig, scope: Scope, folder: Path) -> StudyFolder:
 
 
 def look_for_labels(cfg: AppConfig) -> None:
-    """Raise `UserError` if `attribution.labels` is not a finished study, before heavy imports."""
+    """Raise `UserError` if `attribution.labels` is neither a finished study nor `none`, before heavy imports."""
     from vlmscope.core.study import study_folder
 
-    if cfg.attribution.labels is not None:
+    if cfg.attribution.labels not in (None, NO_LABELS):
         study_folder(cfg.attribution.labels)
 
 
 def labels_folder(cfg: AppConfig) -> Path | None:
     """The study that names features: that of `attribution.labels`, else the one that is shipped with these."""
-    return shipped_study(cfg) if cfg.attribution.labels is None else Path(cfg.attribution.labels)
+    named = cfg.attribution.labels
+    return shipped_study(cfg) if named is None else None if named == NO_LABELS else Path(named)
 
 
-def feature_labels(cfg: AppConfig, model: str, transcoders: TranscoderSet | None = None) -> dict[FeatureId, str]:
+def feature_labels(
+    cfg: AppConfig, model: str, transcoders: TranscoderSet | None = None, graphs: Sequence[Path] = ()
+) -> dict[FeatureId, str]:
     """Labels with scores by feature, except those no better than chance; empty without a study (`labels_folder`).
 
     Args:
         cfg: the run's configuration.
         model: name of the model, which must be that of the study.
-        transcoders: the features' transcoders; None if only graphs are available, of which no study is shipped.
+        transcoders: the features' transcoders; None if only graph files are available, which do not name theirs.
+        graphs: files of earlier traces; unless `attribution.labels` is set, they keep the labels that they were given.
     """
-    folder = cfg.attribution.labels if transcoders is None else labels_folder(cfg)
-    if folder is None:
-        return {}
-    from vlmscope.features.labels import labels_for
+    named, labels = cfg.attribution.labels, {}
+    if named is None and graphs:
+        from vlmscope.attribution.export import saved_labels
 
-    return labels_for(folder, model, None if transcoders is None else transcoders.widths).texts()
+        labels = saved_labels(graphs)
+    folder = None if named is None and transcoders is None else labels_folder(cfg)
+    if folder is not None:
+        from vlmscope.features.labels import labels_for
+
+        labels |= labels_for(folder, model, None if transcoders is None else transcoders.widths).texts()
+    return labels

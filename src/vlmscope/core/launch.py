@@ -8,6 +8,8 @@ and are the fallback. submitit's local executor sets SUBMITIT_LOCAL_NTASKS and s
 
 from __future__ import annotations
 
+import gc
+import importlib
 import re
 import sys
 from collections.abc import Mapping
@@ -16,12 +18,33 @@ from pathlib import Path
 
 from vlmscope.core.errors import UserError
 
+LARGE_MODULES = ("torch", "transformers.modeling_utils", "transformers.processing_utils")  # of whatever loads a model
+
 
 def program() -> str:
     """The command that started this process, for commands in messages; `vlmscope` where Python started otherwise."""
     path = Path(sys.argv[0])
     module = path.name == "__main__.py" and path.parent.name == "vlmscope"
     return "python run.py" if path.name == "run.py" else "python -m vlmscope" if module else "vlmscope"
+
+
+def import_quickly(*modules: str) -> None:
+    """Import large modules with the garbage collector paused.
+
+    Importing torch, transformers and MLflow makes a million objects and hardly any garbage, and collections among them
+    take a quarter of the time (docs/commands.md). What was imported stays, so later collections leave it out.
+    """
+    if all(module in sys.modules for module in modules):
+        return  # a second `gc.freeze` would keep models that are no longer used
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    finally:
+        gc.freeze()
+        if collects:
+            gc.enable()
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,7 @@ def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0, total: int 
         if weak
     ]
     if lines:
-        print(f"refused as controls, which must move {WEAK:.0%} of what the trial moves: {'; '.join(lines)}")
+        print(f"controls refused, since one must move at least {WEAK:.0%} of what the edit moves: {'; '.join(lines)}")
     return pd.concat(tables, ignore_index=True)
 
 

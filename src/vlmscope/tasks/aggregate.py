@@ -51,7 +51,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     names = [file.parent.name for file in files]
     merged = aggregate(files, names, cfg.task.match, cfg.task.min_present, bar)
     save_merged(context.run_dir / "aggregate.safetensors", merged)
-    labels = feature_labels(cfg, merged.model)
+    labels = feature_labels(cfg, merged.model, graphs=files)
     write_tables(context.run_dir, merged, labels)
     if cfg.task.figure and len(merged.sources):
         aggregate_graph(merged, context.run_dir / "figures" / "aggregate.png", labels=labels)

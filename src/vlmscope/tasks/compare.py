@@ -11,6 +11,7 @@ from vlmscope.core.errors import UserError
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.core.graph import PrunedGraph
+    from vlmscope.core.records import FeatureId
     from vlmscope.tasks.registry import RunContext
 
 USES = ("attribution",)
@@ -48,16 +49,15 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write comparison.safetensors, nodes.csv, edges.csv and the figures."""
     from vlmscope.attribution.compare import compare, write_tables
     from vlmscope.attribution.export import save_merged
-    from vlmscope.config.wiring import feature_labels, look_for_labels
+    from vlmscope.config.wiring import look_for_labels
     from vlmscope.report.graph_figure import difference_graph, share_bars
 
     look_for_labels(cfg)
     sides = _sides(cfg)
     names = _names(cfg.task.names, *sides)
-    first, second = _graphs(cfg, context, sides)
+    (first, second), labels = _graphs(cfg, context, sides)
     comparison = compare(first, second, names, cfg.task.match)
     save_merged(context.run_dir / "comparison.safetensors", comparison)
-    labels = feature_labels(cfg, comparison.model)
     write_tables(context.run_dir, comparison, labels)
     if cfg.task.figure and len(comparison.sources):
         difference_graph(comparison, context.run_dir / "figures" / "difference.png", labels=labels)
@@ -108,12 +108,18 @@ def _names(given: list[str], first: _Side, second: _Side) -> list[str]:
     return ["first", "second"]
 
 
-def _graphs(cfg: AppConfig, context: RunContext, sides: tuple[_Side, _Side]) -> list[PrunedGraph]:
-    """Read or trace both graphs; traced ones are saved in `first/` and `second/`."""
+def _graphs(
+    cfg: AppConfig, context: RunContext, sides: tuple[_Side, _Side]
+) -> tuple[list[PrunedGraph], dict[FeatureId, str]]:
+    """Read or trace both graphs, traced ones are saved in `first/` and `second/`; and the labels of their features."""
     from vlmscope.attribution.export import load_graph, save_graph, write_graph_json
+    from vlmscope.config.wiring import feature_labels
 
+    files = [side.file for side in sides if side.file]
     graphs = {name: load_graph(side.file) for name, side in zip(_FOLDERS, sides, strict=True) if side.file}
-    if len(graphs) < 2:
+    if len(files) == 2:
+        labels = feature_labels(cfg, str(graphs[_FOLDERS[0]].graph.meta.get("model")), graphs=files)
+    else:
         from vlmscope.attribution.trace import trace, with_heads
         from vlmscope.config.wiring import load_model, load_scope
         from vlmscope.data.images import open_images
@@ -123,10 +129,11 @@ def _graphs(cfg: AppConfig, context: RunContext, sides: tuple[_Side, _Side]) -> 
         by_name = {name: side for name, side in zip(_FOLDERS, sides, strict=True) if not side.file}
         inputs = {name: vlm.prepare(side.prompt, open_images(side.images)) for name, side in by_name.items()}
         scope = load_scope(cfg, vlm, context.overrides)
+        labels = feature_labels(cfg, vlm.name, scope.transcoders, files)
         for name, prepared in inputs.items():
             traced = trace(scope, prepared, cfg.attribution, context.run_dir)
             graphs[name] = with_heads(scope, traced, cfg.attribution).pruned
             save_graph(context.run_dir / name / "graph.safetensors", graphs[name])
             path, pictures = context.run_dir / name / "graph.json", open_images(by_name[name].images)
-            write_graph_json(path, graphs[name], name, vlm.name, pictures=pictures)
-    return [graphs[name] for name in _FOLDERS]
+            write_graph_json(path, graphs[name], name, vlm.name, labels, pictures=pictures)
+    return [graphs[name] for name in _FOLDERS], labels

@@ -42,7 +42,10 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     remove_empty(context.run_dir)  # this task writes nothing itself
     root, asked = Path(cfg.task.root).absolute(), cfg.task.port is not None
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        if cfg.task.root == Config.root:
+            root.mkdir(exist_ok=True)  # of a fresh clone
+        elif not root.is_dir():
+            raise UserError(f"task.root={cfg.task.root}: no such folder; give one that holds run folders")
         serve(root, cfg.task.host, cfg.task.port if asked else PORT, asked, context.overrides)
     except OSError as error:
         raise UserError(f"task.root={cfg.task.root}: {error.strerror}; choose a folder that can be written") from error

@@ -33,7 +33,7 @@ LISTED, PICTURED, EXAMPLES, IDS = 25, 8, 6, 4  # clusters in a table and with pi
 
 @dataclass
 class Config:
-    """`study.path` names the study (docs/structure.md).
+    """`study.path` names the study (docs/structure.md), by default the one shipped with model and transcoders.
 
     The model runs again over the first `items` rows of the study's data; features that fire together are counted at
     `per_item` positions of each. The graph that is divided into clusters has `neighbours` edges per feature. Two
@@ -56,7 +56,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write structure.parquet, clusters.parquet, the figures and report.html."""
     from vlmscope.config.wiring import needed_study
 
-    folder = needed_study(cfg)
+    folder = needed_study(cfg, shipped=True)
 
     import pyarrow as pa
 

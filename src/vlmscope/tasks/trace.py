@@ -47,11 +47,13 @@ class Config:
     """Settings of the graph and its targets are in `attribution=` (docs/attribution.md).
 
     `figure` draws the pruned graph too. One more forward with `others` pictures tells whether the answer needs MLPs
-    (docs/anatomy.md; 0: not asked). `rows` is a CSV or JSONL file of many prompts with their pictures (docs/graphs.md);
-    with `skip_bad` rows that cannot be traced are left out and counted.
+    (docs/anatomy.md; 0: not asked). `page` writes graph.html too: the graph to click through, with examples of each
+    feature, in one file. `rows` is a CSV or JSONL file of many prompts with their pictures (docs/graphs.md); with
+    `skip_bad` rows that cannot be traced are left out and counted.
     """
 
     figure: bool = True
+    page: bool = False
     others: int = 8
     rows: str | None = None
     skip_bad: bool = False
@@ -59,7 +61,7 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Trace `prompt=` on `image=` (none for text alone), or every row of `task.rows=`."""
-    from vlmscope.config.wiring import load_model, load_scope, look_for_labels, user_pictures
+    from vlmscope.config.wiring import labels_folder, load_model, load_scope, look_for_labels, user_pictures
 
     look_for_labels(cfg)
     if cfg.task.rows is not None:
@@ -74,6 +76,10 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     inputs = vlm.prepare(cfg.prompt, pictures)
     scope = load_scope(cfg, vlm, context.overrides)
     metrics = _trace_into(context.run_dir, cfg, scope, inputs, pictures)
+    if cfg.task.page:
+        from vlmscope.viewer.export import export_graph
+
+        export_graph(context.run_dir, labels_folder(cfg))
     print("\n".join(_next_steps(context.run_dir, cfg, context.overrides)))
     return metrics
 
@@ -196,13 +202,17 @@ def _next_steps(folder: Path, cfg: AppConfig, overrides: Sequence[str]) -> list[
     subject = [f"image={pictures}" if len(cfg.image) == 1 else f"image=[{pictures}]"] if cfg.image else []
     subject += [f"prompt={cfg.prompt}", *(one for one in overrides if one.lstrip("+").startswith(_SUBJECT))]
     again = shlex.join(subject)
-    files = ["figures/graph.png"] if cfg.task.figure else []
+    files = ["graph.html"] if cfg.task.page else []
+    files += ["figures/graph.png"] if cfg.task.figure else []
     files += ["figures/patches.png"] if cfg.task.figure and cfg.attribution.patches else []
     lines = [f"files: {', '.join([*files, 'graph.json (Neuronpedia), graph.safetensors'])} in the folder below"]
+    if not cfg.task.page:
+        page = shlex.join(["task=export", f"task.run={folder}"])
+        lines.append(f"next: {program()} {page}  (graph.html: click through it, with examples of each feature)")
     lines.append(f"next: {program()} task=steer {again} {shlex.quote(f'task.from_graph={folder}')}")
     if cfg.image:
         lines.append(f"next: {program()} task=where {again}")
-    if labels_folder(cfg) is None:
+    if cfg.attribution.labels is None and labels_folder(cfg) is None:
         lines.append("names of features: task=study task.labels=true, then attribution.labels= (docs/labels.md)")
     return lines
 
@@ -239,6 +249,8 @@ def _trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     if cfg.prompt is not None or cfg.image is not None:
         raise UserError("task.rows= brings its own prompts and pictures; leave out prompt= and image=")
+    if cfg.task.page:
+        raise UserError("task.page=true is for a single trace; task=export task.run=ROW makes the page of a row")
     run_dir, folder = context.run_dir, context.run_dir / _ROWS
     if folder.is_dir() and any(folder.iterdir()) and not cfg.trainer.resume:
         raise UserError(

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmscope.core.artifacts import flat
 from vlmscope.core.errors import UserError
+from vlmscope.core.launch import import_quickly
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -206,6 +207,8 @@ def open_client(uri: str) -> MlflowClient:
     check_store(uri)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        store = () if sqlite_file(uri) is None else ("mlflow.store.tracking.sqlalchemy_store",)
+        import_quickly("mlflow.tracking", *store)
         import mlflow.exceptions
         from mlflow.tracking import MlflowClient
 

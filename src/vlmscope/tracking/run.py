@@ -172,9 +172,9 @@ class MlflowRun(TrackedRun):
 
     def _send(self, ended: int | None = None) -> None:
         """Write the buffers, each part removed once it is written, so that a retry continues from there."""
+        client = self._client = self._client or open_client(self._uri)
         from mlflow.entities import Metric
 
-        client = self._client = self._client or open_client(self._uri)
         if self.run_id is None:
             run_id = start_run(client, self._uri, self._run_dir, self._info, self._resume, self._started)
             self._step = max(self._step, _latest_step(client, run_id) if self._resume else 0)

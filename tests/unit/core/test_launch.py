@@ -1,9 +1,13 @@
 """What launchers say in the environment, read as a pure function."""
 
+import gc
+import sys
+from pathlib import Path
+
 import pytest
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.launch import Place, place_of
+from vlmscope.core.launch import Place, import_quickly, place_of
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
@@ -85,3 +89,17 @@ def test_nonsense_is_one_line(changes: dict[str, str], message: str) -> None:
         place_of({**TORCHRUN, **changes})
     with pytest.raises(UserError, match="--distribution=block"):  # ranks that SLURM deals out in turn
         place_of({**SRUN, "SLURM_PROCID": "2", "SLURM_LOCALID": "1"})
+
+
+def test_large_imports_pause_the_collector_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "large_one.py").write_text("import gc\ncollects = gc.isenabled()\n")
+    (tmp_path / "large_wrong.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    frozen: list[int] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(1))
+    for _ in range(2):
+        import_quickly("large_one")
+    assert not sys.modules.pop("large_one").collects and gc.isenabled() and frozen == [1]
+    with pytest.raises(ZeroDivisionError):
+        import_quickly("large_wrong")
+    assert gc.isenabled()

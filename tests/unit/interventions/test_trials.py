@@ -169,10 +169,8 @@ def test_controls_that_move_next_to_nothing_are_refused(cases: tuple[Scope, Case
         ("", 0): False, ("matched", 0): True, ("matched", 1): True, ("random_direction", 0): False,
     }  # fmt: skip
     share = np.median(moved["moved"]["min"]["matched"])
-    said = f"off/main matched: 2 of 2 draws move {share:.2g} of it"
-    assert (
-        capsys.readouterr().out.strip() == f"refused as controls, which must move 50% of what the trial moves: {said}"
-    )
+    said = f"one must move at least 50% of what the edit moves: off/main matched: 2 of 2 draws move {share:.2g} of it"
+    assert capsys.readouterr().out.strip() == f"controls refused, since {said}"
     more = run_trials(scope, [Trial("off", do, [made], [Setting(matched=30)])])
     assert more[more.control == "matched"].draw.nunique() == FUTILE  # the others would be refused too
     # By hand: the least over the roles that count.

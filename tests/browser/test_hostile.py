@@ -9,14 +9,10 @@ import pytest
 from markdown_it import MarkdownIt
 from playwright.sync_api import Browser
 from tests.unit.report.conftest import MARS, make_page, png
-from tests.unit.report.feature_cases import INFO, make_feature_page
 
 from vlmscope.app import main
 from vlmscope.core.results import Number, Rate, Reproduced, html_table
-from vlmscope.features.labels import Label
 from vlmscope.models.tiny import tiny_image
-from vlmscope.report.gallery import write_gallery
-from vlmscope.report.page import TEMPLATES
 from vlmscope.report.reproduction import write_page
 from vlmscope.transcoders.hub import CardFacts, carried_over, parts_of, render
 
@@ -39,7 +35,6 @@ HOSTILE = " ".join(
 # What a file's name and a key on the command line can hold.
 NAME = f'"><img src=x onerror="{RUN}">'
 LINK = f"javascript:{RUN}"
-OWN_SCRIPT = f"<script>{(TEMPLATES / 'features.js').read_text()}</script>"
 
 
 def reproduced(folder: Path) -> Path:
@@ -47,15 +42,6 @@ def reproduced(folder: Path) -> Path:
     one = Reproduced(HOSTILE, HOSTILE, HOSTILE, HOSTILE, (number,), 1.0, "", f"{LINK}/report.html", png(MARS))
     failed = replace(one, problem=HOSTILE, numbers=())
     return write_page(folder, [f"task={HOSTILE}"], [one, failed])
-
-
-def features(folder: Path) -> Iterator[Path]:
-    pages = [make_feature_page(HOSTILE, 6, Label(HOSTILE, "hand")), make_feature_page(HOSTILE, 7, gone=True)]
-    info = replace(INFO, model=HOSTILE, transcoders={"name": HOSTILE})
-    pages = [replace(page, info=info, run=HOSTILE) for page in pages]
-    for page in pages:
-        yield page.write(folder, None, pages[-1].feature)
-    yield write_gallery(folder, pages, HOSTILE, HOSTILE, footer=HOSTILE)
 
 
 def cards(folder: Path) -> Iterator[Path]:
@@ -85,7 +71,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("hostile")
     table = folder / "table.html"
     table.write_text(html_table([[HOSTILE, HOSTILE], [HOSTILE, HOSTILE]], HOSTILE))
-    found = [make_page(HOSTILE).write(folder / "report.html"), reproduced(folder), *features(folder), *cards(folder)]
+    found = [make_page(HOSTILE).write(folder / "report.html"), reproduced(folder), *cards(folder)]
     return {path.name: path for path in [*found, table]} | {"circuit": circuit(folder)}
 
 
@@ -111,7 +97,7 @@ def test_nothing_runs_and_nothing_is_fetched(policy: str, pages: dict[str, Path]
             assert strange == [], name
             tags = "script:not([type]), iframe, object, embed, base, link, form[action], meta[http-equiv=refresh]"
             made = page.evaluate("tags => [...document.querySelectorAll(tags)].map(e => e.outerHTML)", tags)
-            assert [text[:60] for text in made if text != OWN_SCRIPT] == [], name
+            assert [text[:60] for text in made] == [], name
             assert "window.hacked" in page.evaluate("document.body.innerText"), f"{name}: the words are not shown"
             page.close()
     finally:

@@ -1,26 +1,23 @@
-"""Reports and pages of features as a reader sees them: opened from a file, on a screen and on a telephone."""
+"""Reports as a reader sees them: opened from a file, on a screen and on a telephone."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
 from tests.browser.conftest import Watched
 from tests.unit.report.conftest import make_page
-from tests.unit.report.feature_cases import write_pages
 
 from vlmscope.app import main
 
 pytestmark = pytest.mark.browser
 SCREEN, TELEPHONE = 1280, 390
 LONG = "/home/somebody/" + "pictures_of_planets" * 12 + ".png"
-REPORTS, FEATURES = ("experiment", "sections", "long words"), ("index", "L3_5", "L3_6", "L3_7")
+REPORTS = ("experiment", "sections", "long words")
 Opener = Callable[[int], Watched]
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Addresses: an experiment cut short, every kind of section, those with words too long to fit, and features."""
+    """Addresses: an experiment cut short, every kind of section, and those with words too long to fit."""
     folder = tmp_path_factory.mktemp("pages")
     assert main(["experiment=mars_earth_patch", "debug=fast", f"hydra.run.dir={folder / 'run'}", "tracking=none"]) == 0
     files = [
@@ -28,32 +25,27 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         make_page().write(folder / "sections.html"),
         make_page(LONG, 1600).write(folder / "long.html"),
     ]
-    index = write_pages(folder / "features")
-    found: dict[str, Path] = dict(zip(REPORTS, files, strict=True)) | {n: index.parent / f"{n}.html" for n in FEATURES}
-    return {name: path.as_uri() for name, path in found.items()}
+    return {name: path.as_uri() for name, path in zip(REPORTS, files, strict=True)}
 
 
 @pytest.mark.parametrize("width", [SCREEN, TELEPHONE])
-@pytest.mark.parametrize("name", [*REPORTS, *FEATURES])
+@pytest.mark.parametrize("name", REPORTS)
 def test_a_page_opens_quietly_and_fits(name: str, width: int, pages: dict[str, str], open_page: Opener) -> None:
     watched = open_page(width)
     page = watched.page
     page.on("dialog", lambda dialog: watched.errors.append("a dialog: " + dialog.message))
     page.goto(pages[name])
     page.evaluate("document.querySelectorAll('details').forEach(element => element.open = true)")
-    if name in FEATURES:
-        page.wait_for_selector(".heated canvas", state="attached")
     assert watched.errors == []
     assert [url[:80] for url in watched.requests if url != pages[name] and not url.startswith("data:")] == []
     images = page.evaluate(
         """async () => { await Promise.all([...document.images].map(image => image.decode()));
             return [...document.images].map(image => [image.naturalWidth, image.clientWidth, image.alt]); }"""
     )
-    if name in REPORTS:
-        assert len(images) > 10 and all(natural > 0 and shown > 0 and alt.strip() for natural, shown, alt in images)
+    assert len(images) > 10 and all(natural > 0 and shown > 0 and alt.strip() for natural, shown, alt in images)
     levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4,h5,h6')].map(element => +element.tagName[1])")
     assert levels[0] == 1 and levels.count(1) == 1
-    assert name in FEATURES or all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     beyond = page.evaluate(  # the right edge, in nothing that scrolls or cuts off
         """() => [...document.body.querySelectorAll('*')].filter(element => {
@@ -96,62 +88,6 @@ def test_bars_of_probabilities_have_one_scale(width: int, pages: dict[str, str],
     assert min(scales) > 60
 
 
-def test_the_heatmap_lies_on_the_patch_that_fires_and_can_be_switched_off(
-    pages: dict[str, str], open_page: Opener
-) -> None:
-    page = open_page(SCREEN).page
-    page.goto(pages["L3_5"])
-    page.wait_for_selector(".heated canvas", state="attached")
-    alpha = page.evaluate(  # at the middle of each patch of the first canvas, row by row
-        """() => { const c = document.querySelector('.heated canvas'), pen = c.getContext('2d');
-            return [...Array(16).keys()].map(k => pen.getImageData(
-                (k % 4 + .5) * c.width / 4, (Math.floor(k / 4) + .5) * c.height / 4, 1, 1).data[3]); }"""
-    )
-    assert alpha[2] > 100 and sum(alpha) == alpha[2]
-    button, canvas = page.get_by_role("button", name="Heatmap"), page.locator(".heated canvas").first
-    shaded, tint = page.locator(".tokens .hot").first, "element => getComputedStyle(element).backgroundColor"
-    assert canvas.is_visible() and button.get_attribute("aria-pressed") == "true"
-    assert shaded.evaluate(tint) != "rgba(0, 0, 0, 0)"
-    button.click()
-    expect(canvas).to_be_hidden()
-    assert button.get_attribute("aria-pressed") == "false"
-    assert shaded.evaluate(tint) == "rgba(0, 0, 0, 0)"
-    assert page.locator(".heated img").first.is_visible()
-    page.keyboard.press("h")
-    expect(canvas).to_be_visible()
-
-
-def expect_shown(page: Page, *names: str) -> None:
-    """Waits: clearing a form filters in a task of its own, after the browser has emptied the fields."""
-    expect(page.locator(".tile:visible .name b")).to_have_text(list(names))
-
-
-def test_the_gallery_is_searched_filtered_and_sorted(pages: dict[str, str], open_page: Opener) -> None:
-    page = open_page(SCREEN).page
-    page.goto(pages["index"])
-    expect_shown(page, "L3/5", "L3/6", "L3/7")
-    page.keyboard.press("/")
-    page.keyboard.type("EARTH h")
-    expect_shown(page, "L3/7")
-    expect(page.locator("#count")).to_have_text("1 of 3 features")
-    assert "no-heat" not in page.locator("body").evaluate("body => body.className"), "a typed letter is no command"
-    page.get_by_role("searchbox").fill("nothing like it")
-    expect_shown(page)
-    expect(page.locator("#none")).to_be_visible()
-    page.get_by_role("button", name="Clear").click()
-    expect_shown(page, "L3/5", "L3/6", "L3/7")
-    page.locator("select[name=label]").select_option("unlabelled")
-    expect_shown(page, "L3/7")
-    page.locator("select[name=label]").select_option("")
-    page.locator("select[name=sort]").select_option("score down")
-    expect(page.locator(".tile:visible .name b").first).to_have_text("L3/5")
-    page.locator(".tile:visible a").first.click()
-    page.get_by_role("heading", name="planet = mars", level=1).wait_for()
-    page.get_by_role("link", name="All features").click()
-    page.locator("#count").wait_for()
-    expect(page.locator(".tile:visible")).to_have_count(3)
-
-
 def test_pages_are_readable_in_the_dark_and_keep_figures_on_white(pages: dict[str, str], open_page: Opener) -> None:
     page = open_page(SCREEN).page
     page.emulate_media(color_scheme="dark")
@@ -164,7 +100,3 @@ def test_pages_are_readable_in_the_dark_and_keep_figures_on_white(pages: dict[st
     assert max(colour("body", "backgroundColor")) < 60
     assert min(min(colour(place, "color")) for place in ("h1", ".summary", ".card dt", "td")) > 140
     assert colour(".paper", "backgroundColor") == [255, 255, 255]
-    page.goto(pages["L3_5"])
-    places = ("h1", ".summary", ".tokens .hot", ".shares td.number")
-    assert min(min(colour(place, "color")) for place in places) > 140
-    assert min(colour(".histogram text", "fill")) > 140

@@ -124,13 +124,13 @@ def png_bytes(image: Image.Image | np.ndarray, side: int | None = None) -> bytes
     return _png(picture if side is None else _shrunk(picture, side), optimize=True)
 
 
-def jpeg_bytes(image: Image.Image, side: int, quality: int) -> tuple[bytes, int, int]:
-    """A picture of at most `side` pixels an edge as JPEG, with its width and height."""
+def jpeg_bytes(image: Image.Image, side: int, quality: int) -> bytes:
+    """A picture of at most `side` pixels an edge as JPEG."""
     small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=quality, optimize=True)
-    return buffer.getvalue(), small.width, small.height
+    return buffer.getvalue()
 
 
 def data_uri(picture: bytes) -> str:
@@ -144,7 +144,7 @@ def data_uri(picture: bytes) -> str:
 def embedded(picture: Image.Image) -> str:
     """A picture as a `data:` address, at most `EMBEDDED_SIDE` pixels a side: as PNG, or as JPEG if that is large."""
     exact = png_bytes(picture, EMBEDDED_SIDE)
-    return data_uri(exact if len(exact) <= _SMALL_FILE else jpeg_bytes(picture, EMBEDDED_SIDE, 85)[0])
+    return data_uri(exact if len(exact) <= _SMALL_FILE else jpeg_bytes(picture, EMBEDDED_SIDE, 85))
 
 
 def encode_png(image: np.ndarray) -> bytes:

@@ -1,12 +1,11 @@
 """Pictures of where features fire, text as shaded tokens, and figures made of pictures.
 
-Reports hold pictures with the tint drawn in. Feature pages hold the picture and, as numbers, how strongly the feature
+Reports hold pictures with the tint drawn in. The workbench gets the picture and, as numbers, how strongly the feature
 fires on each patch, so that a reader can switch the heatmap off.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,11 +45,9 @@ class TokenSpan(NamedTuple):
 _GAP = TokenSpan("…", 0.0, 0.0, False)
 
 
-def thumbnail(image: Image.Image) -> tuple[bytes, int, int]:
-    """A picture of at most `SIDE` pixels an edge: a small one exactly, as PNG, else JPEG; with its width and height."""
-    if max(image.size) <= SIDE:
-        return png_bytes(image), image.width, image.height
-    return jpeg_bytes(image, SIDE, 82)
+def thumbnail(image: Image.Image) -> bytes:
+    """A picture of at most `SIDE` pixels an edge: a small one exactly, as PNG, else JPEG."""
+    return png_bytes(image) if max(image.size) <= SIDE else jpeg_bytes(image, SIDE, 82)
 
 
 def size(picture: bytes) -> tuple[int, int]:
@@ -119,17 +116,14 @@ def example_png(example: FeatureExample) -> bytes | None:
 
 def example_alt(example: FeatureExample) -> str:
     """Alternative text for the example's picture: its caption, and where the feature fires most."""
-    return _alt(example.caption, example.patch_boxes, np.asarray(example.patch_activations))
-
-
-def _alt(caption: str, boxes: Sequence[PatchBox], values: np.ndarray) -> str:
+    values, boxes = np.asarray(example.patch_activations), example.patch_boxes
     firing = int((values > 0).sum())
     if not firing:
-        return f"{caption}; the feature does not fire on the picture"
+        return f"{example.caption}; the feature does not fire on the picture"
     box = boxes[int(values.argmax())]
     down = ("top", "middle", "bottom")[min(2, int(3 * (box.top + box.bottom) / 2))]
     across = ("left", "centre", "right")[min(2, int(3 * (box.left + box.right) / 2))]
-    return f"{caption}; fires on {firing} of {len(boxes)} patches, most at {down} {across}"
+    return f"{example.caption}; fires on {firing} of {len(boxes)} patches, most at {down} {across}"
 
 
 def token_spans(example: FeatureExample, context: int = 3) -> list[TokenSpan]:
@@ -163,23 +157,9 @@ class HeatPicture:
     """A picture and where a feature fires on it."""
 
     data: bytes | None  # the small picture as PNG or JPEG; None when it is not available
-    width: int  # in pixels
-    height: int
-    caption: str  # of the input
     boxes: tuple[PatchBox, ...]  # P patches
     levels: np.ndarray  # `[P]` uint8, activations in 255ths of the example's peak
     peak: bool  # the example's peak is in this picture
-
-    @property
-    def alt(self) -> str:
-        """Alternative text for the picture."""
-        gone = "" if self.data is not None else "Picture not available. "
-        return gone + _alt(self.caption, self.boxes, self.levels)
-
-    @property
-    def levels64(self) -> str:
-        """The levels as base64."""
-        return base64.b64encode(np.asarray(self.levels, np.uint8).tobytes()).decode("ascii")
 
 
 _SIDE = 256  # pixels of the longer edge

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlmscope.core.errors import UserError, check_least
-from vlmscope.core.launch import program
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -131,10 +130,9 @@ def write_page(
     sections.append(cluster_list(clusters))
     use = (
         "clusters.parquet has all clusters, structure.parquet a row a feature. The features of a cluster can be the "
-        "`ids` of a supernode in a circuit_spec (docs/circuits.md)."
+        "`ids` of a supernode in a circuit_spec (docs/circuits.md). The workbench (task=serve) shows their inputs."
     )
-    pages = f"{program()} task=pages study.path={study.path} 'task.features=[L0/0]'"
-    sections += [Text("Go on", (use,), code=pages), mapping_table("All numbers", dict(metrics), ("metric", "value"))]
+    sections += [Text("Go on", (use,)), mapping_table("All numbers", dict(metrics), ("metric", "value"))]
     page = ReportPage(
         title=f"Structure of {sum(study.info.n_features.values()):,} features",
         question="What do the features of all layers look like together: which belong to pictures or to words, which "

@@ -92,13 +92,13 @@ def feature_panels(
         if study is None:
             return {}, []
         raise UserError(f"the study {study} is of model {opened.study.info.model}, the graph of {model}; give another")
-    maker = PageMaker(opened.study, opened.labels, {}, {}, _EXAMPLES, 0)
+    maker = PageMaker(opened.study, opened.labels, _EXAMPLES, 0)
     nodes = sorted(graph["nodes"], key=lambda node: node.get("influence") or 0.0)  # cumulative: the first has most
     panels: dict[str, Any] = {}
     pictures: dict[str, int] = {}
     for name in list(dict.fromkeys(name for node in nodes if (name := feature_of(node))))[:most]:
         try:
-            page, _ = maker.page(opened.study.feature(FeatureId.parse(name)))
+            page = maker.page(opened.study.feature(FeatureId.parse(name)))
         except UserError:  # a feature that the study does not know
             continue
         panel = feature_body(page, "", {"decoder": [], "coactivation": []})

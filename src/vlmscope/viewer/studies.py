@@ -177,7 +177,7 @@ class OpenStudy:
     @cached_property
     def maker(self) -> PageMaker:
         """Makes features' examples; it reads all items' captions."""
-        return PageMaker(self.study, self.labels, {}, {}, _EXAMPLES, _SAMPLES)
+        return PageMaker(self.study, self.labels, _EXAMPLES, _SAMPLES)
 
     def rows(self, query: Query) -> tuple[int, list[dict[str, Any]]]:
         """The number of features that fit, and those asked for."""
@@ -261,7 +261,7 @@ class OpenStudy:
         self.study.check(feature)
         neighbours = {"decoder": self._alike(feature), "coactivation": self._together(feature)}
         with self.lock:
-            page, _ = self.maker.page(self.study.feature(feature))
+            page = self.maker.page(self.study.feature(feature))
         return feature_body(page, self.name, neighbours)
 
     def _neighbours(self, rows: np.ndarray, values: np.ndarray) -> list[dict[str, Any]]:

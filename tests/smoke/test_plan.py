@@ -57,7 +57,6 @@ def test_training_of_gemma_4b_is_planned_by_rank(tmp_path: Path, capsys: pytest.
     assert metrics["plan/training/peak/rank_00"] == metrics["plan/training/peak/rank_01"]  # 5 layers each
     assert metrics["plan/training/peak/rank_01"] > metrics["plan/training/peak/rank_02"]
     assert metrics["plan/training/traffic"] == 1024 * (29 * 2 * 2560 * 2 + 7)
-    assert metrics["plan/training/disk/cache"] == 362_000_000 * 34 * 2 * 2560 * 2
     assert metrics["plan/training/steps"] == 44190
     seconds = sum(value for key, value in metrics.items() if key.startswith("plan/training/seconds/"))
     assert metrics["plan/training/gpu_hours"] == pytest.approx(8 * 44190 * seconds / 3600)

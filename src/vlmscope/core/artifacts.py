@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -112,16 +111,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
 
 
-def remove_leftovers(folder: str | Path, older_than: float = 0.0) -> None:
-    """Remove temporary files and folders that killed processes left below `folder`, which may be missing.
-
-    Those younger than `older_than` seconds stay, since processes of other machines, which cannot be checked, may be
-    writing them.
-    """
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove temporary files and folders that killed processes left below `folder`, which may be missing."""
     for path in list(Path(folder).rglob(".*.tmp*")):
         named = _TEMPORARY.fullmatch(path.name)
         with suppress(FileNotFoundError):  # another process may remove it at the same time
-            if named and _is_gone(int(named[1])) and time.time() - path.stat().st_mtime >= older_than:
+            if named and _is_gone(int(named[1])):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

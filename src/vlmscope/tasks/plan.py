@@ -390,7 +390,6 @@ def plan_training(cfg: AppConfig, adapter: Adapter) -> dict[str, float | tuple[f
         "training/traffic": sent,  # sent by rank 0, of a captured batch
         "training/disk/checkpoint": 3 * weights * layout.n_layers,  # two stand while one is written
         "training/disk/set": stored * layout.n_layers,
-        "training/disk/cache": tokens * captured * layout.n_layers,  # of all activations (task.cache), if wanted
         **{f"training/seconds/{part}": time for part, time in times.items()},  # of a step of rank 0
         "training/tokens": tokens,
         "training/images": images,

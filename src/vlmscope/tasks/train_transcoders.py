@@ -44,7 +44,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.config.wiring import data_origin, load_model, model_origin
     from vlmscope.core.artifacts import flat, folder_digest, read_json, write_json, write_text
     from vlmscope.report.figures import fvu_by_layer
-    from vlmscope.training.captures import batches_for, cache_settings
+    from vlmscope.training.captures import batches_for
     from vlmscope.training.ranks import own_share
     from vlmscope.training.transcoder_training import train_transcoders
     from vlmscope.transcoders.formats import save_set
@@ -56,7 +56,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     config = TranscoderTrainingConfig(cfg.transcoder, cfg.optim, trainer, cfg.task)
     origin: dict[str, Any] = {}
     if context.per_host is None or own_share().index == 0:  # only the main rank records it
-        no_weight = ("cache", "micro_tokens", "license")  # settings on which no weight depends
+        no_weight = ("micro_tokens", "license")  # settings on which no weight depends
         task = {key: value for key, value in asdict(cfg.task).items() if key not in no_weight}
         origin = model_origin(cfg) | data_origin(cfg) | flat("task", task) | {"seed": cfg.seed}
     unread = context.run_dir / "unread_picture.json"
@@ -70,9 +70,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     states = context.run_dir / "data_states.json"
     vlm, source = batches_for(cfg.data, cfg.task, cfg.seed, lambda: load_model(cfg), states, mix_origin, trainer.resume)
-    rounded = cfg.task.cache is not None and cfg.task.cache_dtype not in (None, cfg.model.dtype)
-    words = [source.settings, f"activations in {cfg.task.cache_dtype}" if rounded else None]
-    config = replace(config, data=", ".join(text for text in words if text is not None) or None)
+    config = replace(config, data=source.settings)
     try:
         transcoders, metrics = train_transcoders(
             vlm,
@@ -82,7 +80,6 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
             context.run_dir,
             context.tracked.lightning_logger(),
             data_figures=source.figures,
-            cache=cache_settings(cfg.data, cfg.task, cfg.seed, source.settings),
             origin=origin,
             job=context.job,
         )

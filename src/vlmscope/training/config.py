@@ -89,18 +89,17 @@ class RecipeConfig:
     """Recipe of transcoders: starting point, batches of a step, and the terms of the loss (keys of `task`).
 
     Features start from the first `init_batches` batches. `pool_batches` captured batches are mixed, and
-    `steps_per_batch` steps pass between captures (1 and 1: each step has its own batch). With `epoch_batches` only that
-    many batches are used, repeatedly (null: all batches are new). `micro_tokens` bounds memory: that many tokens of a
-    step are encoded and differentiated at a time, with the same result (null: all). `aux_coefficient` weighs the loss
-    that trains `aux_k` dead features per token, those that have not fired for `dead_after_tokens`. `matryoshka` lists
-    fractions of the features that must work on their own; `sparsity_coefficient` weighs the penalty of jumprelu (L0,
-    null: 1) and relu (L1, null: 0.003). `clip` is the largest gradient norm of one layer's transcoder.
+    `steps_per_batch` steps pass between captures (1 and 1: each step has its own batch). `micro_tokens` bounds memory:
+    that many tokens of a step are encoded and differentiated at a time, with the same result (null: all).
+    `aux_coefficient` weighs the loss that trains `aux_k` dead features per token, those that have not fired for
+    `dead_after_tokens`. `matryoshka` lists fractions of the features that must work on their own;
+    `sparsity_coefficient` weighs the penalty of jumprelu (L0, null: 1) and relu (L1, null: 0.003). `clip` is the
+    largest gradient norm of one layer's transcoder.
     """
 
     init_batches: int = 8
     pool_batches: int = 8
     steps_per_batch: int = 2
-    epoch_batches: int | None = None
     micro_tokens: int | None = None
     aux_coefficient: float = 1 / 32
     aux_k: int = 64
@@ -112,8 +111,6 @@ class RecipeConfig:
     def __post_init__(self) -> None:
         positive = dict.fromkeys(("init_batches", "pool_batches", "steps_per_batch", "aux_k", "dead_after_tokens"), 1)
         check_least("task", self, micro_tokens=1, sparsity_coefficient=0, **positive)
-        # The start and the pool each need that many different batches.
-        check_least("task", self, epoch_batches=max(self.init_batches, self.pool_batches))
         if self.clip <= 0:
             raise UserError(f"task.clip={self.clip}: it must be positive")
         for fraction in self.matryoshka:
@@ -132,9 +129,7 @@ class BatchConfig:
 
     Of Orrery's scenes `batch` is the number of each kind (those that the data lack are left out), `val_scenes` that of
     each kind for validation. With data=folder or a mix, a batch has about `tokens_per_batch` tokens, an example at most
-    `max_tokens` (the rest is cut off), and validation uses at most `val_examples`. The folder `cache` keeps captured
-    activations in `cache_dtype` (null: the model's): later runs on the same model and data read them instead of running
-    the model (docs/data.md).
+    `max_tokens` (the rest is cut off), and validation uses at most `val_examples`.
     """
 
     batch: dict[str, int] = field(
@@ -147,17 +142,11 @@ class BatchConfig:
     tokens_per_batch: int = 2048
     max_tokens: int = 4096
     val_examples: int = 100
-    cache: str | None = None
-    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         check_least("task", self, tokens_per_batch=1, max_tokens=1, val_examples=1)
         for kind in self.batch:
             check_choice("task.batch", kind, (*KINDS, *COMPOSED))
-        if self.cache_dtype is not None:
-            check_choice("task.cache_dtype", self.cache_dtype, ("float32", "bfloat16", "float16"))
-            if self.cache is None:
-                raise UserError(f"task.cache_dtype={self.cache_dtype} without a cache; name its folder: task.cache=...")
 
 
 @dataclass
@@ -179,13 +168,6 @@ class TranscoderTrainingConfig:
         single_layer = [name for name in ("matryoshka", "micro_tokens") if getattr(self.recipe, name)]
         if self.transcoder.cross_layer and single_layer:
             raise UserError(f"task.{single_layer[0]} is for single layers; leave out it or transcoder.cross_layer")
-
-    @property
-    def batches(self) -> int:
-        """The number of different batches that a run needs."""
-        recipe = self.recipe
-        batches = max(recipe.init_batches, (self.trainer.max_steps - 1) // recipe.steps_per_batch + 1)
-        return batches if recipe.epoch_batches is None else min(batches, recipe.epoch_batches)
 
     def settings(self) -> dict[str, Any]:
         """The settings that decide the weights, by name; a run resumes only with the same."""

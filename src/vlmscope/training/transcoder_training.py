@@ -29,7 +29,7 @@ from vlmscope.models.checkpoint import model_fingerprint, tensors_fingerprint
 from vlmscope.models.loading import VLM
 from vlmscope.scope import Scope
 from vlmscope.training.batches import Batch, LayerActivations, OwnPart, forwards
-from vlmscope.training.captures import ActivationStream, CacheSettings, open_captures
+from vlmscope.training.captures import ActivationStream, Captures
 from vlmscope.training.config import TranscoderTrainingConfig, rate_factor
 from vlmscope.training.evaluation import ErrorMeter, evaluate_transcoders
 from vlmscope.training.layer_trainer import LayerStep, LayerTrainer, cross_layer_losses, differentiate
@@ -252,7 +252,6 @@ def train_transcoders(
     logger: Logger | None = None,
     model_name: str | None = None,
     data_figures: Callable[[], Mapping[str, float]] = dict,
-    cache: CacheSettings | None = None,
     origin: Mapping[str, Any] | None = None,
     job: str = "",
 ) -> tuple[TranscoderSet, dict[str, float]]:
@@ -262,9 +261,9 @@ def train_transcoders(
     number, so that a resumed run sees the same data; `val_batches` are for the figures of
     `vlmscope.training.evaluation`. Checkpoints go into `run_dir`. In an open `torch.distributed` group
     `trainer.per_host` processes share a host (None: all). `data_figures` returns figures to log about the data drawn so
-    far, such as each source's share; `cache` keeps captured activations for this and other runs. `origin` names what
-    decides the result besides `config`, and must be the same to resume (only the main rank's is compared); None: the
-    model's weights and batch 0. `job` names the run on its progress bar.
+    far, such as each source's share. `origin` names what decides the result besides `config`, and must be the same to
+    resume (only the main rank's is compared); None: the model's weights and batch 0. `job` names the run on its
+    progress bar.
 
     Returns the set in the model's own coordinates, and its final figures with `perf/tokens_per_s` and `train/tokens`
     (over all sessions of the run).
@@ -287,12 +286,12 @@ def train_transcoders(
     restored = config.trainer.resume and checkpoints.restore(module)
     if not restored:
         checkpoints.restart()
-    captures = open_captures(adapter, train_batch, config, ranks, cache, data_figures)
+    captures = Captures(adapter, train_batch, ranks)
     if not restored:
         module.initialise([captures(number) for number in range(config.recipe.init_batches)])
     checkpoints.check_space(module)
     logger = logger if ranks.main else None
-    progress = _Progress(vlm, config, val_batches, logger, captures.figures, job)
+    progress = _Progress(vlm, config, val_batches, logger, data_figures, job)
     if module.steps_done < steps:
         # The stop comes last, when the step's own checkpoint, if one is due, has been written.
         stop = [AgreedStop(checkpoints.save)] if ranks.layout.world > 1 else []
@@ -304,9 +303,8 @@ def train_transcoders(
     if ranks.layout.world == 1:
         transcoders = transcoders.to(adapter.device)  # Lightning leaves the module on the CPU
     if restored:  # an earlier session may have drawn the last batches, up to which the figures must count
-        for number in dict.fromkeys((config.batches - 1, (steps - 1) // config.recipe.steps_per_batch)):
-            captures(number)
-    drawn = captures.figures()  # summed over ranks, so all must call it
+        captures(max(config.recipe.init_batches - 1, (steps - 1) // config.recipe.steps_per_batch))
+    drawn = data_figures()  # summed over ranks, so all must call it
     if not ranks.main:
         raise NotMainRank
     meter = ErrorMeter()

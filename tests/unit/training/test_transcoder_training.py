@@ -299,7 +299,6 @@ def test_a_full_disk_is_found_before_training(gemma: VLM, tmp_path: Path, monkey
         (TrainerConfig, {"max_steps": 0}, r"trainer\.max_steps=0: it must be at least 1"),
         (TrainerConfig, {"precision": "16"}, r"trainer\.precision=16: no such choice"),
         (TranscoderArchConfig, {"k": 0}, r"transcoder\.k=0: it must be at least 1"),
-        (RecipeConfig, {"epoch_batches": 2}, r"task\.epoch_batches=2: it must be at least 8"),
         (RecipeConfig, {"matryoshka": [0.5, 1.5]}, r"matryoshka: 1\.5 must be a fraction"),
         (settings, {"micro_tokens": 16, "activation": "batchtopk"}, "batchtopk chooses among a whole batch"),
         (settings, {"cross_layer": True, "matryoshka": [0.5]}, r"task\.matryoshka is for single layers"),

@@ -60,7 +60,7 @@ class Lens:
             positions = np.append(np.flatnonzero(batch.is_image), batch.length - 1)
             # The word of the next scene that has another one, so that a word given to every picture does not count.
             others = [next((b for b in answers[i:] + answers[:i] if b != a), a) for i, a in enumerate(answers)]
-            ranks = [token_lens(bench.vlm.adapter, batch, positions, words).rank for words in (answers, others)]
+            ranks = [token_lens(bench.vlm.adapter, batch, positions, words) for words in (answers, others)]
             soft, control = ((rank[..., :-1] == 0).any(2) for rank in ranks)
             for state, last in enumerate((ranks[0][..., -1] == 0).T):
                 columns = {"any_soft": soft[:, state], "any_soft_control": control[:, state], "last": last}

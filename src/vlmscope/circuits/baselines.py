@@ -362,8 +362,8 @@ class Baselines:
         shares = {}
         for run, (batch, words) in runs.items():
             batch, words = batch.select(range(min(READ, batch.size))), words[:READ]
-            lens = token_lens(self.scope.adapter, batch, np.array([batch.length - 1]), words.tolist(), 1)
-            shares[run] = (lens.rank[:, :, 0] == 0).mean(0)  # [L + 1], state n is read before layer n
+            ranks = token_lens(self.scope.adapter, batch, np.array([batch.length - 1]), words.tolist())
+            shares[run] = (ranks[:, :, 0] == 0).mean(0)  # [L + 1], state n is read before layer n
         read = np.flatnonzero(np.max(list(shares.values()), axis=0) > MOST)
         first = max(int(read[0]) - 1, 0) if len(read) else self.scope.adapter.n_layers
         for run, share in shares.items():

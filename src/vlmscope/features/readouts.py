@@ -74,23 +74,12 @@ def layer_logits(scope: Scope, layer: int, count: int, features: Tensor | None =
     return Logits(*(torch.cat(column).numpy(force=True) for column in zip(*columns, strict=True)))
 
 
-@dataclass(frozen=True)
-class TokenLens:
-    """Next-token predictions of all residual states, numbered 0 (before the first layer) to L (after the last)."""
-
-    top: np.ndarray  # `[B, L + 1, P, K]` int64, the most probable tokens, most probable first
-    probability: np.ndarray  # `[B, L + 1, P, K]` float64
-    rank: np.ndarray  # `[B, L + 1, P]` int64, how many tokens are more probable than the word asked for
-    word_probability: np.ndarray  # `[B, L + 1, P]` float64
-
-
 @torch.no_grad()
-def token_lens(
-    adapter: Adapter, batch: InputBatch, positions: np.ndarray, words: list[int], count: int = 3
-) -> TokenLens:
-    """Read every state of B prompts at some positions `[P]`; `words` are B token ids, to look for in each prompt.
+def token_lens(adapter: Adapter, batch: InputBatch, positions: np.ndarray, words: list[int]) -> np.ndarray:
+    """How many tokens every state says are more probable than a word: `[B, L + 1, P]` int64, 0 where it is the first.
 
-    A `UserError` when logits overflow.
+    States are numbered 0 (before the first layer) to L (after the last) and read at some positions `[P]`; `words` are B
+    token ids, one for each prompt. A `UserError` when logits overflow.
     """
     norms = [adapter.norms(layer).attn_in for layer in range(adapter.n_layers)] + [adapter.final_norm()]
     states: dict[int, Tensor] = {}
@@ -103,29 +92,20 @@ def token_lens(
             stack.callback(norm.register_forward_pre_hook(partial(keep, number)).remove)
         adapter.forward(batch.tensors, use_cache=False)
     where, target = torch.from_numpy(positions), torch.tensor(words)
-    rows = []
-    for number in range(len(norms)):
-        state = states[number]
-        rows.append(_read(adapter, state[:, where.to(state.device)], target.to(state.device), count))
-    return TokenLens(*(np.stack([row[i] for row in rows], axis=1) for i in range(4)))
+    kept = [states[number] for number in range(len(norms))]
+    return np.stack([_ranks(adapter, state[:, where.to(state.device)], target) for state in kept], axis=1)
 
 
-def _read(adapter: Adapter, state: Tensor, target: Tensor, count: int) -> tuple[np.ndarray, ...]:
-    """Top tokens, their probabilities, the target's rank and probability at `[B, P, d]`."""
-    size, length = state.shape[:2]
-    flat, targets = state.flatten(0, 1), target.repeat_interleave(length)
-    read: list[tuple[Tensor, ...]] = []
+def _ranks(adapter: Adapter, state: Tensor, target: Tensor) -> np.ndarray:
+    """The rank of each prompt's target `[B]` in states `[B, P, d]`: `[B, P]`."""
+    flat, targets = state.flatten(0, 1), target.to(state.device).repeat_interleave(state.shape[1])
+    ranks: list[Tensor] = []
     for start in range(0, len(flat), _ROWS):
         logits = adapter.finite(adapter.lm_head()(adapter.final_norm()(flat[start : start + _ROWS]))).double()
         if adapter.logit_softcap is not None:
             logits = torch.tanh(logits / adapter.logit_softcap) * adapter.logit_softcap
-        word = targets[start : start + _ROWS, None]
-        rank = (logits > logits.gather(1, word)).sum(1)
-        probabilities = logits.softmax(-1)
-        best = probabilities.topk(min(count, logits.shape[-1]))
-        read.append((best.indices, best.values, rank, probabilities.gather(1, word)[:, 0]))
-    parts = (torch.cat(part).numpy(force=True) for part in zip(*read, strict=True))
-    return tuple(part.reshape(size, length, *part.shape[1:]) for part in parts)
+        ranks.append((logits > logits.gather(1, targets[start : start + _ROWS, None])).sum(1))
+    return torch.cat(ranks).reshape(state.shape[:2]).numpy(force=True)
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,14 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
-from matplotlib.patches import Rectangle
+from matplotlib.colors import LinearSegmentedColormap
 from PIL import Image, ImageDraw
 
 from vlmscope.core.maps import PictureMap
 from vlmscope.core.records import PatchBox
 from vlmscope.core.results import FeatureExample
 from vlmscope.data.images import data_uri, jpeg_bytes, png_bytes  # noqa: F401
-from vlmscope.report.style import INK, MUTED, NEGATIVE, POSITIVE, drawing
+from vlmscope.report.style import MUTED, NEGATIVE, POSITIVE, drawing
 
 SIDE = 128  # pixels
 _TINT = (255, 0, 200)  # magenta: on no planet, and visible on black space
@@ -250,55 +248,6 @@ def map_rows(rows: Sequence[tuple[str, np.ndarray, Mapping[str, PictureMap]]], p
             _show(first, image, title)
             for axes, (name, picture_map) in zip(others, maps.items(), strict=True):
                 _show_map(axes, image, picture_map.raster(*image.shape[:2]), name)
-    return Path(path)
-
-
-_READABLE = 36  # soft tokens whose words still fit
-_COLUMNS = 5
-
-
-def soft_token_words(
-    pictures: Sequence[np.ndarray],
-    places: Sequence[tuple[int, PatchBox | None]],
-    words: np.ndarray,
-    probability: np.ndarray,
-    word: str,
-    path: str | Path,
-) -> Path:
-    """The first picture, then a panel per state: the probability of a word, with the most probable word as text.
-
-    Args:
-        pictures: uint8 `[H, W, 3]`; the first one is drawn.
-        places: picture and box of each of the S soft tokens.
-        words: `[states, S]` strings.
-        probability: `[states, S]`, of `word`.
-        word: the word whose probability is drawn.
-        path: the PNG to write.
-    """
-    drawn = [(token, box) for token, (picture, box) in enumerate(places) if picture == 0 and box is not None]
-    rows = -(-(len(words) + 1) // _COLUMNS)
-    colours = LinearSegmentedColormap.from_list("light", ["#eff1f3", POSITIVE])
-    with drawing(path, 2.1 * _COLUMNS, 2.3 * rows + 0.3) as figure:
-        grid = figure.subplots(rows, _COLUMNS, squeeze=False)
-        for axes in grid.flat:
-            axes.set_axis_off()
-        _show(grid.flat[0], _shrunk(pictures[0]), "picture")
-        for state, axes in enumerate(grid.flat[1 : len(words) + 1]):
-            name = f"before layer {state}" if state < len(words) - 1 else "after the last layer"
-            axes.set_title(name, loc="left", fontsize=9)
-            axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal")
-            for token, box in drawn:
-                value = float(probability[state, token])
-                width, height = box.right - box.left, box.bottom - box.top
-                face = {"facecolor": colours(value), "edgecolor": "white"}
-                axes.add_patch(Rectangle((box.left, box.top), width, height, **face))
-                if len(drawn) <= _READABLE:
-                    text = words[state, token]
-                    text = text if len(text) <= 9 else f"{text[:8]}…"
-                    style = {"ha": "center", "va": "center", "fontsize": 5.5, "color": "white" if value > 0.6 else INK}
-                    axes.text(box.left + width / 2, box.top + height / 2, text, **style)
-        bar = ScalarMappable(Normalize(0, 1), colours)
-        figure.colorbar(bar, ax=grid, label=f"probability of {word!r}", shrink=0.6)
     return Path(path)
 
 

@@ -1,7 +1,6 @@
 """Baselines of trials: writers of a planted circuit, parts of edits that add up, and where they act."""
 
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -193,7 +192,7 @@ def test_before_readable_stops_where_the_lens_reads_the_answer(
 ) -> None:
     """`read`: of three donors, in how many the target is first in the state before each layer and after the last."""
     ranks = [np.ones((3, 4, 1), int), 1 - (np.arange(3)[:, None] < np.array(read)).astype(int)[..., None]]
-    monkeypatch.setattr("vlmscope.circuits.baselines.token_lens", lambda *_: SimpleNamespace(rank=ranks.pop(0)))
+    monkeypatch.setattr("vlmscope.circuits.baselines.token_lens", lambda *_: ranks.pop(0))
     mine = Baselines(bench.made.scope, bench.baselines.material)
     variant = mine.operation("before_readable", CARRY, Carry(bench.features("A", "B", "C")), bench.cases, None)
     assert list(variant.plan(bench.made.scope, bench.cases, 1.0)) == edited

@@ -1,8 +1,8 @@
-"""Labels from outside explainers: a chat endpoint or a local model proposes one from examples, and it is scored.
+"""Labels from an outside explainer: a chat service proposes one from examples, and it is scored.
 
 As automatic labels are, each is scored on items that the explainer was not shown: it judges, item by item, whether the
-feature fires. `Endpoint` asks an OpenAI-compatible service by the standard library alone, and its key is never written;
-`LocalExplainer` asks a model of any family that the project reads.
+feature fires. `Endpoint` asks an OpenAI-compatible service, such as a model server on this machine, by the standard
+library alone, and its key is never written.
 """
 
 from __future__ import annotations
@@ -14,24 +14,19 @@ import re
 import time
 import urllib.error
 import urllib.request
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId, generator
 from vlmscope.core.study import IMAGE, TOP
-from vlmscope.data.images import decode_image, png_bytes
+from vlmscope.data.images import png_bytes
 from vlmscope.features.item_facts import ItemFacts, known_items
 from vlmscope.features.labels import NONE, Label, detection
 from vlmscope.features.study_files import StudyFolder
-from vlmscope.models.base import ModelInputs
-from vlmscope.models.batching import greedy_answer
-from vlmscope.models.loading import VLM
 
 PROPOSE = (
     "Each example below is an input of a vision-language model on which one feature of it is active. Where it is most "
@@ -45,6 +40,7 @@ JUDGE = (
 MOST_CHARACTERS = 120  # of a label
 SIDE = 512  # pixels of a picture that is sent
 _AGAIN = {408, 429, 500, 502, 503, 504}  # status codes that mean "later"
+_TIMEOUT, _RETRIES = 60.0, 2  # seconds of a request, and more tries after an answer that says "later", or none
 
 
 @dataclass(frozen=True)
@@ -53,32 +49,6 @@ class Shown:
 
     text: str
     pictures: tuple[bytes, ...] = ()
-
-
-class Explainer(ABC):
-    """Proposes labels from examples and judges items by a label. Both may raise a `UserError`.
-
-    A question consists of parts: text, and pictures as PNG bytes.
-    """
-
-    name: str  # of its set of labels: letters, digits, `-` and `_`
-
-    def propose(self, examples: Sequence[Shown]) -> str:
-        """A label for what these examples, where the feature fires, have in common; "" when it has none."""
-        lines = [[f"Example {n}: {example.text}", *example.pictures] for n, example in enumerate(examples, start=1)]
-        return self.ask([PROPOSE, *(part for line in lines for part in line)])
-
-    def judge(self, label: str, items: Sequence[Shown]) -> list[float]:
-        """How sure it is that the feature fires on each item, from 0 to 1; each item is a question of its own."""
-        return [self.grade([f"{JUDGE.format(label=label)}\n{item.text}", *item.pictures]) for item in items]
-
-    @abstractmethod
-    def ask(self, parts: Sequence[str | bytes]) -> str:
-        """The answer to a question."""
-
-    @abstractmethod
-    def grade(self, parts: Sequence[str | bytes]) -> float:
-        """From 0 for a no to 1 for a yes; 0.5 when it does not say."""
 
 
 def one_line(answer: str) -> str:
@@ -93,27 +63,28 @@ def yes_or_no(answer: str) -> float:
     return 1.0 if word.startswith("yes") else 0.0 if word.startswith("no") else 0.5
 
 
-def _file_name(model: str) -> str:
-    return re.sub(r"[^\w-]+", "_", model)
+class Endpoint:
+    """`POST <url>/chat/completions`, pictures as data addresses. Any question may raise a `UserError`."""
 
-
-class Endpoint(Explainer):
-    """`POST <url>/chat/completions`, pictures as data addresses."""
-
-    def __init__(
-        self, url: str, model: str, key_variable: str = "OPENAI_API_KEY", timeout: float = 60.0, retries: int = 2
-    ) -> None:
-        """`url` goes up to `/v1`; the key is that of an environment variable, when it is set.
-
-        A request has `timeout` seconds, and `retries` more tries after an answer that says "later", or none.
-        """
+    def __init__(self, url: str, model: str, key_variable: str = "OPENAI_API_KEY") -> None:
+        """`url` goes up to `/v1`; the key is that of an environment variable, when it is set."""
         if not url.startswith(("http://", "https://")):
             raise UserError(f"task.url={url}: it must begin with http:// or https://")
         self.url, self.model, self.key_variable = url.rstrip("/"), model, key_variable
-        self.timeout, self.retries, self.name = timeout, retries, _file_name(model)
+        self.name = re.sub(r"[^\w-]+", "_", model)  # of its set of labels
 
-    def ask(self, parts: Sequence[str | bytes], max_tokens: int = 40) -> str:
-        """The answer of one request."""
+    def propose(self, examples: Sequence[Shown]) -> str:
+        """A label for what these examples, where the feature fires, have in common; "" when it has none."""
+        lines = [[f"Example {n}: {example.text}", *example.pictures] for n, example in enumerate(examples, start=1)]
+        return one_line(self._ask([PROPOSE, *(part for line in lines for part in line)], max_tokens=40))
+
+    def judge(self, label: str, items: Sequence[Shown]) -> list[float]:
+        """Whether it says that the feature fires on each item (`yes_or_no`); each item is a question of its own."""
+        questions = [[f"{JUDGE.format(label=label)}\n{item.text}", *item.pictures] for item in items]
+        return [yes_or_no(self._ask(parts, max_tokens=5)) for parts in questions]
+
+    def _ask(self, parts: Sequence[str | bytes], max_tokens: int) -> str:
+        """The answer to a question of texts, and pictures as PNG bytes."""
         content: list[dict[str, Any]] = []
         for part in parts:
             if isinstance(part, str):
@@ -134,17 +105,13 @@ class Endpoint(Explainer):
                 f"{self.url} answered with what is no chat completion ({answer[:60]!r}); check task.url"
             ) from error
 
-    def grade(self, parts: Sequence[str | bytes]) -> float:
-        """The grade of the word with which the answer begins."""
-        return yes_or_no(self.ask(parts, 5))
-
     def _send(self, request: urllib.request.Request) -> bytes:
         reason = ""
-        for attempt in range(self.retries + 1):
+        for attempt in range(1 + _RETRIES):
             if attempt:
                 time.sleep(min(0.5 * 2**attempt, 8.0))
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
                     return response.read()
             except urllib.error.HTTPError as error:
                 reason = f"status {error.code} {error.reason}"
@@ -158,47 +125,8 @@ class Endpoint(Explainer):
         )
 
 
-class LocalExplainer(Explainer):
-    """Labels are generated greedily; an item is judged by the probabilities of "yes" and of "no" as the next token."""
-
-    def __init__(self, vlm: VLM, max_tokens: int = 24) -> None:
-        """Find the tokens of yes and no; a `UserError` when the tokenizer does not tell them apart."""
-        self.vlm, self.max_tokens, self.name = vlm, max_tokens, _file_name(vlm.name)
-        yes, no = self._first_tokens("yes"), self._first_tokens("no")
-        self.yes, self.no = yes - no, no - yes  # without what both may begin with, such as a space
-        if not self.yes or not self.no:
-            raise UserError(
-                f"{vlm.name} has no tokens of its own for yes and no, so it cannot judge; use another model"
-            )
-
-    def ask(self, parts: Sequence[str | bytes]) -> str:
-        """The greedy answer."""
-        ids = greedy_answer(self.vlm.adapter, self._inputs(parts), self.max_tokens)
-        return self.vlm.tokenizer.decode(ids, skip_special_tokens=True)
-
-    @torch.no_grad()
-    def grade(self, parts: Sequence[str | bytes]) -> float:
-        """P(yes) / (P(yes) + P(no))."""
-        logits = self.vlm.adapter.next_logits(self._inputs(parts).tensors)[0].float()
-        yes, no = (torch.logsumexp(logits[sorted(ids)], 0) for ids in (self.yes, self.no))
-        return float(torch.sigmoid(yes - no))
-
-    def _inputs(self, parts: Sequence[str | bytes]) -> ModelInputs:
-        pictures = [decode_image(part, "a picture for the explainer") for part in parts if isinstance(part, bytes)]
-        return self.vlm.prepare("\n".join(part for part in parts if isinstance(part, str)), pictures)
-
-    def _first_tokens(self, word: str) -> set[int]:
-        """The first token of the word, as it may be spelt at the beginning of an answer."""
-        tokenizer, first = self.vlm.tokenizer, set()
-        for spelt in (word, word.capitalize(), f" {word}", f" {word.capitalize()}"):
-            ids = tokenizer.encode(spelt, add_special_tokens=False)
-            if ids and ids[0] != tokenizer.unk_token_id:
-                first.add(ids[0])
-        return first
-
-
 def explain(
-    explainer: Explainer, study: StudyFolder, feature: FeatureId, shown: int, judged: int, seed: int = 0
+    explainer: Endpoint, study: StudyFolder, feature: FeatureId, shown: int, judged: int, seed: int = 0
 ) -> Label:
     """Ask for a label, and score it on held-out items of both kinds; without text when nothing can be shown.
 
@@ -221,7 +149,7 @@ def explain(
         examples.append(Shown(" ".join(words), pictures(example.item)))
     if not examples:
         return NONE
-    label = one_line(explainer.propose(examples))
+    label = explainer.propose(examples)
     if not label:
         raise UserError(f"{explainer.name} gave no label for {feature}; try again, or another model")
     known = known_items(study, feature.layer, study.examples(feature.layer), facts)

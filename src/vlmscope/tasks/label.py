@@ -1,12 +1,11 @@
-"""Label the features of a study by contrast, or ask an outside explainer; every label is scored (docs/labels.md)."""
+"""Label the features of a study by contrast, or ask a chat service; every label is scored (docs/labels.md)."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vlmscope.core.errors import UserError, check_choice, check_least
+from vlmscope.core.errors import UserError, check_least
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,12 +13,10 @@ if TYPE_CHECKING:
 
     from vlmscope.config import AppConfig
     from vlmscope.core.records import FeatureId
-    from vlmscope.features.explainers import Explainer
     from vlmscope.features.labels import Label
     from vlmscope.features.study_files import StudyFolder
     from vlmscope.tasks.registry import RunContext
 
-_LOG = logging.getLogger(__name__)
 FEW = 20  # held-out items below which a score is unsure
 USES = ("data", "study")
 
@@ -28,15 +25,13 @@ USES = ("data", "study")
 class Config:
     """`study.path=` names the study, the run folder of a task=study; each set of labels is a file in its `labels/`.
 
-    Without `explainer` all features are labelled by contrast, offline, as the set "auto"; so are `shuffled` features
-    per layer with shuffled activations, which show the scores of chance; `kind` is the fact whose values alone are
-    scored next to each label (a study without it has no such score). `explainer` "endpoint" asks the model
-    `name_at_url` of an OpenAI-compatible service at `url` (its key is read from the environment variable
-    `key_variable`, if set); "local" asks the model that `model=` names. Both label the given `features` from `shown`
-    examples and judge `judged` items of either kind; `set_name` names the set.
+    Without `url` all features are labelled by contrast, offline, as the set "auto"; so are `shuffled` features per
+    layer with shuffled activations, which show the scores of chance; `kind` is the fact whose values alone are scored
+    next to each label (a study without it has no such score). With `url` the model `name_at_url` of that
+    OpenAI-compatible service (its key is read from the environment variable `key_variable`, if set) labels the given
+    `features` from `shown` examples and judges `judged` items of either kind; `set_name` names the set.
     """
 
-    explainer: str | None = None
     features: list[str] = field(default_factory=list)
     set_name: str | None = None
     shuffled: int = 256
@@ -48,7 +43,6 @@ class Config:
     judged: int = 10
 
     def __post_init__(self) -> None:
-        check_choice("task.explainer", self.explainer or "endpoint", ("endpoint", "local"))
         check_least("task", self, shown=1, judged=1, shuffled=0)
 
 
@@ -66,7 +60,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         raise UserError(
             f"{study.path} has no items, so nothing can be said of its features; run task=study on more data"
         )
-    return label_by_contrast(cfg, study) if task.explainer is None else label_by_explainer(cfg, study)
+    return label_by_contrast(cfg, study) if task.url is None else label_by_explainer(cfg, study)
 
 
 def label_by_contrast(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
@@ -107,24 +101,20 @@ def label_by_explainer(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     """Label the features that the user names."""
     from tqdm import tqdm
 
-    from vlmscope.config.wiring import load_model
     from vlmscope.core.records import FeatureId
-    from vlmscope.features.explainers import Endpoint, LocalExplainer, explain
+    from vlmscope.features.explainers import Endpoint, explain
     from vlmscope.features.labels import set_path, write_labels
     from vlmscope.features.proposals import judged
 
     task: Config = cfg.task
     if not task.features:
-        raise UserError("an explainer labels the features you name: add 'task.features=[L5/123,L6/7]'")
+        raise UserError("a service labels the features you name: add 'task.features=[L5/123,L6/7]'")
+    if not task.name_at_url:
+        raise UserError("add task.name_at_url=MODEL, the model of the service at task.url")
     features = [FeatureId.parse(text) for text in task.features]
     for feature in features:
         study.check(feature)
-    if task.explainer == "local":
-        explainer: Explainer = LocalExplainer(load_model(cfg))
-    elif task.url and task.name_at_url:
-        explainer = Endpoint(task.url, task.name_at_url, task.key_variable)
-    else:
-        raise UserError("add task.url=http://host/v1 and task.name_at_url=MODEL, the service and its model")
+    explainer = Endpoint(str(task.url), task.name_at_url, task.key_variable)
     path = set_path(study.path, task.set_name or explainer.name)
     labels = labels_so_far(cfg, study, path, explainer.name)
     for feature in tqdm(features, desc="labels", unit="feature"):
@@ -137,20 +127,17 @@ def label_by_explainer(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
 
 def labels_so_far(cfg: AppConfig, study: StudyFolder, path: Path, name: str) -> dict[FeatureId, Label]:
     """The labels that the set has; a `UserError` where its record names another explainer or study."""
-    from vlmscope.config.wiring import model_origin
     from vlmscope.core.artifacts import files_digest, read_json, refuse_other, write_json
     from vlmscope.core.study import MANIFEST
     from vlmscope.features.labels import read_labels
 
     task: Config = cfg.task
-    origin = {"task.explainer": task.explainer, "explainer": name, "study": files_digest([study.path / MANIFEST])}
-    origin |= {f"task.{key}": getattr(task, key) for key in ("url", "shown", "judged")} | {"seed": cfg.seed}
-    origin |= model_origin(cfg) if task.explainer == "local" else {}
+    origin = {"explainer": name, "study": files_digest([study.path / MANIFEST]), "seed": cfg.seed}
+    origin |= {f"task.{key}": getattr(task, key) for key in ("url", "shown", "judged")}
     record = path.with_suffix(".json")
-    if path.is_file() and record.is_file():
-        refuse_other(str(path), read_json(record), origin, "choose another task.set_name")
-    elif path.is_file():
-        _LOG.warning("%s does not record its explainer: whether it is the same is not checked", path)
+    if path.is_file():
+        then = read_json(record) if record.is_file() else {}  # "auto" has none
+        refuse_other(str(path), then, origin, "choose another task.set_name")
     write_json(record, origin)
     return read_labels(path) if path.is_file() else {}
 

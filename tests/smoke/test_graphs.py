@@ -141,7 +141,7 @@ def test_a_question_as_text_and_as_picture_is_compared_on_the_spot(pictures: Pat
 
 
 def test_a_run_of_rows_is_aggregated(run: Path, tmp_path: Path) -> None:
-    assert main(["task=aggregate", f"task.runs=[{run}]", f"hydra.run.dir={tmp_path}", "tracking=none"]) == 0
+    assert main(["task=compare", f"task.runs=[{run}]", f"hydra.run.dir={tmp_path}", "tracking=none"]) == 0
     found = load_merged(tmp_path / "aggregate.safetensors")
     assert isinstance(found, AggregateGraph) and found.n_graphs == 5
     assert read(tmp_path / "metrics.json")["aggregate/nodes_in_all"] == (found.count == 5).sum() > 0

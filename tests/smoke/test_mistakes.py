@@ -86,7 +86,6 @@ MISTAKES = [
     ("run task=compare task.first=/no/run task.second=/no/run", "/no/run is neither"),
     ("run task=compare prompt='what ?' task.second_prompt='which ?' task.names=[a]", "two different names"),
     ("run task=compare task.second=a prompt=a task.second_prompt=b", "give one of them"),
-    ("run task=aggregate", "no graphs"),
     ("steer", "which features?"),
     ("steer 'task.features={L1/7: 1}' task.from_graph=/no", "give exactly one of"),
     ("steer 'task.features={L1-7: 1}'", "not a feature id: 'L1-7'"),

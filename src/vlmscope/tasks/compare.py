@@ -1,7 +1,8 @@
-"""Compare two attribution graphs, traced before or now: what both use, what only one uses, and how much."""
+"""Compare two attribution graphs: what both use, what only one uses; or average many (task.runs=[...])."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +27,10 @@ class Config:
     Without `first`, `prompt=` and `image=` are traced; without `second`, `second_prompt` and `second_image`, each of
     which defaults to that of the first; `second_image=[]` is a prompt without a picture. `names` are the two graphs'
     names; `match` says when nodes are the same: auto, position, from_end, role or feature.
+
+    With `runs`, folders of traces (of one prompt or of many rows) or graph files, all their graphs are averaged
+    instead, nodes matched by role unless `match` is given; what pruning kept in a smaller share of them than
+    `min_present` is left out.
     """
 
     first: str | None = None
@@ -33,8 +38,10 @@ class Config:
     second_prompt: str | None = field(default=None, metadata={"verbatim": True})
     second_image: Any = field(default=None, metadata={"paths": True})
     names: list[str] = field(default_factory=list)
-    match: str = "auto"
+    match: str | None = None
     figure: bool = True
+    runs: list[str] = field(default_factory=list)
+    min_present: float = 0.0
 
 
 class _Side(NamedTuple):
@@ -53,10 +60,12 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.report.graph_figure import difference_graph, share_bars
 
     look_for_labels(cfg)
+    if cfg.task.runs:
+        return _average(cfg, context)
     sides = _sides(cfg)
     names = _names(cfg.task.names, *sides)
     (first, second), labels = _graphs(cfg, context, sides)
-    comparison = compare(first, second, names, cfg.task.match)
+    comparison = compare(first, second, names, cfg.task.match or "auto")
     save_merged(context.run_dir / "comparison.safetensors", comparison)
     write_tables(context.run_dir, comparison, labels)
     if cfg.task.figure and len(comparison.sources):
@@ -64,6 +73,38 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         share_bars(comparison, context.run_dir / "figures" / "shares.png", labels=labels)
     print(comparison)
     return {f"compare/{name}": float(value) for name, value in vars(comparison.summary()).items()}
+
+
+def _average(cfg: AppConfig, context: RunContext) -> dict[str, float]:
+    """Write aggregate.safetensors, nodes.csv, edges.csv and the figure of the mean of many graphs."""
+    from tqdm import tqdm
+
+    from vlmscope.attribution.compare import aggregate, write_tables
+    from vlmscope.attribution.export import save_merged
+    from vlmscope.attribution.trace import graph_files
+    from vlmscope.config.wiring import feature_labels
+    from vlmscope.report.graph_figure import aggregate_graph
+
+    task, files = cfg.task, graph_files(cfg.task.runs)
+    passes = iter(("matching", "summing"))  # the files are read twice
+
+    def bar(graphs: Iterable[PrunedGraph]) -> Iterator[PrunedGraph]:
+        return iter(tqdm(graphs, desc=next(passes), total=len(files), unit="graph"))
+
+    merged = aggregate(files, [file.parent.name for file in files], task.match or "role", task.min_present, bar)
+    save_merged(context.run_dir / "aggregate.safetensors", merged)
+    labels = feature_labels(cfg, merged.model, graphs=files)
+    write_tables(context.run_dir, merged, labels)
+    if task.figure and len(merged.sources):
+        aggregate_graph(merged, context.run_dir / "figures" / "aggregate.png", labels=labels)
+    print(merged)
+    return {
+        "aggregate/graphs": float(merged.n_graphs),
+        "aggregate/nodes": float(len(merged.nodes)),
+        "aggregate/edges": float(len(merged.sources)),
+        "aggregate/nodes_in_all": float((merged.count == merged.n_graphs).sum()),
+        "aggregate/edges_in_all": float((merged.edge_count == merged.n_graphs).sum()),
+    }
 
 
 def _sides(cfg: AppConfig) -> tuple[_Side, _Side]:
@@ -78,7 +119,9 @@ def _sides(cfg: AppConfig) -> tuple[_Side, _Side]:
     if task.second is not None and traces_second:
         raise UserError("task.second= and task.second_prompt= or task.second_image= were given; give one of them")
     if task.first is None and cfg.prompt is None:
-        raise UserError("nothing to compare: give task.first=RUN, or prompt= (and image=) to trace")
+        raise UserError(
+            "nothing to compare: give task.first=RUN, or prompt= to trace; or task.runs=[RUN,...] to average"
+        )
     if task.second is None and not traces_second:
         raise UserError("nothing to compare with: give task.second=RUN, or task.second_prompt= or task.second_image=")
     if task.second is None and task.second_prompt is None and cfg.prompt is None:

@@ -119,7 +119,7 @@ def _sides(cfg: AppConfig) -> tuple[_Side, _Side]:
     if task.second is not None and traces_second:
         raise UserError("task.second= and task.second_prompt= or task.second_image= were given; give one of them")
     if task.first is None and cfg.prompt is None:
-        raise UserError(
+        raise UserError("nothing to compare: give task.first=RUN or prompt=, or task.runs=[RUN,...] to average")
             "nothing to compare: give task.first=RUN, or prompt= to trace; or task.runs=[RUN,...] to average"
         )
     if task.second is None and not traces_second:

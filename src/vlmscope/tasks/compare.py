@@ -120,8 +120,6 @@ def _sides(cfg: AppConfig) -> tuple[_Side, _Side]:
         raise UserError("task.second= and task.second_prompt= or task.second_image= were given; give one of them")
     if task.first is None and cfg.prompt is None:
         raise UserError("nothing to compare: give task.first=RUN or prompt=, or task.runs=[RUN,...] to average")
-            "nothing to compare: give task.first=RUN, or prompt= to trace; or task.runs=[RUN,...] to average"
-        )
     if task.second is None and not traces_second:
         raise UserError("nothing to compare with: give task.second=RUN, or task.second_prompt= or task.second_image=")
     if task.second is None and task.second_prompt is None and cfg.prompt is None:

@@ -120,12 +120,11 @@ class Features:
 
 @dataclass(frozen=True)
 class Text:
-    """Paragraphs, then (if any) a bullet list and a block of code such as a command line."""
+    """Paragraphs, then (if any) a block of code such as a command line."""
 
     template: ClassVar[str] = "text"
     title: str
     paragraphs: tuple[str, ...] = ()
-    bullets: tuple[str, ...] = ()
     code: str = ""
 
 

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 from vlmscope.core.errors import UserError, check_least
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from vlmscope.config import AppConfig
     from vlmscope.features.structure import StructurePass
     from vlmscope.features.study_files import StudyFolder
-    from vlmscope.report.page import Table
     from vlmscope.scope import Scope
     from vlmscope.tasks.registry import RunContext
 
@@ -22,12 +21,7 @@ Row = dict[str, Any]  # of the table of clusters
 
 USES = ("data", "study")
 MEMORY = "study.forward_tokens or study.batch_size"
-FIGURES = {
-    "modality_by_layer": "How many features of each layer belong to soft tokens, to words, to both",
-    "monosemanticity": "How alike the pictures are on which a feature fires, by layer and modality",
-    "duplicates": "Share of live features with a near-parallel partner, by layer",
-}
-LISTED, PICTURED, EXAMPLES, IDS = 25, 8, 6, 4  # clusters in a table and with pictures; pictures and ids of each
+LISTED, PICTURED, EXAMPLES = 12, 8, 6  # clusters in the table and with pictures; pictures of each
 
 
 @dataclass
@@ -52,7 +46,7 @@ class Config:
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
-    """Write structure.parquet, clusters.parquet, the figures and report.html."""
+    """Write structure.parquet, clusters.parquet and the figures, and print the largest clusters."""
     from vlmscope.config.wiring import needed_study
 
     folder = needed_study(cfg, shipped=True)
@@ -60,7 +54,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     import pyarrow as pa
 
     from vlmscope.config.wiring import load_model, load_scope
-    from vlmscope.core.results import Curve
+    from vlmscope.core.results import Curve, text_table
     from vlmscope.features import structure
     from vlmscope.features.study_files import StudyFolder, write_table
     from vlmscope.report.figures import dose_response, modality_by_layer, score_by_layer
@@ -84,7 +78,13 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     ylabel = f"share of live features with a partner\nat cosine {cfg.task.twin:g} or more"
     dose_response(lines, figures / "duplicates.png", "layer", ylabel, percent=False)
     metrics = structure.modality_metrics(modality) | structure.structure_metrics(features, clusters, shares)
-    write_page(context.run_dir, study, clusters, metrics, scope.vlm.name)
+    draw_clusters(figures / "clusters.png", study, clusters[:PICTURED])
+    rows = [["cluster", "features", "layers", "of pictures", "named"]]
+    for row in clusters[:LISTED]:
+        index = "" if row["modality_index"] is None else f"{row['modality_index']:.0%}"
+        where = f"{row['first_layer']} to {row['last_layer']}"
+        rows.append([str(row["cluster"]), str(row["size"]), where, index, row["name"] or "-"])
+    print(f"{text_table(rows)}\n{len(clusters)} clusters of features that fire together; clusters.parquet has all")
     return metrics
 
 
@@ -108,69 +108,8 @@ def collected(cfg: AppConfig, scope: Scope, study: StudyFolder) -> StructurePass
     return passed
 
 
-def write_page(
-    folder: Path, study: StudyFolder, clusters: Sequence[Row], metrics: Mapping[str, float], model: str
-) -> None:
-    """Write report.html: sizes, figures (already in figures/), the largest clusters with names and examples."""
-    from vlmscope.report.page import Card, Cards, Figure, Percent, ReportPage, Section, Text, drawn, mapping_table
-
-    median, shuffled = metrics["monosemanticity/median"], metrics["monosemanticity/shuffled_median"]
-    cards = (
-        Card("monosemanticity, median", median, f"pictures shuffled: {shuffled:.3f}"),
-        Card("write as another of their layer", Percent(metrics["duplicates/write_own_layer"]), "of live features"),
-        Card("read and write as another", Percent(metrics["duplicates/both_own_layer"]), "of their layer"),
-        Card("clusters of features that fire together", len(clusters)),
-    )
-    by_layer = tuple(drawn(folder / "figures" / f"{name}.png", alt) for name, alt in FIGURES.items())
-    sections: list[Section] = [Cards("In short", cards), Figure("By layer", by_layer)]
-    sheet = draw_clusters(folder / "figures" / "clusters.png", study, clusters[:PICTURED])
-    if sheet:
-        alt = "Inputs on which members are most active: " + "; ".join(row["name"] for row in clusters[:PICTURED])
-        sections.append(Figure("The largest clusters of features that fire together", (drawn(sheet, alt),)))
-    sections.append(cluster_list(clusters))
-    use = (
-        "clusters.parquet has all clusters, structure.parquet a row a feature. The features of a cluster can be the "
-        "`ids` of a supernode in a circuit_spec (docs/circuits.md). The workbench (task=serve) shows their inputs."
-    )
-    sections += [Text("Go on", (use,)), mapping_table("All numbers", dict(metrics), ("metric", "value"))]
-    page = ReportPage(
-        title=f"Structure of {sum(study.info.n_features.values()):,} features",
-        question="What do the features of all layers look like together: which belong to pictures or to words, which "
-        "are double, which fire together?",
-        summary=f"{len(clusters)} clusters of features that fire together hold "
-        f"{100 * metrics['clusters/features_frac']:.0f} % of the features; features of both modalities are most "
-        f"frequent in layer {metrics['modality/meeting_layer']:.0f}.",
-        sections=tuple(sections),
-        footer=f"vlmscope · {model} · {folder.name}",
-    )
-    page.write(folder / "report.html")
-
-
-def cluster_list(clusters: Sequence[Row]) -> Table:
-    """A table of the largest clusters."""
-    from vlmscope.report.page import Percent, Table
-
-    rows = tuple(
-        (
-            row["cluster"],
-            row["name"] or "–",
-            row["size"],
-            f"{row['first_layer']} to {row['last_layer']}",
-            None if row["modality_index"] is None else Percent(row["modality_index"]),
-            ", ".join(spread(row["features"])[:IDS]),
-        )
-        for row in clusters[:LISTED]
-    )
-    columns = ("cluster", "name", "features", "layers", "at soft tokens", "some of them")
-    note = (
-        f"The {len(rows)} largest of {len(clusters)}. At soft tokens: mean modality index, 0 % for words alone, 100 % "
-        "for pictures alone."
-    )
-    return Table("Clusters of features that fire together", columns, rows, note=note)
-
-
-def draw_clusters(path: Path, study: StudyFolder, clusters: Sequence[Row]) -> Path | None:
-    """Draw the strongest examples of some members of each cluster; None where no member has one."""
+def draw_clusters(path: Path, study: StudyFolder, clusters: Sequence[Row]) -> None:
+    """Draw the strongest examples of some members of each cluster; nothing where no member has one."""
     from vlmscope.core.records import FeatureId
     from vlmscope.features.study import study_examples
     from vlmscope.report.pictures import FeatureRow, feature_sheet
@@ -185,7 +124,8 @@ def draw_clusters(path: Path, study: StudyFolder, clusters: Sequence[Row]) -> Pa
         if examples:
             where = f"{row['size']} features, layers {row['first_layer']} to {row['last_layer']}"
             sheet.append(FeatureRow(row["name"] or f"cluster {row['cluster']}", where, tuple(examples)))
-    return feature_sheet(sheet, path, columns=EXAMPLES) if sheet else None
+    if sheet:
+        feature_sheet(sheet, path, columns=EXAMPLES)
 
 
 def spread(features: list[str]) -> list[str]:

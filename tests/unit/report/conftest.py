@@ -111,7 +111,7 @@ def make_page(word: str = "", width: int = SIDE) -> ReportPage:
         s.Features("Mars", supernode, shown=3),
         flip_table("Flip rates", make_rows(), f"Of all.{word}"),
         s.Table("Specificity", ("prompts", f"changed{word}"), shares),
-        s.Text("Method", (HOSTILE + word,), (f"one seed{word}",), command),
+        s.Text("Method", (HOSTILE + word, f"one seed{word}"), command),
         s.Details("Configuration", "config.yaml", "prompt: " + HOSTILE + word),
         s.mapping_table("Environment", {"numpy": f"2.1{word}"}),
     )

@@ -63,7 +63,7 @@ def test_every_pair_of_formats_computes_the_same(
         == {
             "topk": ["vlmscope", "paper", "circuit_tracer", "sparsify"],
             "relu": ["vlmscope", "circuit_tracer", "sae_lens"],
-            "jumprelu": ["vlmscope", "circuit_tracer", "gemma_scope", "sae_lens"],
+            "jumprelu": ["vlmscope", "circuit_tracer", "sae_lens"],
         }[activation]
     )
     x = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))

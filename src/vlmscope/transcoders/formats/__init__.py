@@ -22,7 +22,7 @@ from vlmscope.transcoders.usual_error import read_usual_error
 __all__ = ["ANY", "FORMATS", "STORED_DTYPES", "Choice", "detect", "load_set", "open_set", "refusal", "save_set"]
 
 ANY = Choice()
-_RAW, _POST = ("mlp_in", "mlp_out"), ("mlp_in", "mlp_out_post")
+_RAW = ("mlp_in", "mlp_out")
 _THRESHOLDS = ("jumprelu", "relu", "batchtopk")  # ReLU has thresholds of 0, BatchTopK one for all features
 
 
@@ -31,21 +31,21 @@ class Format:
     """One format: how to recognise, read and write it, and which sets it can express.
 
     `looks_for` names the files by which `found_in` recognises it; `open` reads the configuration and finds the files,
-    without the weights. `per_set` are the settings that it stores once for all layers, `counted` whether layers must be
-    0, 1, 2, .., `cross_layer` whether its features write to later layers (None: either), `skips` how many layers may
-    have skip paths.
+    without the weights; `write` is None for a format that is only read. `per_set` are the settings that it stores once
+    for all layers, `counted` whether layers must be 0, 1, 2, .., `cross_layer` whether its features write to later
+    layers (None: either), `skips` whether they may have skip paths.
     """
 
     looks_for: str
     found_in: Callable[[Path], bool]
     open: Callable[[Path, Choice], SetSource]
-    write: Callable[[TranscoderSet, Path, str], None]
+    write: Callable[[TranscoderSet, Path, str], None] | None
     activations: tuple[str, ...] = ACTIVATIONS
     hooks: tuple[str, str] | None = None
     per_set: tuple[str, ...] = ("activation", "input_hook", "output_hook", "k")
     counted: bool = False
     cross_layer: bool | None = False
-    skips: str = "any"
+    skips: bool = True
 
 
 def _yaml(name: str, **expresses: Any) -> Format:
@@ -61,7 +61,8 @@ def _yaml(name: str, **expresses: Any) -> Format:
 
 def _folders(layout: Layout, looks_for: str, **expresses: Any) -> Format:
     """A format with a folder for each layer."""
-    return Format(looks_for, layout.found_in, layout.open_set, layout.write, **expresses)
+    write = None if layout.describe is None else layout.write
+    return Format(looks_for, layout.found_in, layout.open_set, write, **expresses)
 
 
 FORMATS: dict[str, Format] = {
@@ -77,15 +78,9 @@ FORMATS: dict[str, Format] = {
         per_set=("activation", "input_hook", "output_hook", "k", "n_features"),
         counted=True,
         cross_layer=True,
-        skips="none",
+        skips=False,
     ),
-    "gemma_scope": _folders(
-        GEMMA_SCOPE,
-        "transcoder_all/layer_*_width_*_l0_*/params.safetensors",
-        activations=_THRESHOLDS,
-        hooks=_POST,
-        skips="all or none",
-    ),
+    "gemma_scope": _folders(GEMMA_SCOPE, "transcoder_all/layer_*_width_*_l0_*/params.safetensors"),
     "sparsify": _folders(
         SPARSIFY, "layers.*.mlp/sae.safetensors with cfg.json", activations=("topk",), hooks=_RAW, per_set=()
     ),
@@ -166,6 +161,8 @@ def load_set(
 def refusal(transcoders: TranscoderSet, format: str) -> str | None:
     """The reason why a format cannot express the set, in words; None if it can."""
     form, layers = format_named(format), transcoders.layers
+    if form.write is None:
+        return "it is only read"
     configs = [transcoder.config for transcoder in transcoders.transcoders.values()]
     if form.cross_layer is False and transcoders.cross_layer:
         return "it has no place for decoders to later layers (those of circuit-tracer, clt, has)"
@@ -179,9 +176,8 @@ def refusal(transcoders: TranscoderSet, format: str) -> str | None:
             return f"it maps {' to '.join(form.hooks)}, and these map {' to '.join(hooks)}"
     if form.counted and layers != list(range(len(layers))):
         return f"it counts layers 0, 1, 2, ..., and these are {layers}"
-    skips = {config.skip for config in configs}
-    if (form.skips == "none" and True in skips) or (form.skips == "all or none" and len(skips) > 1):
-        return f"it has skip paths in {form.skips} of its layers"
+    if not form.skips and any(config.skip for config in configs):
+        return "it has no place for skip paths"
     for name in form.per_set:
         values = sorted({str(getattr(config, name)) for config in configs})
         # k matters for TopK alone: elsewhere it is the target of training and not part of the function.
@@ -197,6 +193,8 @@ def save_set(transcoders: TranscoderSet, folder: str | Path, dtype: str = "float
     reason = refusal(transcoders, format)
     if reason is not None:
         raise UserError(f"cannot write this set as {format}: {reason}; choose another format")
-    FORMATS[format].write(transcoders, Path(folder), dtype)
+    write = FORMATS[format].write
+    assert write is not None, "as `refusal` would have said"
+    write(transcoders, Path(folder), dtype)
     if transcoders.usual_error is not None:
         transcoders.usual_error.write(Path(folder))

@@ -21,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from vlmscope.core.artifacts import read_json, write_json
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
@@ -67,8 +65,7 @@ class Layout:
 
     `names` maps its tensors' names to ours; `turned` are those of ours that it stores transposed. `find` returns the
     folders of all layers, `choose` those of one set, `read` the layer that a folder's record describes, and `describe`
-    the name and the record of a folder to write. `always` are tensors of ours that are written, as zeros, even if a set
-    has none.
+    the name and the record of a folder to write (None: the format is only read).
     """
 
     tensors: str
@@ -77,9 +74,8 @@ class Layout:
     turned: tuple[str, ...]
     find: Callable[[Path], list[Path]]
     read: Callable[[dict[str, Any], Path], Layer]
-    describe: Callable[[TranscoderConfig, TranscoderSet, str], tuple[str, dict[str, Any]]]
+    describe: Callable[[TranscoderConfig, TranscoderSet, str], tuple[str, dict[str, Any]]] | None = None
     choose: Callable[[Path, list[Path], Choice], list[Path]] = lambda folder, paths, choice: paths
-    always: tuple[str, ...] = ()
 
     def found_in(self, folder: Path) -> bool:
         """Whether a folder has this layout."""
@@ -136,12 +132,11 @@ class Layout:
 
     def write(self, transcoders: TranscoderSet, folder: Path, dtype: str) -> None:
         """Write a folder for each layer."""
+        assert self.describe is not None, "a format that is only read"
         theirs = {ours: theirs for theirs, ours in self.names.items()}
         for transcoder in transcoders.transcoders.values():
             name, record = self.describe(transcoder.config, transcoders, dtype)
             tensors = transposed(own_tensors(transcoder), *self.turned)
-            for extra in self.always:
-                tensors.setdefault(extra, torch.zeros_like(transcoder.b_enc))
             write_tensors(folder / name / self.tensors, {theirs[n]: t for n, t in tensors.items()}, dtype)
             write_json(folder / name / self.record, record)
 
@@ -209,23 +204,6 @@ def _gemma_read(record: dict[str, Any], where: Path) -> Layer:
     return Layer(number, "jumprelu", l0_of(record.get("l0")), name, ("mlp_in", "mlp_out_post"), bool(match[4]) or None)
 
 
-def _gemma_describe(config: TranscoderConfig, transcoders: TranscoderSet, dtype: str) -> tuple[str, dict[str, Any]]:
-    """A layer's folder and record; sparsity is named small up to an L0 of 20 and big above, as in Gemma Scope 2."""
-    widest = max(transcoders.widths.values())
-    unit = next(((size, name) for size, name in ((2**20, "m"), (2**10, "k")) if widest >= size), (1, ""))
-    l0 = "small" if transcoders.config.k <= 20 else "big"
-    kind = f"width_{widest // unit[0]}{unit[1]}_l0_{l0}{'_affine' if config.skip else ''}"
-    record = {key: hook.format(config.layer) for key, hook in _GEMMA_HOOKS.items()} | {
-        "width": config.n_features,
-        "model_name": transcoders.config.model_name,
-        "architecture": "jump_relu",
-        "l0": config.k,
-        "affine_connection": config.skip,
-        "type": "transcoder",
-    }
-    return f"transcoder_all/layer_{config.layer}_{kind}", record
-
-
 GEMMA_SCOPE = Layout(
     tensors="params.safetensors",
     record="config.json",
@@ -240,9 +218,7 @@ GEMMA_SCOPE = Layout(
     turned=("W_enc", "W_skip"),
     find=_gemma_find,
     read=_gemma_read,
-    describe=_gemma_describe,
     choose=_gemma_choose,
-    always=("threshold",),  # of ReLU
 )
 
 

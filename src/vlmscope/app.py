@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from vlmscope import __version__
 from vlmscope.core.errors import CheckFailed, RankLost, Terminated, UserError
 from vlmscope.core.launch import Place, place_of, program
 
@@ -27,6 +28,7 @@ vlmscope: transcoders, attribution graphs and causal tests for vision-language m
   {program} task=NAME [key=value ...]             one task on your own pictures and prompt
   {program} -m experiment=NAME seed=0,1,2         a sweep: one run for each combination
   {program} experiment=NAME --cfg job             show the configuration, run nothing
+  {program} --version                             the version
 
 {overview}
 
@@ -259,7 +261,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # prints a folder's name with the bytes that it has
     try:
-        if not argv or {"-h", "--help"} & set(argv):
+        if argv == ["--version"]:  # Hydra's own flag would print Hydra's
+            print(f"vlmscope {__version__}")
+            code = 0
+        elif not argv or {"-h", "--help"} & set(argv):
             print(_help())
             code = 0 if argv else 2
         else:

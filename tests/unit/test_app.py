@@ -10,6 +10,9 @@ import pytest
 import yaml
 from tests.processes import Forked
 
+from vlmscope import __version__
+from vlmscope.app import main
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # A task that exists only here, added to the package's search path before the app starts.
@@ -208,3 +211,11 @@ def test_a_reader_that_goes_away_is_no_error(command: str) -> None:
     with os.fdopen(write, "w") as closed:
         done = subprocess.run([sys.executable, "run.py", command], cwd=ROOT, stdout=closed, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr.decode()) == (141, "")
+
+
+def test_the_version_is_the_same_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    """The package's, from which setuptools takes the wheel's; the citation's; and one with a section of changes."""
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"vlmscope {__version__}\n"
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text().splitlines()

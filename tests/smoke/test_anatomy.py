@@ -67,6 +67,7 @@ def test_a_trace_says_so_when_its_answer_hardly_needs_mlps(tmp_path: Path, capsy
         assert image is not None
         Image.fromarray(image).save(tmp_path / "x.png")
         asked = [f"image={tmp_path / 'x.png'}", f"prompt={prompt}", "task.figure=false", "attribution.max_nodes=100"]
+        asked += ["model=orrery", "transcoder=orrery"]  # Orrery 2 was trained to need its MLPs
         assert main(["task=trace", *asked, "tracking=none", f"hydra.run.dir={tmp_path / str(number)}"]) == 0
         said.append("when all MLPs say the mean of 8 other pictures" in capsys.readouterr().out)
         metrics = json.loads((tmp_path / str(number) / "metrics.json").read_text())

@@ -38,7 +38,9 @@ def test_the_first_question_that_moves_is_discovered_and_its_supernodes_are_name
     assert circuit.node("mars").positions == Positions(("last",))
     assert circuit.node("mars").chosen == "discovery, writes mars"
     members = [(member.role, member.feature) for node in circuit.supernodes.values() for member in node.features]
-    assert len(members) == len(set(members)) == json.loads((made / "metrics.json").read_text())["circuit/features"]
+    assert len(members) == len(set(members))
+    found = json.loads((made / "metrics.json").read_text())["circuit/features"]
+    assert found == len({feature for _, feature in members}) <= len(members)
     for node in circuit.supernodes.values():
         assert node.positions is not None and {member.role for member in node.features} == {*node.positions.roles}
 

@@ -32,7 +32,7 @@ def asked(task: str, folder: Path, picture: Path, *more: str) -> int:
 
 
 def test_maps_metrics_and_records_agree(picture: Path, tmp_path: Path) -> None:
-    more = ("task.features=[L5/1263,L2/1923]", f"prompt={QUESTION}", "where.pool=mean")
+    more = ("task.top=2", f"prompt={QUESTION}", "where.pool=mean")
     assert asked("where", tmp_path, picture, *more, "task.curves=true", "where.draws=1", "where.counts=[8]") == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     record = json.loads((tmp_path / "where.json").read_text())
@@ -44,7 +44,7 @@ def test_maps_metrics_and_records_agree(picture: Path, tmp_path: Path) -> None:
     assert rollout.values.sum((1, 2)) == pytest.approx(np.ones(16), abs=0.05)
     names = [(one["feature"], one["kind"]) for one in record["order"]]
     kinds = ("rollout", "similarity", "vision_path", "activation")
-    assert names == [(feature, kind) for feature in ("L5/1263", "L2/1923") for kind in kinds]
+    assert names == [(feature, kind) for feature in record["features"] for kind in kinds]
     by_name = dict(zip(names, maps.targets, strict=True))
     for feature, found in record["features"].items():
         key = f"where/{feature.replace('/', '_')}"

@@ -1,7 +1,7 @@
 """The ranges of headline numbers have teeth: a broken build misses them, the shipped one does not.
 
-The steered share of six_fingers, on fewer pairs than its range was made for. That five-fingered hands are called five
-is no such number: a model that cannot see says so too.
+What the mean change of six_fingers does once, on fewer pairs than its range was made for. That hands are called five is
+no such number: a model that cannot see says so too.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,8 +23,8 @@ from vlmscope.interventions import trials
 from vlmscope.tasks import registry
 
 SMALL = ["pairs.train=16", "pairs.test=24", "interchange.steps=2"]
-ALWAYS = ["settings.six.strength=[6,8]", "settings.five.strength=[6,8]", "trainer.threads=1"]
-STEERED = "amplify/six/strength_8"
+ALWAYS = ["settings.six.strength=[4,8]", "settings.six.matched=0", "settings.six.random_direction=0", "trainer.threads=1"]
+STEERED = "amplify/once"
 Fault = Callable[[Bench], AbstractContextManager[None]]
 
 

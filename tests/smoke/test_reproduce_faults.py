@@ -23,7 +23,12 @@ from vlmscope.interventions import trials
 from vlmscope.tasks import registry
 
 SMALL = ["pairs.train=16", "pairs.test=24", "interchange.steps=2"]
-ALWAYS = ["settings.six.strength=[4,8]", "settings.six.matched=0", "settings.six.random_direction=0", "trainer.threads=1"]
+ALWAYS = [
+    "settings.six.strength=[4,8]",
+    "settings.six.matched=0",
+    "settings.six.random_direction=0",
+    "trainer.threads=1",
+]
 STEERED = "amplify/once"
 Fault = Callable[[Bench], AbstractContextManager[None]]
 

@@ -1,7 +1,6 @@
 """The ranges of headline numbers have teeth: a broken build misses them, the shipped one does not.
 
-What the mean change of six_fingers does once, on fewer pairs than its range was made for. That hands are called five is
-no such number: a model that cannot see says so too.
+What the mean change of six_fingers does once, on fewer pairs than its range was made for.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,12 +22,7 @@ from vlmscope.interventions import trials
 from vlmscope.tasks import registry
 
 SMALL = ["pairs.train=16", "pairs.test=24", "interchange.steps=2"]
-ALWAYS = [
-    "settings.six.strength=[4,8]",
-    "settings.six.matched=0",
-    "settings.six.random_direction=0",
-    "trainer.threads=1",
-]
+ALWAYS = ["trainer.threads=1", *(f"settings.six.{key}" for key in ("strength=[8]", "matched=0", "random_direction=0"))]
 STEERED = "amplify/once"
 Fault = Callable[[Bench], AbstractContextManager[None]]
 

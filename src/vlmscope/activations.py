@@ -30,36 +30,37 @@ from vlmscope.models.attention import (
     stopping_at_scores,
     using_vlmscope_attention,
 )
-from vlmscope.models.base import Adapter, ModelInputs, all_norms
+from vlmscope.models.base import Adapter, ModelInputs, Stack, all_norms
 from vlmscope.models.batching import InputBatch, make_batch, watching_injections
 from vlmscope.models.boxes import Tile
 from vlmscope.models.checkpoint import materialised
 from vlmscope.models.loading import VLM
 
 
-def target_module(adapter: Adapter, layer: int, hook: str) -> nn.Module:
+def target_module(stack: Stack, layer: int, hook: str) -> nn.Module:
     """The module whose output a transcoder with this `output_hook` imitates."""
-    if hook == "mlp_out":
-        return adapter.mlp(layer)
-    norm = adapter.norms(layer).mlp_out_post
+    if hook != "mlp_out_post":
+        return stack.mlp(layer)
+    norm = stack.after_mlp(layer)
     assert norm is not None, f"hook {hook!r} needs a norm after the MLP"
     return norm
 
 
-def target_at(adapter: Adapter, layer: int, hook: str, mlp_out: Tensor) -> Tensor:
+def target_at(stack: Stack, layer: int, hook: str, mlp_out: Tensor) -> Tensor:
     """What a transcoder with this `output_hook` imitates, from the raw MLP's output: [.., d] -> [.., d]."""
-    return mlp_out if hook == "mlp_out" else target_module(adapter, layer, hook)(mlp_out)
+    return mlp_out if hook != "mlp_out_post" else target_module(stack, layer, hook)(mlp_out)
 
 
-def norm_weight_after(adapter: Adapter, layer: int, hook: str, like: Tensor) -> Tensor | None:
+def norm_weight_after(stack: Stack, layer: int, hook: str, like: Tensor) -> Tensor | None:
     """Weights [d] of the norm between a transcoder's output and the stream, up to one positive factor.
 
     In dtype and device of `like`. None where no norm lies between `hook` and the residual stream.
     """
-    norm = adapter.norms(layer).mlp_out_post
+    norm = stack.after_mlp(layer)
     if hook != "mlp_out" or norm is None:
         return None
-    return adapter.norm_scale(norm, torch.ones(adapter.d_model, dtype=adapter.dtype, device=adapter.device)).to(like)
+    assert isinstance(stack, Adapter), "norms after a tower's MLP are not known"
+    return stack.norm_scale(norm, torch.ones(stack.d_model, dtype=stack.dtype, device=stack.device)).to(like)
 
 
 class HasAdapter(Protocol):
@@ -116,20 +117,24 @@ def _hooks(pairs: Mapping[nn.Module, Hook]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def capture_mlp(model: Adapter | HasAdapter, batch: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+def capture_mlp(model: Stack | HasAdapter, batch: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
     """Inputs and outputs of each layer's MLP for one batch: layer -> ([B, T, d], [B, T, d]) in the model's dtype.
 
-    `batch` holds keyword arguments of the Hugging Face forward; padded positions are returned too.
+    `batch` holds keyword arguments of the Hugging Face forward; padded positions are returned too. Towers that join all
+    pictures give one row of all patches.
     """
-    adapter = adapter_of(model)
+    stack = model if isinstance(model, Stack) else model.adapter
     captured: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(layer: int) -> Hook:
-        return lambda _module, args, output: captured.update({layer: (args[0].detach(), output.detach())})
+        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            x, y = (side.detach() if side.ndim > 2 else side.detach()[None] for side in (args[0], output))
+            captured[layer] = x, y
 
-    with _hooks({adapter.mlp(layer): keep(layer) for layer in range(adapter.n_layers)}):
-        # Logits are not needed: one position of them takes less memory than [B, T, V].
-        adapter.forward(batch, use_cache=False, logits_to_keep=1)
+        return hook
+
+    with _hooks({stack.mlp(layer): keep(layer) for layer in range(stack.n_layers)}):
+        stack.run(batch)
     return captured
 
 
@@ -257,7 +262,8 @@ def head_score(
     """
     adapter = adapter_of(model)
     module = adapter.attention(layer)
-    attention_args, attention_kwargs = _attention_input(adapter, module, inputs)
+    with torch.no_grad(), using_vlmscope_attention(adapter):
+        attention_args, attention_kwargs = adapter.arguments_of(module, inputs.tensors)
     parts = adapter.score_parts(layer)
     leaves: dict[nn.Module, Tensor] = {}
 
@@ -287,27 +293,6 @@ def head_score(
             _side(scores.key[0, kv_head, key], parts.key, leaves[parts.key], key, kv_head),
         )
     return HeadScore(*sides, scale=scores.scaling, softcap=scores.softcap)
-
-
-def _attention_input(adapter: Adapter, module: nn.Module, inputs: ModelInputs) -> tuple[tuple, dict]:
-    """The arguments of an attention module's call, from a forward that ends there."""
-
-    class Reached(Exception):
-        """Ends the forward."""
-
-    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise Reached(args, dict(kwargs))
-
-    with torch.no_grad(), using_vlmscope_attention(adapter):
-        handle = module.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            adapter.forward(inputs.tensors, use_cache=False)
-        except Reached as reached:
-            args, kwargs = reached.args
-            return args, kwargs
-        finally:
-            handle.remove()
-    raise AssertionError("the forward did not reach the attention module")
 
 
 def _side(value: Tensor, projection: nn.Module, leaf: Tensor, position: int, head: int) -> HeadSide:

@@ -29,14 +29,15 @@ from vlmscope.attribution.heads import HeadSplitter, Place, query_keys, score_pa
 from vlmscope.attribution.targets import choose_logits
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
-from vlmscope.core.records import generator
+from vlmscope.core.records import TOWER, generator
 from vlmscope.interventions.edits import LayerEdit
 from vlmscope.interventions.run import base_run, editing, run_edited
-from vlmscope.models.base import ModelInputs, exact_float64
+from vlmscope.models.base import ModelInputs, Stack, exact_float64
 from vlmscope.models.checkpoint import is_offloaded
 from vlmscope.models.families import adapter_for
 from vlmscope.replacement import ReplacementModel, Replay, build_replacement
 from vlmscope.scope import Scope
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 
 TOLERANCE = 1e-9  # of the sum of |incoming edges|, in float64 under `exact_float64`
 CASES = ("text", "one_picture", "two_pictures")  # the n-th has n pictures
@@ -157,18 +158,26 @@ class Subject:
     @cached_property
     def own_pre_activations(self) -> np.ndarray:
         """Pre-activations `[n]` float64 of the active features at the Hugging Face model's MLP inputs."""
-        table = self.replacement.feature_activations
-        inputs = capture_mlp(self.scope.adapter, self.inputs.tensors)
+        table, tower = self.replacement.feature_activations, self.replacement.tower
+        # First number, first position, transcoders and layers of each site.
+        sites: list[tuple[int, int, TranscoderSet, Stack]] = [(0, 0, self.scope.transcoders, self.scope.adapter)]
+        if tower is not None:
+            sites.append((TOWER, tower.first_position, tower.transcoders, tower.stack))
         out = np.empty(len(table))
-        for layer in range(self.replacement.n_layers):
-            mine = np.flatnonzero(table.layer == layer)
-            transcoder, x = self.scope.transcoders[layer], inputs[layer][0][0]
-            index = torch.from_numpy(table.index[mine]).to(x.device)
-            position = torch.from_numpy(table.position[mine]).to(x.device)
-            with torch.no_grad():
-                pre = (x[position].double() * transcoder.W_enc[index].double()).sum(-1)
-                out[mine] = (pre + transcoder.b_enc[index].double()).numpy(force=True)
+        for first, before, transcoders, stack in sites:
+            for layer, (inputs, _) in capture_mlp(stack, self.inputs.tensors).items():
+                mine, x = np.flatnonzero(table.layer == first + layer), inputs.flatten(0, 1)
+                index = torch.from_numpy(table.index[mine]).to(x.device)
+                position = torch.from_numpy(table.position[mine] - before).to(x.device)
+                out[mine] = _pre_activations(transcoders[layer], x[position], index)
         return out
+
+
+@torch.no_grad()
+def _pre_activations(transcoder: Transcoder, x: Tensor, index: Tensor) -> np.ndarray:
+    """Pre-activations `[n]` float64 of features `[n]` at inputs `[n, d]`."""
+    pre = (x.double() * transcoder.W_enc[index].double()).sum(-1)
+    return (pre + transcoder.b_enc[index].double()).numpy(force=True)
 
 
 def make_subject(
@@ -350,15 +359,16 @@ def batching(subject: Subject) -> float:
     absolute = np.abs(plain).sum(1)
     absolute[absolute == 0] = 1.0
     gaps = [np.abs(dense_rows(size) - plain).sum(1) / absolute for size in (1, 7)]
-    first = np.concatenate([[0], np.cumsum(adjoint.columns.n_features)])
-    for layer in range(adjoint.columns.n_layers):
-        mine = chosen[(chosen >= first[layer]) & (chosen < first[layer + 1])] - first[layer]
+    first = 0
+    for level in adjoint.columns.levels:
+        mine = chosen[(chosen >= first) & (chosen < first + level.n_features)] - first
         shuffled = rng.permutation(len(mine))
-        which = torch.from_numpy(mine).to(subject.replacement.errors.device)
+        which = torch.from_numpy(mine).to(adjoint.replacement.errors.device)
         order = torch.from_numpy(shuffled).to(which.device)
-        difference = adjoint.feature_rows(layer, which[order]) - adjoint.feature_rows(layer, which)[order]
-        gap = difference.abs().sum(1).double().numpy(force=True)
-        gaps.append(gap / absolute[np.searchsorted(chosen, mine[shuffled] + first[layer])])
+        rows = adjoint.feature_rows(level.layer, which[order]) - adjoint.feature_rows(level.layer, which)[order]
+        gap = rows.abs().sum(1).double().numpy(force=True)
+        gaps.append(gap / absolute[np.searchsorted(chosen, mine[shuffled] + first)])
+        first += level.n_features
     return float(np.concatenate(gaps).max())
 
 
@@ -523,7 +533,8 @@ def in_float64(scope: Scope) -> Scope:
         )
     model = copy.deepcopy(scope.vlm.model).double()
     vlm = replace(scope.vlm, model=model, adapter=adapter_for(model))
-    return Scope(vlm, copy.deepcopy(scope.transcoders).double())
+    tower = None if scope.tower is None else copy.deepcopy(scope.tower).double()
+    return Scope(vlm, copy.deepcopy(scope.transcoders).double(), tower=tower)
 
 
 def own_dtype_errors(

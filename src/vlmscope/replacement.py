@@ -8,25 +8,38 @@ with P the pattern of each head, s1, s2, s3, s4 the scales of the norms, sv that
 families), c the layer's constant (1 in most) and v what pictures add after it (0 in most). `replay`, `direct` and
 `total` run the model forwards; the attribution engine runs its adjoint backwards, in separate code, so that tests
 compare two implementations.
+
+With transcoders of the vision tower (`FrozenTower`) the same holds below the soft tokens: tower, pooling and projector
+are affine in the patch embeddings, the tower's feature activations, its errors and its biases.
 Legend: L layers, T positions, d model width, n active features, F features of a transcoder, V vocabulary, H heads,
 Hkv key/value heads, D head width.
 """
 
+from __future__ import annotations
+
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmscope.activations import ForwardState, capture_state
 from vlmscope.core.errors import UserError
-from vlmscope.models.base import Adapter, ModelInputs
+from vlmscope.core.records import TOWER, PatchBox
+from vlmscope.models.attention import FrozenVision, frozen_vision
+from vlmscope.models.base import Adapter, ModelInputs, VisionStack
+from vlmscope.models.batching import Entering, entering
+from vlmscope.models.boxes import tower_kind
 from vlmscope.models.checkpoint import materialised
+from vlmscope.models.loading import VLM
 from vlmscope.scope import Scope
-from vlmscope.transcoders.transcoder import Transcoder
+from vlmscope.transcoders.config import TranscoderConfig
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 
 # (layer, position, feature index) -> change of activation
 FeatureChange = Mapping[tuple[int, int, int], float]
@@ -184,11 +197,158 @@ class FeatureTable:
             raise KeyError(f"feature L{layer}/{index} is not active at position {position}") from None
 
 
-def feature_table(layers: Sequence[LayerFeatures]) -> FeatureTable:
-    """Join the layers' active features."""
+def feature_table(layers: Sequence[LayerFeatures], tower: FrozenTower | None = None) -> FeatureTable:
+    """Join the layers' active features, those of a tower first; its positions come after those of the prompt."""
+    numbers, places, every = np.arange(len(layers)), np.zeros(len(layers), dtype=np.int64), [*layers]
+    if tower is not None:
+        below = len(tower.features)
+        numbers = np.concatenate([TOWER + np.arange(below), numbers])
+        places = np.concatenate([np.full(below, tower.first_position), places])
+        every = [*tower.features, *layers]
+    sizes = [len(layer) for layer in every]
     names = ("position", "index", "activation", "pre_activation")
-    columns = (np.concatenate([getattr(layer, name).cpu().numpy() for layer in layers]) for name in names)
-    return FeatureTable(np.repeat(np.arange(len(layers)), [len(layer) for layer in layers]), *columns)
+    columns = [np.concatenate([getattr(layer, name).numpy(force=True) for layer in every]) for name in names]
+    columns[0] = columns[0] + np.repeat(places, sizes)
+    return FeatureTable(np.repeat(numbers, sizes), *columns)
+
+
+class PatchEmbedding:
+    """A forward hook that replaces the patch embeddings by a leaf `values [N, d_v]`, without the bias."""
+
+    def __init__(self, module: Any, values: Tensor | None = None) -> None:
+        self._bias = 0.0 if module.bias is None else module.bias.detach()
+        self.values = values  # None: the model's own, of the next forward
+
+    def __call__(self, module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        # Convolutions give [n, d_v, ...], linear maps [.., n, d_v].
+        convolves = isinstance(module, nn.Conv2d | nn.Conv3d)
+        rows = output.flatten(2).transpose(1, 2) if convolves else output
+        values = (rows.detach() - self._bias).flatten(0, -2).requires_grad_() if self.values is None else self.values
+        self.values = values
+        rows = (values + self._bias).reshape(rows.shape)
+        return rows.transpose(1, 2).reshape(output.shape) if convolves else rows
+
+
+class TowerPass(NamedTuple):
+    """One pass through a frozen tower, with its graph for autograd."""
+
+    written: Entering  # what it writes into the decoder
+    mlp_in: list[Tensor]  # `[N, d_v]` per layer
+    patches: Tensor  # `[N', d_v]`, the embeddings that entered, a leaf
+    leaves: list[Tensor]  # `[N, d_v]` zeros per layer, leaves added to the MLP outputs
+    outputs: list[Tensor]  # `[N, d_v]` of the MLPs per layer
+
+
+class FrozenTower:
+    """The vision tower at one prompt's pictures, its MLPs replaced by transcoders plus errors, all else frozen.
+
+    It works for every family, since it is the model's own forward with frozen states (`frozen_vision`) and other MLP
+    outputs. Legend: N tokens of the tower (class tokens and patches), N' patch embeddings, d_v width.
+    """
+
+    def __init__(self, vlm: VLM, inputs: ModelInputs, transcoders: TranscoderSet) -> None:
+        """Run the tower once.
+
+        Raises:
+            UserError: a set that is not one of this tower, layer by layer.
+        """
+        self.stack, self.inputs, self.transcoders = VisionStack(vlm.adapter), inputs, transcoders
+        self._check()
+        self.first_position = len(inputs)  # of its tokens, after those of the prompt
+        tower = vlm.adapter.vision_tower()
+        self._embedding = tower.get_submodule(tower_kind(tower).patches)
+        self.features: list[LayerFeatures] = []  # of each layer, by tower token
+        self.errors: list[Tensor] = []  # `[N, d_v]` of each layer
+        self._frozen: FrozenVision | None = None
+        first = self._pass(None, None)
+        self.patches = first.patches.detach()
+        for layer, (x, y) in enumerate(zip(first.mlp_in, first.outputs, strict=True)):
+            x, y = x.detach(), y.detach()
+            active = active_features(transcoders[layer], x)
+            self.features.append(active)
+            self.errors.append(y - written([active], [active.activation], x) - active.b_dec)
+        n_tokens = len(self.errors[0])
+        self.boxes: list[PatchBox | None] = [None] * n_tokens  # of each token; None for class tokens and padding
+        self.picture = np.full(n_tokens, -1)  # the picture of each token
+        # The token of each patch embedding: the same number but for class tokens and windows, which tiles know.
+        self.token_of_patch = np.arange(len(self.patches))
+        pictures = vlm.adapter.picture_patches(inputs.tensors, inputs.sizes, vlm.processor.image_processor)
+        for number, picture in enumerate(pictures):
+            for tile in picture.tiles:
+                tokens = tile.tokens[tile.n_class :]
+                self.token_of_patch[tile.patches] = tokens
+                self.picture[tile.tokens] = number
+                for token, box in zip(tokens.tolist(), tile.boxes, strict=True):
+                    self.boxes[token] = box
+        assert self.token_of_patch.max() < n_tokens, "a patch embedding belongs to no token of the tower"
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.boxes)
+
+    def _check(self) -> None:
+        layers, n_layers = self.transcoders.layers, self.stack.n_layers
+        if self.transcoders.site != "tower" or layers != list(range(n_layers)):
+            raise UserError(
+                f"attribution.tower: the set is of the {self.transcoders.site}'s layers {layers}, not of layers 0 to "
+                f"{n_layers - 1} of the vision tower; train one with transcoder.site=tower"
+            )
+        if {config.d_model for config in self._configs()} != {self.stack.d_model} or self.transcoders.cross_layer:
+            raise UserError(
+                f"attribution.tower takes transcoders of single layers and width {self.stack.d_model}; load the set "
+                "that was trained on this tower"
+            )
+
+    def _configs(self) -> list[TranscoderConfig]:
+        return [transcoder.config for transcoder in self.transcoders.transcoders.values()]
+
+    def run(self, changes: Sequence[Tensor] | None = None, *, respond: bool = False) -> TowerPass:
+        """The affine tower with `changes [n]` of activations per layer, to which active features `respond` or not."""
+        changes = [torch.zeros_like(features.activation) for features in self.features] if changes is None else changes
+
+        def write(layer: int, x: Tensor) -> Tensor:
+            features = self.features[layer]
+            activation = features.activation + changes[layer].to(features.activation)
+            if respond:
+                activation = activation + features.read(x) + features.encoder_bias - features.pre_activation
+            return written([features], [activation], x) + features.b_dec + self.errors[layer]
+
+        return self._pass(self.patches.clone().requires_grad_(), write)
+
+    def constants(self) -> TowerPass:
+        """The affine tower without patches, features and errors: its biases are left."""
+
+        def write(layer: int, x: Tensor) -> Tensor:
+            features = self.features[layer]
+            return written([features], [torch.zeros_like(features.activation)], x) + features.b_dec
+
+        return self._pass(torch.zeros_like(self.patches, requires_grad=True), write)
+
+    def _pass(self, patches: Tensor | None, write: Callable[[int, Tensor], Tensor] | None) -> TowerPass:
+        """A pass with these MLP outputs; with None of both the model's own, whose states are frozen for the others."""
+        adapter, embedding = self.stack.adapter, PatchEmbedding(self._embedding, patches)
+        mlp_in, leaves, outputs = [], [], []
+
+        def hook(layer: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+            def replace(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+                x = args[0].flatten(0, -2)
+                mlp_in.append(x)
+                y = output.flatten(0, -2) if write is None else write(layer, x)
+                leaves.append(torch.zeros_like(y, requires_grad=True))
+                outputs.append(y)
+                return (y + leaves[-1]).reshape(output.shape)
+
+            return replace
+
+        with ExitStack() as opened:
+            opened.callback(self._embedding.register_forward_hook(embedding).remove)
+            for layer in range(self.stack.n_layers):
+                opened.callback(self.stack.mlp(layer).register_forward_hook(hook(layer)).remove)
+            opened.enter_context(torch.enable_grad())
+            self._frozen = opened.enter_context(frozen_vision(adapter, self._frozen))
+            entered = entering(adapter, [self.inputs])
+        assert embedding.values is not None, "the tower did not embed its patches where it should"
+        return TowerPass(entered, mlp_in, embedding.values, leaves, outputs)
 
 
 @dataclass(frozen=True)
@@ -218,11 +378,19 @@ class ReplacementModel:
     # cap c of a model whose logits are `c tanh(u / c)` of the unembedding's output u, or None. Graphs explain u, which
     # is affine; the cap keeps the order of the logits
     logit_softcap: float | None = None
+    tower: FrozenTower | None = None  # below the soft tokens, where its MLPs have transcoders
 
     @property
     def n_layers(self) -> int:
         """L."""
         return len(self.layers)
+
+    def features_of(self, layer: int) -> LayerFeatures:
+        """The active features of a layer, of the vision tower from `TOWER` on."""
+        if layer >= 0:
+            return self.features[layer]
+        assert self.tower is not None, "the tower has no transcoders"
+        return self.tower.features[layer - TOWER]
 
     @property
     def n_positions(self) -> int:
@@ -235,17 +403,22 @@ class ReplacementModel:
 
         `delta` changes some activations; the other features keep theirs.
         """
-        changes = self._changes(delta or {})
+        below, changes = self._changes(delta or {})
+        entered, pre = self.state, []
+        if self.tower is not None:
+            run = self.tower.run(below)
+            entered, pre = _entered(run, self.state), self._tower_pre(run)
         activation = [features.activation + change for features, change in zip(self.features, changes, strict=True)]
-        x, pre = self.state.embeddings, []
+        x = entered.embeddings
         for layer, (frozen, features) in enumerate(zip(self.layers, self.features, strict=True)):
             h = x + frozen.attend(x, with_bias=True)
             mlp_in = frozen.mlp_in_scale * h
             pre.append(features.read(mlp_in) + features.encoder_bias)
             out = written(self.features[: layer + 1], activation[: layer + 1], mlp_in)
             stream = h + frozen.write_scale * (out + features.b_dec + self.errors[layer])
-            x = frozen.leave(stream, with_injection=True)
-        return Replay(torch.cat(pre), torch.cat(activation), self._unembed(x))
+            x = frozen.leave(stream, with_injection=False)
+            x = x + entered.injections[layer] if layer < len(entered.injections) else x
+        return Replay(torch.cat(pre), torch.cat([*self._tower_activations(below), *activation]), self._unembed(x))
 
     def direct(self, delta: FeatureChange) -> Replay:
         """The change of all pre-activations and logits when some activations change and no other feature responds."""
@@ -257,11 +430,29 @@ class ReplacementModel:
 
     @torch.no_grad()
     def _tangent(self, delta: FeatureChange, *, respond: bool) -> Replay:
-        still = torch.zeros_like(self.state.embeddings)
-        no_injection = torch.zeros_like(self.state.injections)
-        changes = self._changes(delta)
-        x, pre, activation = self.propagate(still, no_injection, changes, respond=respond, n_layers=self.n_layers)
-        return Replay(torch.cat(pre), torch.cat(activation), self._unembed(x))
+        stream = torch.zeros_like(self.state.embeddings)
+        injected = torch.zeros_like(self.state.injections)
+        below, changes = self._changes(delta)
+        below_pre: list[Tensor] = []
+        if self.tower is not None:
+            moved, still = self.tower.run(below, respond=respond), self.tower.run()
+            after, before = _entered(moved, self.state), _entered(still, self.state)
+            stream, injected = after.embeddings - before.embeddings, after.injections - before.injections
+            pairs = zip(self._tower_pre(moved), self._tower_pre(still), strict=True)
+            below_pre = [one - other for one, other in pairs]
+            below = [change + pre for change, pre in zip(below, below_pre, strict=True)] if respond else below
+        x, pre, activation = self.propagate(stream, injected, changes, respond=respond, n_layers=self.n_layers)
+        return Replay(torch.cat([*below_pre, *pre]), torch.cat([*below, *activation]), self._unembed(x))
+
+    def _tower_pre(self, run: TowerPass) -> list[Tensor]:
+        """Pre-activations `[n]` of the tower's active features per layer in a pass."""
+        assert self.tower is not None
+        layers = zip(self.tower.features, run.mlp_in, strict=True)
+        return [(features.read(x) + features.encoder_bias).to(self.errors.dtype) for features, x in layers]
+
+    def _tower_activations(self, changes: Sequence[Tensor]) -> list[Tensor]:
+        features = [] if self.tower is None else self.tower.features
+        return [one.activation.to(change) + change for one, change in zip(features, changes, strict=True)]
 
     def propagate(
         self, stream: Tensor, injected: Tensor, changes: Sequence[Tensor], *, respond: bool, n_layers: int
@@ -292,12 +483,21 @@ class ReplacementModel:
     def _unembed(self, x: Tensor) -> Tensor:
         return (self.state.final_norm_scale * x) @ self.unembedding.T
 
-    def _changes(self, delta: FeatureChange) -> list[Tensor]:
-        """The changes of activations per layer, `[n]` each."""
+    def _changes(self, delta: FeatureChange) -> tuple[list[Tensor], list[Tensor]]:
+        """The changes of activations per layer, `[n]` each, of the tower and of the decoder."""
         flat = torch.zeros(len(self.feature_activations), dtype=self.errors.dtype, device=self.errors.device)
         for key, change in delta.items():
             flat[self.feature_activations.row(*key)] += change
-        return list(flat.split([len(features) for features in self.features]))
+        below = [] if self.tower is None else self.tower.features
+        parts = flat.split([len(features) for features in (*below, *self.features)])
+        return list(parts[: len(below)]), list(parts[len(below) :])
+
+
+def _entered(run: TowerPass, like: ForwardState) -> ForwardState:
+    """`like` with what a pass of the tower writes."""
+    embeddings, injections = run.written.embeddings[0].detach(), run.written.injections
+    moved = like.injections if injections is None else injections[0].detach().to(like.injections)
+    return replace(like, embeddings=embeddings.to(like.embeddings), injections=moved)
 
 
 @torch.no_grad()
@@ -329,14 +529,16 @@ def build_replacement(scope: Scope, inputs: ModelInputs, dtype: torch.dtype | No
         activations = [layer_features.activation for layer_features in features]
         errors.append(target - (written(features, activations, state.mlp_in[layer]) + active.b_dec))
         layers.append(_freeze_layer(adapter, state, layer, hook))
+    tower = FrozenTower(scope.vlm, inputs, scope.tower) if scope.tower is not None and inputs.sizes else None
     return ReplacementModel(
         inputs=inputs,
+        tower=tower,
         state=state,
         layers=layers,
         features=features,
         errors=torch.stack(errors),
         unembedding=materialised(adapter.lm_head()).detach().to(dtype),
-        feature_activations=feature_table(features),
+        feature_activations=feature_table(features, tower),
         logit_softcap=adapter.logit_softcap,
     )
 

@@ -15,7 +15,7 @@ from vlmscope.activations import mlp_inputs
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import as_rgb
 from vlmscope.data.images import open_image
-from vlmscope.models.base import Adapter, ModelInputs
+from vlmscope.models.base import Adapter, ModelInputs, Stack, stack_of
 from vlmscope.models.batching import InputBatch, make_batch
 from vlmscope.models.loading import VLM
 from vlmscope.transcoders.transcoder import TranscoderSet
@@ -34,11 +34,17 @@ class Scope:
     vlm: VLM
     transcoders: TranscoderSet
     study: Path | None = None  # the labelled study that is shipped with both
+    tower: TranscoderSet | None = None  # transcoders of the vision tower, for graphs that begin at the patches
 
     @property
     def adapter(self) -> Adapter:
         """The family's adapter around the Hugging Face model."""
         return self.vlm.adapter
+
+    @property
+    def stack(self) -> Stack:
+        """The layers that the transcoders belong to."""
+        return stack_of(self.adapter, self.transcoders.site)
 
     def inputs(self, prompt: str, images: Pictures = ()) -> ModelInputs:
         """One user turn, ready for the model; pictures are paths, PIL images or arrays, one or a list."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vlmscope.attribution.adjoint import Readers, target_readers
 from vlmscope.attribution.targets import choose_logits, feature_target
-from vlmscope.attribution.vision import VisionPath, _PatchEmbedding, vision_path
+from vlmscope.attribution.vision import VisionPath, vision_path
 from vlmscope.core.graph import NodeKind
 from vlmscope.core.maps import PictureMap
 from vlmscope.models import attention as frozen_vision
@@ -20,6 +20,7 @@ from vlmscope.models.base import exact_float64
 from vlmscope.models.batching import entering
 from vlmscope.models.boxes import tower_kind
 from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
+from vlmscope.replacement import PatchEmbedding
 
 PICTURED = tuple(
     name
@@ -185,8 +186,7 @@ def test_the_gradient_is_that_of_finite_differences(pictured: Case) -> None:
 def moved_patches(case: Case, values: Tensor) -> Iterator[None]:
     tower = case.vlm.adapter.vision_tower()
     module = tower.get_submodule(tower_kind(tower).patches)
-    leaf = _PatchEmbedding(module)
-    leaf.values = values
+    leaf = PatchEmbedding(module, values)
     handle = module.register_forward_hook(leaf)
     try:
         yield

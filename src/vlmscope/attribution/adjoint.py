@@ -15,13 +15,19 @@ J_t those on the targets. Its transpose is the sweep above with one addition: at
 through the features that the layer reads,
     G <- G + s3 * sum_f (dt / da_f) W_enc[f],    dt / da_f = sum over the layers that f writes to of (s4 * G) . W_dec[f]
 
+With transcoders of the vision tower the gradient at the soft tokens goes on, by autograd through the frozen tower
+(`vlmscope.replacement.FrozenTower`), to patch embeddings, tower features and errors; soft tokens are passed through and
+have no edges. The tower's biases are what is left of it without patches, features and errors.
+
 Legend: B targets, S carried positions, T positions, d width, H heads, Hkv key/value heads, D head width, K features of
 one position that write to a layer, L layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -29,21 +35,54 @@ import torch
 from torch import Tensor
 
 from vlmscope.attribution.targets import Targets
-from vlmscope.replacement import FrozenLayer, LayerFeatures, ReplacementModel
+from vlmscope.core.records import TOWER
+from vlmscope.replacement import FrozenLayer, FrozenTower, LayerFeatures, ReplacementModel
+
+
+class Level(NamedTuple):
+    """One layer's columns: its features, then its errors."""
+
+    layer: int  # `TOWER` and up in the vision tower
+    bias: int | None  # column of its own bias, before its features; the tower has one for all its layers
+    features: int  # first column of the features
+    n_features: int
+    n_errors: int
+    first_position: int  # of its errors
+
+    @property
+    def errors(self) -> int:
+        """First column of the errors."""
+        return self.features + self.n_features
 
 
 @dataclass(frozen=True)
 class Columns:
     """The column of each source in a row of edges, before nodes are chosen.
 
-    First T embeddings; then for each layer its bias (column `start[layer]`), its active features (`n_features[layer]`,
-    by position, index) and its T errors; `start[L]` is the number of columns. A target of layer t reads the columns
-    before `start[t]` and, for its own biases, `start[t]` itself: rows are prefixes.
+    With a vision tower first its bias, its N tokens' patch embeddings and its `tower` levels. Then, from column `first`
+    on, T embeddings; then for each layer its bias (column `start[layer]`), its active features (`n_features[layer]`, by
+    position, index) and its T errors; `start[L]` is the number of columns. A target of layer t reads the columns before
+    `start[t]` and, for its own biases, `start[t]` itself: rows are prefixes.
     """
 
     start: np.ndarray
     n_features: np.ndarray
     n_positions: int
+    first: int = 0
+    tower: tuple[Level, ...] = ()
+
+    @property
+    def levels(self) -> list[Level]:
+        """All layers with features, from below."""
+        numbers, positions = self.n_features.tolist(), self.n_positions
+        return [
+            *self.tower,
+            *(Level(n, self.bias(n), self.features(n), each, positions, 0) for n, each in enumerate(numbers)),
+        ]
+
+    def below(self, layer: int) -> int:
+        """How many active features lie below a layer."""
+        return sum(level.n_features for level in self.levels if level.layer < layer)
 
     @property
     def total(self) -> int:
@@ -69,7 +108,7 @@ class Columns:
 
     def all_features(self) -> np.ndarray:
         """The columns of all features in the order of the feature table, int64."""
-        spans = [self.features(layer) + np.arange(self.n_features[layer]) for layer in range(self.n_layers)]
+        spans = [level.features + np.arange(level.n_features) for level in self.levels]
         return np.concatenate(spans).astype(np.int64)
 
 
@@ -95,8 +134,9 @@ class SourceVectors:
         self.replacement = replacement
         n_features = np.array([len(features) for features in replacement.features], dtype=np.int64)
         widths = 1 + n_features + replacement.n_positions
-        start = replacement.n_positions + np.concatenate([[0], np.cumsum(widths)])
-        self.columns = Columns(start, n_features, replacement.n_positions)
+        levels, first = _tower_levels(replacement.tower)
+        start = first + replacement.n_positions + np.concatenate([[0], np.cumsum(widths)])
+        self.columns = Columns(start, n_features, replacement.n_positions, first, levels)
         self._cache: dict[int, LayerSources] | None = {} if sum(self.layer_bytes()) <= cache_bytes else None
 
     def layer_bytes(self) -> list[int]:
@@ -143,6 +183,89 @@ class SourceVectors:
         return sum(most_at_a_position(self.replacement.features[lower]) for lower in self._writers(layer))
 
 
+def _tower_levels(tower: FrozenTower | None) -> tuple[tuple[Level, ...], int]:
+    """The levels of a tower, and the number of its columns."""
+    if tower is None:
+        return (), 0
+    levels, column = [], 1 + len(tower)
+    for number, features in enumerate(tower.features):
+        levels.append(Level(TOWER + number, None, column, len(features), len(tower), tower.first_position))
+        column = levels[-1].errors + len(tower)
+    return tuple(levels), column
+
+
+class TowerRows:
+    """Rows of edges from the sources of a frozen tower, by autograd through it; `respond` for total effects."""
+
+    def __init__(self, tower: FrozenTower, levels: Sequence[Level], respond: bool = False) -> None:
+        self.tower, self.levels, (self._run, self._at_zero) = (
+            tower,
+            levels,
+            (tower.run(respond=respond), tower.constants()),
+        )
+        self.token_of_patch = torch.from_numpy(tower.token_of_patch).to(self._run.patches.device)
+        self.width = levels[-1].errors + len(tower)
+        # Gradients of a batch at all layers take about this many bytes a target.
+        self.target_bytes = 3 * sum(leaf.numel() for leaf in (self._run.patches, *self._run.leaves)) * 4
+
+    def from_tokens(self, embeddings: Tensor, injections: Tensor) -> Tensor:
+        """Rows `[B, width]` of targets that read what tokens write by `[B, T, d]` and `[B, n, T, d]`."""
+        written, zero = self._run.written, self._at_zero.written
+        outputs, gradients, at_zero = [written.embeddings], [embeddings[:, None]], [zero.embeddings]
+        if written.injections is not None and zero.injections is not None:
+            outputs, at_zero = [*outputs, written.injections], [*at_zero, zero.injections]
+            gradients.append(injections[:, None])
+        return self._rows(outputs, gradients, at_zero, len(self.levels))
+
+    def of_features(self, number: int, which: Tensor) -> Tensor:
+        """Rows of active features of the tower's layer `number`, `[B, first column of its features]`."""
+        features, x = self.tower.features[number], self._run.mlp_in[number]
+        gradient = x.new_zeros(len(which), *x.shape)
+        gradient[torch.arange(len(which)), features.position[which]] = features.w_enc[features.index[which]]
+        rows = self._rows([x], [gradient], [self._at_zero.mlp_in[number]], number)
+        rows[:, 0] += features.encoder_bias[which]
+        return rows
+
+    def _rows(self, outputs: list[Tensor], gradients: list[Tensor], at_zero: list[Tensor], n_levels: int) -> Tensor:
+        """Rows of the sources below, from gradients `[B, ..]` at outputs of the tower, and the outputs at zero."""
+        run, tower = self._run, self.tower
+        gradients = [gradient.to(output) for gradient, output in zip(gradients, outputs, strict=True)]
+        count, inputs = len(gradients[0]), [run.patches, *run.leaves[:n_levels]]
+        width = self.levels[n_levels].features if n_levels < len(self.levels) else self.width
+        out = run.patches.new_zeros(count, width)
+        size = max(1, TOWER_BYTES // self.target_bytes)
+        for begin in range(0, count, size):
+            batch = slice(begin, begin + size)
+            part = [gradient[batch] for gradient in gradients]
+            found = torch.autograd.grad(
+                outputs, inputs, part, retain_graph=True, is_grads_batched=True, materialize_grads=True
+            )
+            out[batch, 0] = sum(
+                torch.einsum("b...,...->b", gradient, zero.detach())
+                for gradient, zero in zip(part, at_zero, strict=True)
+            )
+            out[batch].index_add_(1, 1 + self.token_of_patch, (found[0] * run.patches.detach()).sum(-1))
+            for level, gradient, features, errors in zip(
+                self.levels[:n_levels], found[1:], tower.features, tower.errors, strict=False
+            ):
+                edges = torch.bmm(gradient.transpose(0, 1), _vectors(features, errors).transpose(1, 2))  # [N, b, K + 1]
+                number, slot = numbers_and_slots(features)
+                out[batch, level.features : level.errors] = edges[features.position, :, slot].T
+                out[batch, level.errors : level.errors + len(tower)] = edges[:, :, -1].T
+        return out
+
+
+TOWER_BYTES = 1 << 28  # of the gradients in a tower that are in memory at once
+
+
+def _vectors(features: LayerFeatures, errors: Tensor) -> Tensor:
+    """What features (zero where a token has fewer) and the error write at each token, `[N, K + 1, d]`."""
+    vectors = errors.new_zeros(len(errors), most_at_a_position(features) + 1, errors.shape[1])
+    vectors[features.position, numbers_and_slots(features)[1]] = features.vectors(0)
+    vectors[:, -1] = errors
+    return vectors
+
+
 def most_at_a_position(features: LayerFeatures) -> int:
     """The largest number of active features at one position."""
     return max(after - before for before, after in zip(features.offsets[:-1], features.offsets[1:], strict=True))
@@ -162,6 +285,7 @@ class Sweep:
     gradient: Tensor
     positions: Tensor
     out: Tensor
+    read: Readers | None = None  # with a tower: the gradients at what tokens write, on the way
 
     @property
     def index(self) -> Tensor | slice:
@@ -172,6 +296,8 @@ class Sweep:
 class Adjoint:
     """Rows of edges of one replacement model."""
 
+    respond = False  # whether active features respond to what moves them
+
     def __init__(self, replacement: ReplacementModel, sources: SourceVectors | None = None) -> None:
         self.replacement = replacement
         self.sources = SourceVectors(replacement) if sources is None else sources
@@ -180,13 +306,24 @@ class Adjoint:
         self._sees = torch.stack([(pattern > 0).any(dim=0) for pattern in replacement.state.patterns])
         # Features of a cross-layer set get edges at more than one layer.
         self._crosses = any(features.w_later for features in replacement.features)
+        self._soft = torch.from_numpy(replacement.inputs.is_image).to(replacement.errors.device)
+
+    @cached_property
+    def tower(self) -> TowerRows | None:
+        """The rows below the soft tokens."""
+        below = self.replacement.tower
+        return None if below is None else TowerRows(below, self.columns.tower, self.respond)
 
     @torch.no_grad()
     def feature_rows(self, layer: int, which: Tensor) -> Tensor:
         """Edges into features of one layer, `[B, start[layer] + 1]`.
 
-        `which [B]` are numbers among the layer's active features; sorted ones sweep fewest positions.
+        `which [B]` are numbers among the layer's active features; sorted ones sweep fewest positions. A layer of the
+        vision tower counts from `TOWER`.
         """
+        if layer < 0:
+            assert self.tower is not None, "there are no transcoders of the tower"
+            return self.tower.of_features(layer - TOWER, which).to(self.replacement.errors.dtype)
         features = self.replacement.features[layer]
         position = features.position[which]
         vectors = features.w_enc[features.index[which]] * self.replacement.layers[layer].mlp_in_scale[position]
@@ -235,7 +372,12 @@ class Adjoint:
         positions, slot = torch.unique(position, return_inverse=True)
         gradient = vectors.new_zeros(len(positions), *vectors.shape)
         gradient[slot, torch.arange(len(vectors), device=vectors.device)] = vectors
-        return Sweep(gradient, positions, vectors.new_zeros(len(vectors), width + 1))
+        sweep = Sweep(gradient, positions, vectors.new_zeros(len(vectors), width + 1))
+        if self.replacement.tower is not None:
+            state = self.replacement.state
+            shapes = ((len(vectors), *written.shape) for written in (state.embeddings, state.injections))
+            sweep.read = Readers(*(vectors.new_zeros(shape) for shape in shapes))
+        return sweep
 
     def _descend(self, layer: int, sweep: Sweep) -> None:
         """Go from the stream before `layer` down to the embeddings."""
@@ -244,16 +386,27 @@ class Adjoint:
             self._mlp(lower, sweep)
             self._attention(lower, sweep)
         self._read_tokens(self.replacement.state.embeddings, sweep)
+        if self.tower is not None and sweep.read is not None:
+            sweep.out[:, : self.columns.first] = self.tower.from_tokens(*sweep.read).to(sweep.out)
 
-    def _read_tokens(self, written: Tensor, sweep: Sweep) -> None:
-        """Add the edges of what tokens write into the stream here, `written [T, d]`."""
-        edges = torch.bmm(sweep.gradient, written[sweep.index][:, :, None])[:, :, 0]
-        sweep.out[:, sweep.index] += edges.T
+    def _read_tokens(self, written: Tensor, sweep: Sweep, after: int = -1) -> None:
+        """Add the edges of what tokens write into the stream here, `written [T, d]`, after a layer or before all.
+
+        What soft tokens write is left to the tower, where it has transcoders.
+        """
+        gradient = sweep.gradient
+        if sweep.read is not None:
+            soft = self._soft[sweep.positions]
+            into = sweep.read.embeddings if after < 0 else sweep.read.injections[:, after]
+            into[:, sweep.positions[soft]] = gradient[soft].transpose(0, 1)
+            gradient = gradient * ~soft[:, None, None]
+        edges = torch.bmm(gradient, written[sweep.index][:, :, None])[:, :, 0]
+        sweep.out[:, self.columns.first :][:, sweep.index] += edges.T
 
     def _leaving(self, layer: int, sweep: Sweep) -> None:
         frozen = self.replacement.layers[layer]
         if frozen.injection is not None:
-            self._read_tokens(frozen.injection, sweep)
+            self._read_tokens(frozen.injection, sweep, after=layer)
         if frozen.stream_scale != 1.0:
             sweep.gradient = sweep.gradient * frozen.stream_scale
 
@@ -355,6 +508,8 @@ def target_readers(replacement: ReplacementModel, targets: Targets, *, total: bo
 
 class TotalAdjoint(Adjoint):
     """Rows of total effects, each times its source, in place of edges."""
+
+    respond = True
 
     def _mlp(self, layer: int, sweep: Sweep) -> None:
         super()._mlp(layer, sweep)

@@ -92,6 +92,10 @@ class AttributionConfig:
     dtype: str = "float32"
     # whether the answer's targets are followed below the soft tokens, to the patches of each picture
     patches: bool = False
+    # whether the graph goes on below the soft tokens, through features of the vision tower to the patches; it needs
+    # transcoders of the tower (transcoder.tower)
+    tower: bool = False
+    tower_nodes: int = 2000  # with `tower`, at most so many features get a row, those of the tower and the decoder
     # what is followed: "total" (active features respond) or "direct" (the graph's own edges)
     patch_effect: str = "total"
     # what a patch counts against: "grey" (pixels 0 after normalisation) or "mean" (of its picture)
@@ -104,7 +108,7 @@ class AttributionConfig:
     def check(self) -> None:
         """Raise a `UserError` that names the first setting that makes no sense."""
         check_least("attribution", self, max_nodes=1, max_logits=1, batch_size=1, update_every=1, n_heads=1, n_pairs=1)
-        check_least("attribution", self, answer_tokens=0, heads=0)
+        check_least("attribution", self, answer_tokens=0, heads=0, tower_nodes=1)
         for name in ("logit_mass", "node_threshold", "edge_threshold"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise UserError(f"attribution.{name} = {getattr(self, name)} must lie in (0, 1]; correct it")

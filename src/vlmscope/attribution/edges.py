@@ -25,6 +25,7 @@ from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.storage import MEMORY, Memory
 from vlmscope.attribution.targets import Targets
 from vlmscope.core.graph import NodeKind, NodeTable
+from vlmscope.core.records import TOWER
 from vlmscope.replacement import ReplacementModel
 
 
@@ -68,16 +69,16 @@ def _compress(layer: int, targets: np.ndarray, rows: torch.Tensor, values: torch
 
 def feature_chunks(adjoint: Adjoint, targets: np.ndarray, batch_size: int, dtype: str) -> Iterator[RowChunk]:
     """Rows of `targets` of the feature table, by layer and position, so that a batch carries few positions."""
-    first = np.concatenate([[0], np.cumsum(adjoint.columns.n_features)])
-    ordered = np.sort(targets)
-    for layer in range(adjoint.columns.n_layers):
-        of_layer = ordered[(ordered >= first[layer]) & (ordered < first[layer + 1])]
-        features = adjoint.replacement.features[layer]
-        for begin in range(0, len(of_layer), batch_size):
-            batch = of_layer[begin : begin + batch_size]
-            which = torch.from_numpy(batch - first[layer]).to(features.position.device)
+    first, ordered = 0, np.sort(targets)
+    for level in adjoint.columns.levels:
+        layer, features = level.layer, adjoint.replacement.features_of(level.layer)
+        numbers = ordered[(ordered >= first) & (ordered < first + level.n_features)] - first
+        for begin in range(0, len(numbers), batch_size):
+            which = torch.from_numpy(numbers[begin : begin + batch_size]).to(features.position.device)
+            batch = first + numbers[begin : begin + batch_size]
             # The rows have no name here: a name would keep them in memory while the next ones are made.
             yield _compress(layer, batch, adjoint.feature_rows(layer, which), features.pre_activation[which], dtype)
+        first += level.n_features
 
 
 def target_chunk(adjoint: Adjoint, targets: Targets, dtype: str, batch_size: int | None = None) -> RowChunk:
@@ -147,7 +148,7 @@ def select_rows(
     Up to rounding the choice does not depend on `batch_size`: features are ranked again every `config.update_every`.
     """
     columns = adjoint.columns
-    n_features = int(columns.n_features[: ends.layer].sum())
+    n_features = columns.below(ends.layer)
     bar = tqdm(desc="graph", total=min(n_features, config.max_nodes), unit="row", delay=2.0, leave=False)
 
     def rows(chosen: np.ndarray) -> list[RowChunk]:
@@ -200,35 +201,46 @@ def lay_out(
 
     `kept [n]` bool marks the features that have a row; activations and targets are left at 0.
     """
-    table, positions = replacement.feature_activations, columns.n_positions
-    every = np.arange(positions)
+    table = replacement.feature_activations
     node_of_column = np.full(columns.total, -1, dtype=np.int32)
-    node_of_column[:positions] = every
     ids = np.array(replacement.inputs.input_ids, dtype=np.int64)
-    # Kind, layer, positions and indices of consecutive nodes.
-    parts: list[tuple[int, int, np.ndarray, np.ndarray]] = [(NodeKind.TOKEN, -1, every, ids)]
     none = np.array([-1])
-    first, node = 0, positions
-    for layer in range(targets.layer):
-        count = int(columns.n_features[layer])
-        mine = np.arange(first, first + count)
+    # Kind, layer, positions and indices of consecutive nodes.
+    parts: list[tuple[int, int, np.ndarray, np.ndarray]] = []
+    node, first = 0, 0
+
+    def add(kind: NodeKind, layer: int, position: np.ndarray, index: np.ndarray | None, column: int | None) -> None:
+        """Nodes whose columns follow each other from `column` on, if they have any of their own."""
+        nonlocal node
+        parts.append((kind, layer, position, np.full(len(position), -1) if index is None else index))
+        if column is not None:
+            node_of_column[column : column + len(position)] = node + np.arange(len(position))
+        node += len(position)
+
+    if columns.tower:
+        tower = columns.tower[0]
+        add(NodeKind.BIAS, TOWER - 1, none, None, 0)
+        add(NodeKind.TOKEN, TOWER - 1, tower.first_position + np.arange(tower.n_errors), None, 1)
+    for level in columns.levels:
+        if level.layer == 0:
+            add(NodeKind.TOKEN, -1, np.arange(columns.n_positions), ids, columns.first)
+        if level.layer >= targets.layer:
+            break
+        if level.bias is not None:
+            add(NodeKind.BIAS, level.layer, none, None, level.bias)
+        mine = np.arange(first, first + level.n_features)
         chosen = mine[kept[mine]]
-        parts.append((NodeKind.BIAS, layer, none, none))
-        parts.append((NodeKind.FEATURE, layer, table.position[chosen], table.index[chosen]))
-        parts.append((NodeKind.ERROR, layer, every, np.full(positions, -1)))
-        rest = node + 1 + len(chosen) + positions
-        node_of_column[columns.bias(layer)] = node
         # Left-out features share the layer's last node.
-        numbers = np.where(kept[mine], node + np.cumsum(kept[mine]), rest)
-        node_of_column[columns.features(layer) : columns.errors(layer)] = numbers
-        node_of_column[columns.errors(layer) : columns.errors(layer) + positions] = node + 1 + len(chosen) + every
-        if len(chosen) < count:
-            parts.append((NodeKind.LEFT_OUT, layer, none, none))
-            rest += 1
-        first, node = first + count, rest
+        rest = node + len(chosen) + level.n_errors
+        numbers = np.where(kept[mine], node - 1 + np.cumsum(kept[mine]), rest)
+        node_of_column[level.features : level.errors] = numbers
+        add(NodeKind.FEATURE, level.layer, table.position[chosen], table.index[chosen], None)
+        add(NodeKind.ERROR, level.layer, level.first_position + np.arange(level.n_errors), None, level.errors)
+        if len(chosen) < level.n_features:
+            add(NodeKind.LEFT_OUT, level.layer, none, None, None)
+        first += level.n_features
     if targets.layer < columns.n_layers:  # the targets' own layer has only the bias that it adds to them
-        parts.append((NodeKind.BIAS, targets.layer, none, none))
-        node_of_column[columns.bias(targets.layer)] = node
+        add(NodeKind.BIAS, targets.layer, none, None, columns.bias(targets.layer))
     parts.append((targets.kind, targets.layer, targets.positions, targets.token_ids))
 
     sizes = [len(position) for _, _, position, _ in parts]
@@ -269,7 +281,7 @@ def assemble(
     row_nodes = np.concatenate(nodes_of)
     chunks.append(ends)
     values, residual = (np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in ("values", "residual"))
-    left_out_mass, counts = _left_out_mass(node_of_column, nodes, chunks, nodes_of, columns.n_layers)
+    left_out_mass, counts = _left_out_mass(node_of_column, nodes, chunks, nodes_of, len(columns.levels))
     row_counts = np.zeros(n_nodes, dtype=np.int64)
     row_counts[row_nodes] = counts
     indptr = np.concatenate([[0], np.cumsum(row_counts)])
@@ -321,7 +333,7 @@ def _left_out_mass(
     is_left_out = (table.kind == NodeKind.LEFT_OUT)[node_of_column]
     if not is_left_out.any():
         return np.zeros((n_nodes, 0)), counts
-    layer_of_column = table.layer[node_of_column]
+    layer_of_column = table.level_numbers(n_layers)[node_of_column]
     mass, row = np.zeros((n_nodes, n_layers)), 0
     for chunk, nodes in zip(chunks, nodes_of, strict=True):
         rest = np.flatnonzero(is_left_out[chunk.indices])

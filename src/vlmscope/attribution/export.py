@@ -36,7 +36,7 @@ from vlmscope.core.graph import (
     QueryKeys,
     Source,
 )
-from vlmscope.core.records import FeatureId, PatchBox
+from vlmscope.core.records import TOWER, FeatureId, PatchBox, layer_name
 from vlmscope.data.images import embedded
 
 _LOG = logging.getLogger(__name__)
@@ -198,21 +198,28 @@ def source_id(source: Source) -> str:
     """The id of a node of any kind but TARGET; these fields identify it in its graph."""
     kind, layer, position, index = source
     match kind:
+        case NodeKind.TOKEN if layer < -1:
+            return f"PATCH_{position}"
         case NodeKind.TOKEN:
             return f"E_{index}_{position}"
         case NodeKind.FEATURE:
-            return f"{layer}_{index}_{position}"
+            return f"{_layer(layer)}_{index}_{position}"
         case NodeKind.ERROR:
-            return f"ERR_{layer}_{position}"
+            return f"ERR_{_layer(layer)}_{position}"
         case NodeKind.BIAS:
-            return f"BIAS_{layer}"
+            return f"BIAS_{_layer(layer)}"
         case NodeKind.LEFT_OUT:
-            return f"REST_{layer}"
+            return f"REST_{_layer(layer)}"
         case NodeKind.LOGIT:
             # The viewers put logits one layer above the last, as circuit-tracer does.
             return f"{layer + 1}_{index}_{position}"
         case NodeKind.TARGET:
             raise AssertionError("targets have ids by their number")
+
+
+def _layer(layer: int) -> str:
+    """A layer as the viewers read it: `T0` of the vision tower, whose patches are at `P`."""
+    return str(layer) if layer >= -1 else "P" if layer < TOWER else layer_name(layer)
 
 
 def graph_to_json(
@@ -236,13 +243,15 @@ def graph_to_json(
         box = graph.patch_boxes[position]
         patch = {} if box is None else {"patch": {"image": int(graph.image_index[position]), "box": list(box)}}
         where.append({"modality": "image" if image else "text", **patch})
-    nodes, first_end = [], int(table.ends()[0])
+    nodes, first_end, columns = [], int(table.ends()[0]), graph.prompt_positions()
+    n_tokens = len(graph.tokens) - graph.n_patches
     for node, name in names.items():
         position, value = int(table.position[node]), _number(table.activation[node])
         label = _label(graph, table.source(node), node - first_end, labels or {})
         record = _viewer_node(table.source(node), name, label, value)
         end = int(table.kind[node]) in ENDS
         record |= {"influence": None if end else float(pruned.cumulative[node]), "is_target_logit": node == first_end}
+        record["ctx_idx"] = int(columns[position]) if position >= 0 else 0
         nodes.append({**record, "modality": None, **(where[position] if position >= 0 else {})})
     edges = np.flatnonzero(pruned.edge_mask)
     ends = zip(graph.indices[edges].tolist(), graph.targets_of(edges).tolist(), graph.weights[edges], strict=True)
@@ -253,7 +262,7 @@ def graph_to_json(
     metadata = {
         "slug": slug,
         "scan": scan,
-        "prompt_tokens": list(graph.tokens),
+        "prompt_tokens": list(graph.tokens[:n_tokens]),
         "prompt": graph.prompt,
         "node_threshold": pruned.node_threshold,
         "info": {"generator": {"name": "vlmscope"}},
@@ -268,8 +277,10 @@ def graph_to_json(
         "schema_version": SCHEMA_VERSION,
         "tokens": [
             {"token": token, "role": str(role), **place}
-            for token, role, place in zip(graph.tokens, graph.roles, where, strict=True)
+            for token, role, place in zip(graph.tokens[:n_tokens], graph.roles, where, strict=False)
         ],
+        # Of each token of the vision tower, whose nodes are drawn at its soft token (`ctx_idx`).
+        **({"tower": [place.get("patch") for place in where[n_tokens:]]} if graph.n_patches else {}),
         "scores": {name: float(value) for name, value in vars(pruned.scores).items()},
         "bias": pruned.bias,
         "n_nodes_unpruned": graph.n_nodes,
@@ -351,9 +362,10 @@ def _viewer_node(source: Source, name: str, label: str, value: float | None) -> 
     feature = index if kind in (NodeKind.TOKEN, NodeKind.LOGIT) and index >= 0 else None
     return {
         "node_id": name,
-        "feature": FeatureId(layer, index).cantor if kind == NodeKind.FEATURE else feature,
+        # Viewers number the decoder's features alone.
+        "feature": FeatureId(layer, index).cantor if kind == NodeKind.FEATURE and layer >= 0 else feature,
         # Ends are drawn one layer up, above what their own layer adds.
-        "layer": "E" if kind == NodeKind.TOKEN else str(layer + end),
+        "layer": "E" if kind == NodeKind.TOKEN and layer == -1 else _layer(layer + end),
         # The viewers need a position; nodes without one are drawn at the first.
         "ctx_idx": max(position, 0),
         "feature_type": _FEATURE_TYPES[NodeKind(kind)],
@@ -369,15 +381,15 @@ def _label(graph: AttributionGraph, source: Source, end: int, labels: Mapping[Fe
     kind, layer, position, index = source
     match NodeKind(kind):
         case NodeKind.TOKEN:
-            return f'Emb: "{graph.tokens[position]}"'
+            return "Patch" if layer < -1 else f'Emb: "{graph.tokens[position]}"'
         case NodeKind.FEATURE:
             return labels.get(FeatureId(layer, index), "")
         case NodeKind.ERROR:
-            return f"Err: layer {layer}, position {position}"
+            return f"Err: layer {_layer(layer)}, position {position}"
         case NodeKind.BIAS:
-            return f"Bias: layer {layer}"
+            return "Bias: vision tower" if layer < -1 else f"Bias: layer {layer}"
         case NodeKind.LEFT_OUT:
-            return f"Features left out: layer {layer}"
+            return f"Features left out: layer {_layer(layer)}"
         case NodeKind.LOGIT:  # the viewers read the probability out of the label
             return f'Output "{graph.logit_tokens[end]}" (p={graph.logit_probabilities[end]:.3f})'
         case NodeKind.TARGET:

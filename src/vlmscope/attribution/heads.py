@@ -38,6 +38,7 @@ from vlmscope.attribution.influence import edge_strengths
 from vlmscope.attribution.targets import Targets, other_targets, parse_position, shown_position
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import ENDS, EdgeHeads, NodeKind, NodeTable, PrunedGraph, QueryKeys, Source
+from vlmscope.core.records import TOWER
 from vlmscope.replacement import ReplacementModel
 
 
@@ -376,12 +377,18 @@ def query_keys(
 def source_of(replacement: ReplacementModel, adjoint: Adjoint, column: int) -> Source:
     """The source that owns a column."""
     columns = adjoint.columns
-    if column < columns.n_positions:
-        return Source(NodeKind.TOKEN, -1, column, replacement.inputs.input_ids[column])
-    layer = int(np.searchsorted(columns.start, column, side="right")) - 1
-    if column == columns.bias(layer):
-        return Source(NodeKind.BIAS, layer, -1, -1)
-    if column >= columns.errors(layer):
-        return Source(NodeKind.ERROR, layer, column - columns.errors(layer), -1)
-    features, number = replacement.features[layer], column - columns.features(layer)
-    return Source(NodeKind.FEATURE, layer, int(features.position[number]), int(features.index[number]))
+    if columns.first <= column < columns.first + columns.n_positions:
+        position = column - columns.first
+        return Source(NodeKind.TOKEN, -1, position, replacement.inputs.input_ids[position])
+    for level in columns.levels:
+        if column == level.bias:
+            return Source(NodeKind.BIAS, level.layer, -1, -1)
+        if level.features <= column < level.errors:
+            features, number = replacement.features_of(level.layer), column - level.features
+            position = level.first_position + int(features.position[number])
+            return Source(NodeKind.FEATURE, level.layer, position, int(features.index[number]))
+        if level.errors <= column < level.errors + level.n_errors:
+            return Source(NodeKind.ERROR, level.layer, level.first_position + column - level.errors, -1)
+    if column:
+        return Source(NodeKind.TOKEN, TOWER - 1, columns.tower[0].first_position + column - 1, -1)
+    return Source(NodeKind.BIAS, TOWER - 1, -1, -1)

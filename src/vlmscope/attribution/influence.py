@@ -118,7 +118,8 @@ def absolute_rows(graph: AttributionGraph, rows: np.ndarray) -> sparse.csr_matri
     if graph.left_out_mass.shape[1]:
         rest = np.flatnonzero(graph.nodes.kind[block.indices] == NodeKind.LEFT_OUT)
         row = rows[np.searchsorted(block.indptr, rest, side="right") - 1]
-        absolute[rest] = graph.left_out_mass[row, graph.nodes.layer[block.indices[rest]]]
+        level = graph.nodes.level_numbers(graph.left_out_mass.shape[1])
+        absolute[rest] = graph.left_out_mass[row, level[block.indices[rest]]]
     return sparse.csr_matrix((absolute, block.indices, block.indptr), shape=block.shape)
 
 

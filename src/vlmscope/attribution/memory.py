@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlmscope.attribution.adjoint import CACHE_BYTES, SourceVectors
+from vlmscope.attribution.adjoint import CACHE_BYTES, TOWER_BYTES, SourceVectors
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.influence import BLOCK
 from vlmscope.attribution.storage import MEMORY, Disk, Memory
@@ -96,8 +96,14 @@ def graph_costs(replacement: ReplacementModel, targets: Targets, max_nodes: int)
     # [L + 1, T]: sources at a position below a layer, embedding included.
     below = 1 + np.concatenate([np.zeros((1, positions), np.int64), np.cumsum(active, 0)])
     edges = below @ visible(replacement).T + np.arange(len(below))[:, None] + 1  # biases up to the row's own layer
-    table, n_active = replacement.feature_activations, int(columns.n_features[: targets.layer].sum())
-    row_edges = -np.sort(-edges[table.layer[:n_active], table.position[:n_active]])
+    table, n_active = replacement.feature_activations, columns.below(targets.layer)
+    n_below = sum(level.n_features for level in columns.tower)
+    own = slice(n_below, n_active)
+    in_tower = np.repeat([level.features for level in columns.tower], [level.n_features for level in columns.tower])
+    row_edges = np.concatenate(
+        [columns.first + edges[table.layer[own], table.position[own]], in_tower.astype(np.int64)]
+    )
+    row_edges = -np.sort(-row_edges)
     n_rows = min(n_active, max_nodes)
 
     queries = max(frozen.output_weight.shape[1] for frozen in replacement.layers)
@@ -107,17 +113,20 @@ def graph_costs(replacement: ReplacementModel, targets: Targets, max_nodes: int)
     swept = element * (positions * gradient + 4 * int(np.diff(columns.start).max()) + columns.total)
     compressed = columns.total * (2 * element + 17)
 
-    n_nodes = positions * (n_layers + 1) + 2 * n_layers + n_rows + len(targets)
-    left_out = 24 * n_nodes * n_layers if n_rows < n_active else 0
+    n_nodes = positions * (n_layers + 1) + 2 * n_layers + n_rows + len(targets) + columns.first
+    left_out = 24 * n_nodes * len(columns.levels) if n_rows < n_active else 0
     ends = 2 * len(targets) * columns.total * (element + 4)
     return GraphCosts(
         row_edges=row_edges,
-        end_edges=int(edges[targets.layer, targets.positions].sum()),
+        end_edges=int(edges[targets.layer, targets.positions].sum()) + columns.first * len(targets),
         n_rows=n_rows,
         n_columns=columns.total,
         element=element,
         sources=sum(layer_bytes),
-        sweep=positions**2 * (n_layers + n_heads * (1 + 2 * element)) + 3 * max(layer_bytes),
+        # A tower's gradients are made for a part of a batch.
+        sweep=(2 * TOWER_BYTES if columns.tower else 0)
+        + positions**2 * (n_layers + n_heads * (1 + 2 * element))
+        + 3 * max(layer_bytes),
         target=columns.total * (element + 4) + max(swept, compressed),
         tables=_NODE_BYTES * n_nodes + _COLUMN_BYTES * columns.total + left_out + ends,
     )

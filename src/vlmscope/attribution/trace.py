@@ -126,6 +126,9 @@ def trace(scope: Scope, inputs: ModelInputs, config: AttributionConfig, folder: 
     dtype = {"float32": torch.float32, "float64": torch.float64, "model": None}[config.dtype]
     replacement = build_replacement(scope, inputs, dtype)
 
+    if replacement.tower is not None:  # every feature of a tower sees every patch: rows are long
+        config = replace(config, max_nodes=min(config.max_nodes, config.tower_nodes))
+
     def graph_of(targets: Targets) -> tuple[AttributionGraph, MemoryPlan]:
         plan = plan_memory(replacement, targets, config, folder)
         return attribute(replacement, config, vlm.tokenizer, vlm.name, targets, plan), plan
@@ -158,9 +161,9 @@ def with_heads(scope: Scope, traced: Trace, config: AttributionConfig) -> Trace:
 
     To split a score takes a row of edges for each number of its query and key. So there are at most as many scores as
     take a quarter of the graph's rows, but one, and none where their rows exceed `config.memory_gb`. The graph comes
-    back unchanged where `config.heads` is 0.
+    back unchanged where `config.heads` is 0, and with the tower, whose edges go through heads of two kinds.
     """
-    if not config.heads:
+    if not config.heads or traced.replacement.tower is not None:
         return traced
     started = time.perf_counter()
     replacement, pruned, graph = traced.replacement, traced.pruned, traced.graph
@@ -206,16 +209,17 @@ def attribute(
     store = RowStore(plan.storage, plan.most_edges, dtype)
     chunks = select_rows(adjoint, ends, targets, config, plan.batch_size, store, dtype)
     edges = assemble(replacement, adjoint.columns, chunks, ends, targets, dtype, plan.storage)
-    n_active = int(adjoint.columns.n_features[: targets.layer].sum())
+    n_active = adjoint.columns.below(targets.layer)
+    patches = [] if replacement.tower is None else replacement.tower.boxes
     return AttributionGraph(
         **vars(edges),
         logit_probabilities=targets.probabilities,
         logit_tokens=targets.names(tokenizer),
-        tokens=list(inputs.tokens),
-        is_image=inputs.is_image,
-        image_index=inputs.image_index,
-        patch_boxes=list(inputs.patch_boxes),
-        roles=inputs.roles,
+        tokens=[*inputs.tokens, *["patch"] * len(patches)],
+        is_image=np.concatenate([inputs.is_image, np.ones(len(patches), dtype=bool)]),
+        image_index=np.concatenate([inputs.image_index, *([replacement.tower.picture] if replacement.tower else [])]),
+        patch_boxes=[*inputs.patch_boxes, *patches],
+        roles=np.concatenate([inputs.roles, ["patch"] * len(patches)]) if patches else inputs.roles,
         prompt=inputs.prompt,
         meta={
             "model": model_name,
@@ -230,6 +234,7 @@ def attribute(
             "seconds": time.perf_counter() - started,
             # Logit targets are before this cap, probabilities after it.
             **({} if replacement.logit_softcap is None else {"logit_softcap": replacement.logit_softcap}),
+            **({"n_patches": len(patches)} if patches else {}),
         },
         target_weights=targets.weights,
     )

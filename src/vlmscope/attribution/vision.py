@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from vlmscope.attribution.adjoint import Readers, target_readers
@@ -35,26 +35,9 @@ from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.batching import Entering, entering
 from vlmscope.models.boxes import PicturePatches, tower_kind
 from vlmscope.models.loading import VLM
-from vlmscope.replacement import ReplacementModel
+from vlmscope.replacement import PatchEmbedding, ReplacementModel
 
 FORMAT, VERSION = "vlmscope.patches", "1"
-
-
-class _PatchEmbedding:
-    """A forward hook that replaces the patch embeddings by a leaf `values [N, d_v]`, without the bias."""
-
-    def __init__(self, module: Any) -> None:
-        self._bias = 0.0 if module.bias is None else module.bias.detach()
-        self.values: Tensor | None = None
-
-    def __call__(self, module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        # Convolutions give [n, d_v, ...], linear maps [.., n, d_v].
-        convolves = isinstance(module, nn.Conv2d | nn.Conv3d)
-        rows = output.flatten(2).transpose(1, 2) if convolves else output
-        values = (rows.detach() - self._bias).flatten(0, -2).requires_grad_() if self.values is None else self.values
-        self.values = values
-        rows = (values + self._bias).reshape(rows.shape)
-        return rows.transpose(1, 2).reshape(output.shape) if convolves else rows
 
 
 @dataclass(frozen=True)
@@ -137,7 +120,7 @@ def vision_path(vlm: VLM, inputs: ModelInputs, rule: str = "frozen") -> VisionPa
     pictures = adapter.picture_patches(inputs.tensors, inputs.sizes, vlm.processor.image_processor)
     tower = adapter.vision_tower()
     module = tower.get_submodule(tower_kind(tower).patches)
-    leaf = _PatchEmbedding(module)
+    leaf = PatchEmbedding(module)
     at_zero = None
     with ExitStack() as stack:
         constants = stack.enter_context(_additive(adapter))

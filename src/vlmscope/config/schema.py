@@ -64,8 +64,9 @@ class ModelConfig:
 class TranscoderSetConfig:
     """A trained transcoder set (docs/formats_transcoders.md).
 
-    `path` is a folder, or a hub id with the commit `revision`. `format` "auto" detects the format. `width`, `l0` and
-    `affine` select one of the several sets in a Gemma Scope folder, as in its folders' names.
+    `path` is a folder, or a hub id with the commit `revision`; `tower` is the folder of a set of the model's vision
+    tower, for attribution.tower=true. `format` "auto" detects the format. `width`, `l0` and `affine` select one of the
+    several sets in a Gemma Scope folder, as in its folders' names.
     """
 
     path: str = MISSING
@@ -74,6 +75,7 @@ class TranscoderSetConfig:
     width: str | None = None
     l0: str | None = None
     affine: bool | None = None
+    tower: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("transcoder.format", self.format, ("auto", *FORMAT_NAMES))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vlmscope.core.records import FeatureId
     from vlmscope.data.config import SourceConfig
     from vlmscope.features.study_files import StudyFolder
+    from vlmscope.models.base import Stack
     from vlmscope.models.loading import VLM
     from vlmscope.scope import Scope
     from vlmscope.transcoders.formats import Choice
@@ -119,10 +120,10 @@ def load_scope(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("transcoder
     from vlmscope.training.evaluation import warn_if_unfit
 
     if isinstance(cfg.transcoder, RandomTranscodersConfig):
-        return Scope(vlm, random_transcoders(cfg.transcoder, vlm))
+        return random_scope(cfg.transcoder, vlm, cfg.attribution.tower)
     if cfg.model.family is not None and not names_transcoders(overrides):
         print("transcoders: random, as the model is; transcoder=path names trained ones")
-        return Scope(vlm, random_transcoders(RandomTranscodersConfig(seed=cfg.seed), vlm))
+        return random_scope(RandomTranscodersConfig(seed=cfg.seed), vlm, cfg.attribution.tower)
     adapter = vlm.adapter
     _check_own_set(cfg, vlm)
 
@@ -131,7 +132,7 @@ def load_scope(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("transcoder
         loaded = trained_transcoders(cfg, adapter.n_layers, adapter.d_model, device, itemsize)
         return loaded.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)
 
-    scope = Scope(vlm, _kept("transcoders", (cfg.model, cfg.transcoder), trained))
+    scope = Scope(vlm, _kept("transcoders", (cfg.model, cfg.transcoder), trained), tower=_trained_tower(cfg, vlm))
     warn_if_unfit(scope, cfg.prompt, user_pictures(cfg) if cfg.prompt is not None else [])
     return scope
 
@@ -142,6 +143,31 @@ def _check_own_set(cfg: AppConfig, vlm: VLM) -> None:
     if own != chosen and own.is_dir() and own.parent == chosen.parent == Path(asset("")):
         name = Path(str(vlm.path)).name
         raise UserError(f"{chosen.name} are not the transcoders of {name}: choose transcoder={name}")
+
+
+def _trained_tower(cfg: AppConfig, vlm: VLM) -> TranscoderSet | None:
+    """The set of `transcoder.tower` where the run asks for it, in the model's dtype."""
+    from vlmscope.transcoders.formats import load_set
+
+    if not cfg.attribution.tower:
+        return None
+    path, adapter = getattr(cfg.transcoder, "tower", None), vlm.adapter
+    if path is None:
+        raise UserError(
+            "attribution.tower=true needs transcoders of the vision tower: train them with transcoder.site=tower and "
+            "give transcoder.tower=FOLDER (model=orrery2 transcoder=orrery2 has a set)"
+        )
+    loaded = _kept("tower transcoders", path, lambda: load_set(path))
+    return loaded.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)
+
+
+def random_scope(config: RandomTranscodersConfig, vlm: VLM, tower: bool = False) -> Scope:
+    """The model with random transcoders, of its vision tower too if asked for and there is one."""
+    from vlmscope.models.base import VisionStack
+    from vlmscope.scope import Scope
+
+    below = random_transcoders(config, vlm, VisionStack(vlm.adapter)) if tower and vlm.adapter.has_vision else None
+    return Scope(vlm, random_transcoders(config, vlm), tower=below)
 
 
 def trained_transcoders(
@@ -201,17 +227,18 @@ def _check_set_fits(folder: Path, form: str, choice: Choice, device: str, itemsi
         check_room(count * itemsize, f"the transcoders in {folder}", device, advice)
 
 
-def random_transcoders(config: RandomTranscodersConfig, vlm: VLM) -> TranscoderSet:
-    """A random set with the model's width, number of layers and dtype, as for `transcoder=random`."""
+def random_transcoders(config: RandomTranscodersConfig, vlm: VLM, stack: Stack | None = None) -> TranscoderSet:
+    """A random set of the decoder's (or a `stack`'s) width, number of layers and dtype, as for `transcoder=random`."""
     from vlmscope.models.checkpoint import check_room
     from vlmscope.transcoders.transcoder import random_set
 
-    adapter = vlm.adapter
-    width = 4 * adapter.d_model if config.n_features is None else config.n_features
-    size = adapter.n_layers * 2 * width * adapter.d_model * adapter.dtype.itemsize
+    stack, adapter = stack or vlm.adapter, vlm.adapter
+    width = 4 * stack.d_model if config.n_features is None else config.n_features
+    size = stack.n_layers * 2 * width * stack.d_model * adapter.dtype.itemsize
     check_room(size, "random transcoders", "cpu", "choose a smaller transcoder.n_features")
-    shape = (adapter.n_layers, adapter.d_model, width, config.k, config.skip)
-    transcoders = random_set(*shape, config.seed, adapter.dtype, "random", config.activation, config.cross_layer)
+    shape = (stack.n_layers, stack.d_model, width, config.k, config.skip)
+    crosses = config.cross_layer and stack.site == "decoder"
+    transcoders = random_set(*shape, config.seed, adapter.dtype, "random", config.activation, crosses, stack.site)
     return transcoders.to(adapter.device).requires_grad_(False)
 
 
@@ -252,10 +279,14 @@ def transcoder_origin(cfg: AppConfig, overrides: Sequence[str] = ("transcoder",)
 
     if not isinstance(cfg.transcoder, TranscoderSetConfig):
         return flat("transcoder", asdict(cfg.transcoder))
+    below = {}
+    if cfg.attribution.tower and cfg.transcoder.tower is not None:
+        below = {"transcoder.tower": folder_digest(cfg.transcoder.tower)}
     if cfg.model.family is not None and not names_transcoders(overrides):
         return {"transcoder": "random", "seed": cfg.seed}
     folder, form, choice = chosen_set(cfg)
-    return {"transcoder.files": files_digest(set_files(folder, form, choice)), **flat("transcoder", choice._asdict())}
+    files = {"transcoder.files": files_digest(set_files(folder, form, choice))}
+    return {**files, **flat("transcoder", choice._asdict()), **below}
 
 
 def study_digest(path: str) -> str:

@@ -2,8 +2,10 @@
 
 Legend: N nodes, E edges, T positions, L decoder layers, K ends. Nodes are ordered by layer: embeddings; then per layer
 the bias, the features by position and index, the errors by position, the left-out features; last the K ends, which the
-graph explains (logits or other targets). So every source comes before its targets, and the adjacency matrix is strictly
-lower triangular. A graph of a target inside the model ends at its layer.
+graph explains (logits or other targets). With transcoders of the vision tower its bias, patches, features and errors
+come before them, at layers from `TOWER - 1` on and at positions from T on, one for each token of the tower. So every
+source comes before its targets, and the adjacency matrix is strictly lower triangular. A graph of a target inside the
+model ends at its layer.
 
 Legend of merged graphs, a comparison of two or an aggregate of many: M matched nodes, E matched edges, C columns, G
 graphs. Equivalent nodes are merged by the rule `match` (`attribution/compare.py`). A column is the place of a matched
@@ -22,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlmscope.core.records import FeatureId, PatchBox
+from vlmscope.core.records import TOWER, FeatureId, PatchBox
 from vlmscope.core.results import html_table, printable, text_table
 
 
@@ -84,6 +86,10 @@ class NodeTable:
         found = np.flatnonzero(np.all(same, axis=0))
         return float(self.activation[found[0]]) if len(found) else None
 
+    def level_numbers(self, n_levels: int) -> np.ndarray:
+        """The column of each node's layer in `left_out_mass`, the vision tower's from the last one back, `[N]`."""
+        return np.where(self.layer < 0, n_levels - 1 - (self.layer.astype(np.int64) - TOWER), self.layer)
+
     def feature_id(self, node: int) -> FeatureId:
         """The feature that a FEATURE node stands for."""
         assert self.kind[node] == NodeKind.FEATURE, f"node {node} is no feature"
@@ -99,12 +105,12 @@ class AttributionGraph:
     indices: np.ndarray  # [E] int32, source nodes, ascending within a row
     weights: np.ndarray  # [E] float32 (float64 if asked), signed
     residual: np.ndarray  # [N] float64, |target - sum of edges| / sum of |edges|; 0 for nodes without a row
-    # [N, L] float64, per row and layer the sum of |edges| from left-out features; [N, 0] when none was left out. The
-    # edge from a LEFT_OUT node is their signed sum.
+    # [N, L] float64 (and a column for each layer of the tower), per row and layer the sum of |edges| from left-out
+    # features; [N, 0] when none was left out. The edge from a LEFT_OUT node is their signed sum.
     left_out_mass: np.ndarray
     logit_probabilities: np.ndarray  # [K] float64, in the order of the ends; 1 for a TARGET
     logit_tokens: list[str]  # K labels of the ends: a logit's token, or words
-    tokens: list[str]  # T
+    tokens: list[str]  # T, then as many for the tokens of the vision tower as there are
     is_image: np.ndarray  # [T] bool
     image_index: np.ndarray  # [T] int64, -1 for text
     patch_boxes: list[PatchBox | None]  # T, None for text
@@ -151,6 +157,23 @@ class AttributionGraph:
                 if inside is not None:
                     absolute = absolute * inside[self.indices[edges]]
                 out[block] = np.add.reduceat(absolute, self.indptr[block] - begin, dtype=np.float64)
+        return out
+
+    @property
+    def n_patches(self) -> int:
+        """Positions after those of the prompt, of the vision tower's tokens."""
+        return int(self.meta.get("n_patches", 0))
+
+    def prompt_positions(self) -> np.ndarray:
+        """For each position the one of the prompt: a patch has that of the soft token whose box holds its centre."""
+        count = len(self.tokens) - self.n_patches
+        soft = [p for p in range(count) if self.patch_boxes[p] is not None]
+        out = np.arange(len(self.tokens))
+        for position in range(count, len(self.tokens)):
+            box = self.patch_boxes[position]
+            mine = [p for p in soft if self.image_index[p] == self.image_index[position]] or soft
+            centre = None if box is None else box.centre
+            out[position] = next((p for p in mine if centre and self.patch_boxes[p].holds(*centre)), mine[0])
         return out
 
     def place(self, position: int) -> str:

@@ -18,17 +18,24 @@ from PIL import Image, ImageOps
 
 from vlmscope.core.errors import UserError
 
-_FEATURE = re.compile(r"L(\d+)/(\d+)", re.ASCII)
+# Layer l of the vision tower is layer TOWER + l in ids, graphs and tables: below the layers of the decoder.
+TOWER = -1000
+_FEATURE = re.compile(r"([LT])(\d+)/(\d+)", re.ASCII)
+
+
+def layer_name(layer: int) -> str:
+    """`L3` of the decoder, `T0` of the vision tower."""
+    return f"L{layer}" if layer >= 0 else f"T{layer - TOWER}"
 
 
 class FeatureId(NamedTuple):
-    """One latent of one layer's transcoder; sorts by layer, then index, and prints as `L3/512`."""
+    """One latent of one layer's transcoder; sorts by layer, then index; prints as `L3/512`, in the tower `T0/512`."""
 
     layer: int
     index: int  # pyright: ignore[reportIncompatibleMethodOverride]  # a feature id is never searched with tuple.index
 
     def __str__(self) -> str:
-        return f"L{self.layer}/{self.index}"
+        return f"{layer_name(self.layer)}/{self.index}"
 
     @property
     def cantor(self) -> int:
@@ -41,7 +48,7 @@ class FeatureId(NamedTuple):
         match = _FEATURE.fullmatch(text.strip())
         if match is None:
             raise UserError(f"not a feature id: {text!r}; write it as L<layer>/<index>, for example L3/512")
-        return cls(int(match[1]), int(match[2]))
+        return cls(int(match[2]) + (TOWER if match[1] == "T" else 0), int(match[3]))
 
 
 _ORIENTATION = 0x0112  # EXIF
@@ -65,6 +72,15 @@ class PatchBox(NamedTuple):
             min(round(start * length), length - 1) for start, length in ((self.left, width), (self.top, height))
         )
         return left, top, max(round(self.right * width), left + 1), max(round(self.bottom * height), top + 1)
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """Its middle, x and y."""
+        return (self.left + self.right) / 2, (self.top + self.bottom) / 2
+
+    def holds(self, x: float, y: float) -> bool:
+        """Whether a point lies in it."""
+        return self.left <= x < self.right and self.top <= y < self.bottom
 
     def overlaps(self, other: PatchBox) -> bool:
         """Whether two parts of a picture share an area."""

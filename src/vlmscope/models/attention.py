@@ -240,9 +240,12 @@ class FrozenVision(TorchFunctionMode):
 
 
 @contextmanager
-def frozen_vision(adapter: Adapter) -> Iterator[FrozenVision]:
-    """Freeze the vision path of a model in the forwards inside; enter it inside `exact_float64` in float64."""
-    mode = FrozenVision()
+def frozen_vision(adapter: Adapter, again: FrozenVision | None = None) -> Iterator[FrozenVision]:
+    """Freeze the vision path of a model in the forwards inside; enter it inside `exact_float64` in float64.
+
+    With the constants of an earlier pass if they are given (`again`).
+    """
+    mode = again or FrozenVision()
 
     def keep(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         return mode.keep(lambda: output) if output.requires_grad else output
@@ -253,4 +256,6 @@ def frozen_vision(adapter: Adapter) -> Iterator[FrozenVision]:
             if hasattr(module, "gate_proj") and hasattr(module, "act_fn"):
                 stack.callback(module.act_fn.register_forward_hook(keep).remove)
         stack.enter_context(mode)
+        if again is not None:
+            stack.enter_context(mode.replaying())
         yield mode

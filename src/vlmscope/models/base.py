@@ -103,7 +103,46 @@ DECODERS = {
 }
 
 
-class Adapter:
+class Stack:
+    """Layers whose MLPs a set of transcoders imitates: a model's decoder (its `Adapter`), or its vision tower."""
+
+    site = "decoder"  # of `vlmscope.transcoders.config.HOOKS`
+    model: Any  # the Hugging Face model
+    n_layers: int
+    d_model: int  # width of the stream
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the decoder's weights."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the model computes."""
+        raise NotImplementedError
+
+    def mlp(self, layer: int) -> nn.Module:
+        """The raw MLP, whose input and output are those of transcoders."""
+        raise NotImplementedError
+
+    def after_mlp(self, layer: int) -> nn.Module | None:
+        """The norm between the MLP's output and the stream, None where there is none."""
+        return None
+
+    def soft_token_id(self) -> int | None:
+        """The id of soft tokens in `input_ids`, or None for a text-only model."""
+        raise NotImplementedError
+
+    def run(self, tensors: Tensors) -> None:
+        """Run the model on its own inputs as far as these layers go."""
+        raise NotImplementedError
+
+    def tokens(self, tensors: Tensors, shape: Sequence[int]) -> dict[str, Tensor]:
+        """`input_ids` and, where there is padding, `attention_mask` of what the MLPs see, `shape` each."""
+        raise NotImplementedError
+
+
+class Adapter(Stack):
     """A Hugging Face model whose decoder is of the Llama or Gemma line, which use the same names for their parts.
 
     Most families differ only in the class attributes; a family overrides methods for the rest. By default every tile of
@@ -147,15 +186,39 @@ class Adapter:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the decoder's weights."""
         return self._layer(0).self_attn.o_proj.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """The device on which the decoder computes."""
         return computing_device(self._layer(0).self_attn.o_proj)
 
     # Forwards
+
+    def run(self, tensors: Tensors) -> None:
+        # Logits are not needed: one position of them takes less memory than [B, T, V].
+        self.forward(tensors, use_cache=False, logits_to_keep=1)
+
+    def tokens(self, tensors: Tensors, shape: Sequence[int]) -> dict[str, Tensor]:
+        return dict(tensors)
+
+    def arguments_of(self, module: nn.Module, tensors: Tensors) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with which a forward first calls a module; the forward ends there."""
+
+        class Reached(Exception):
+            """Ends the forward: nothing after the call is needed."""
+
+        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise Reached(args, dict(kwargs))
+
+        handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.forward(tensors, use_cache=False)
+        except Reached as reached:
+            args, kwargs = reached.args
+            return args, kwargs
+        finally:
+            handle.remove()
+        raise AssertionError("the forward did not reach the module")
 
     def forward(self, tensors: Tensors, **settings: Any) -> Any:
         """The Hugging Face forward of a prompt's own inputs, or of an `InputBatch`'s tensors with `INJECTIONS`."""
@@ -219,6 +282,9 @@ class Adapter:
     def mlp(self, layer: int) -> nn.Module:
         """The raw MLP: its input is `mlp_in` (after N3), its output `mlp_out` (before N4)."""
         return self._layer(layer).mlp
+
+    def after_mlp(self, layer: int) -> nn.Module | None:
+        return self.norms(layer).mlp_out_post
 
     def norms(self, layer: int) -> LayerNorms:
         """The norms of a decoder layer."""
@@ -324,7 +390,6 @@ class Adapter:
             raise UserError(f"the prompt spells {soft}; write {self.placeholder} once for each picture")
 
     def soft_token_id(self) -> int | None:
-        """The id of soft tokens in `input_ids`, or None for a text-only model."""
         return int(self.model.config.image_token_id) if self.has_vision else None
 
     # Pictures
@@ -338,8 +403,16 @@ class Adapter:
         if not self.has_vision:
             return []
         kind = tower_kind(self.vision_tower())
-        layers = self.vision_tower().get_submodule(kind.layers)
-        return [layer.get_submodule(kind.attention) for layer in layers[: self._last_state(len(layers))]]
+        return [layer.get_submodule(kind.attention) for layer in self.vision_layers()]
+
+    def vision_layers(self) -> list[Any]:
+        """The layers of the vision tower, from the first to the last that is read."""
+        layers = self.vision_tower().get_submodule(tower_kind(self.vision_tower()).layers)
+        return list(layers)[: self._last_state(len(layers))]
+
+    def patch_padding(self, tensors: Tensors) -> Tensor | None:
+        """Which of the tower's tokens [N] are padding, bool; None where none is."""
+        return None
 
     def vision_states(self) -> nn.Module:
         """The module of the vision tower whose output (or its first entry) is read: `[B, S, d_v]` or `[N, d_v]`."""
@@ -394,6 +467,51 @@ class Adapter:
         windows = [self.tiles(size, image_processor) for size in sizes]
         tiles = batched_tiles(windows, *self.grids(tensors, sizes)[0], tower_kind(self.vision_tower()).n_class)
         return [pooled(picture, self.pool) for picture in tiles]
+
+
+class VisionStack(Stack):
+    """The layers of a model's vision tower up to the last that is read; its tokens are patches and class tokens.
+
+    Raises:
+        UserError: the model takes no pictures.
+    """
+
+    site = "tower"
+
+    def __init__(self, adapter: Adapter) -> None:
+        if not adapter.has_vision:
+            raise UserError(f"{type(adapter.model).__name__} takes no pictures: it has no vision tower")
+        self.adapter, self.model = adapter, adapter.model
+        self.layers: list[Any] = adapter.vision_layers()
+        self.n_layers, self.d_model = len(self.layers), int(adapter.vision_tower().config.hidden_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.adapter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.adapter.device
+
+    def mlp(self, layer: int) -> nn.Module:
+        return self.layers[layer].mlp
+
+    def soft_token_id(self) -> int | None:
+        return self.adapter.soft_token_id()
+
+    def run(self, tensors: Tensors) -> None:
+        self.adapter.arguments_of(self.adapter.decoder(), tensors)
+
+    def tokens(self, tensors: Tensors, shape: Sequence[int]) -> dict[str, Tensor]:
+        # All patches are one kind of token, that of soft tokens.
+        view = {"input_ids": torch.full(tuple(shape), self.soft_token_id() or 0, device=self.device)}
+        padding = self.adapter.patch_padding(tensors)
+        return view if padding is None else view | {"attention_mask": (~padding).reshape(tuple(shape)).long()}
+
+
+def stack_of(adapter: Adapter, site: str) -> Stack:
+    """The layers of a site of `vlmscope.transcoders.config.HOOKS`."""
+    return adapter if site == "decoder" else VisionStack(adapter)
 
 
 def _bias(projection: Any) -> Tensor | None:

@@ -127,25 +127,10 @@ class Entering(NamedTuple):
 
 def entering(adapter: Adapter, inputs: Sequence[ModelInputs]) -> Entering:
     """The inputs that the model makes for its decoder, with gradient."""
-    calls: list[Entering] = []
-
-    class _Reached(Exception):
-        """Ends the forward: nothing after the embeddings is needed."""
-
-    def hook(_module: object, args: tuple, kwargs: dict) -> None:
-        embeddings = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]
-        calls.append(Entering(embeddings, kwargs.get(_POSITIONS), adapter.injections(kwargs)))
-        raise _Reached
-
     tensors = {name: torch.cat([i.tensors[name] for i in inputs]) for name in inputs[0].tensors}
-    handle = adapter.decoder().register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        adapter.forward(tensors, use_cache=False)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    embeddings, positions, injections = calls[0]
+    args, kwargs = adapter.arguments_of(adapter.decoder(), tensors)
+    embeddings = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]
+    positions, injections = kwargs.get(_POSITIONS), adapter.injections(kwargs)
     if embeddings is None:  # a text-only model embeds inside its decoder
         embeddings = adapter.model.get_input_embeddings()(tensors["input_ids"])
     if not adapter.m_rope:

@@ -128,6 +128,9 @@ class Gemma4Adapter(Adapter):
         # The tensor holds column and row of every patch, -1 for padding.
         return [(rows, columns) for columns, rows in (tensors["image_position_ids"].amax(1) + 1).tolist()]
 
+    def patch_padding(self, tensors: Tensors) -> Tensor | None:
+        return (tensors["image_position_ids"] < 0).all(-1).flatten()
+
     def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
         # Patches come row by row, followed by padding that the tower masks.
         length, pictures = tensors["image_position_ids"].shape[1], []
@@ -345,14 +348,23 @@ class Idefics3Adapter(Adapter):
         return [*grid_boxes(rows, columns), WHOLE]
 
     def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
-        pictures = super().picture_patches(tensors, sizes, image_processor)
-        mask = tensors.get("pixel_attention_mask")
-        if mask is None or bool(mask.all()):
+        pictures, seen = super().picture_patches(tensors, sizes, image_processor), self._seen(tensors)
+        if seen is None or bool(seen.all()):
             return pictures
-        # The tower masks a patch only if all of it is padding.
+        return masked(pictures, [self.tiles(size, image_processor) for size in sizes], seen[0].numpy(force=True))
+
+    def patch_padding(self, tensors: Tensors) -> Tensor | None:
+        seen = self._seen(tensors)
+        if seen is None:
+            return None
+        shown = tensors["pixel_values"].flatten(0, 1).flatten(1).any(1)  # the model drops tiles that are all padding
+        return ~seen.flatten(0, 1)[shown].flatten()
+
+    def _seen(self, tensors: Tensors) -> Tensor | None:
+        """Patches [B, tiles, rows, columns] that the tower does not mask: those that are not all padding."""
+        mask = tensors.get("pixel_attention_mask")
         patch = int(self.model.config.vision_config.patch_size)
-        seen = torch.nn.functional.max_pool2d(mask[0].float(), patch).bool().numpy(force=True)
-        return masked(pictures, [self.tiles(size, image_processor) for size in sizes], seen)
+        return None if mask is None else torch.nn.functional.max_pool2d(mask.float(), patch).bool()
 
 
 class InternVLAdapter(Adapter):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -35,7 +35,7 @@ from vlmscope.core.graph import (
     NodeTable,
     PrunedGraph,
 )
-from vlmscope.core.records import FeatureId
+from vlmscope.core.records import TOWER, FeatureId, layer_name
 from vlmscope.report.style import COLOURS, HATCHES, INK, NEGATIVE, POSITIVE, drawing, pick, tidy
 
 Nodes = NodeTable | MatchedNodes  # `position` is the number of a column, -1 for none
@@ -109,7 +109,7 @@ def lay_out(nodes: Nodes, shown: np.ndarray, strength: np.ndarray, is_image: np.
     above = int(last_layer) + int(last_layer < n_layers)
     every = range(-1, above + 1)
     seen = {int(layer) for layer in nodes.layer[body]} | {above}
-    rows = {layer: row for row, layer in enumerate(every if len(every) <= 16 else sorted(seen))}
+    rows = {layer: row for row, layer in enumerate(sorted(seen | set(every)) if len(every) <= 16 else sorted(seen))}
     xy = np.full((len(nodes), 2), np.nan)
     for (position, layer), cell in cells.items():
         lines = [cell[start : start + most] for start in range(0, len(cell), most)]
@@ -221,8 +221,9 @@ class _Drawing:
         axes.set_ylim(-0.5, len(rows) - 0.35)
         axes.grid(False)
         axes.set_xticks([])
-        names = {-1: "embedding", max(rows): above}
-        axes.set_yticks(list(rows.values()), [names.get(layer, str(layer)) for layer in rows])
+        names = {-1: "embedding", TOWER - 1: "patch", max(rows): above}
+        words = [str(layer) if layer >= 0 else layer_name(layer) for layer in rows]
+        axes.set_yticks(list(rows.values()), [names.get(layer, word) for layer, word in zip(rows, words, strict=True)])
         axes.set_ylabel("layer")
         axes.yaxis.set_label_coords(-0.058, 0.5)
         axes.tick_params(length=0)
@@ -307,7 +308,10 @@ def attribution_graph(
     without them soft tokens are named. `groups` gives features a supernode, which gets a colour. The `labels` of
     features whose ids are written stand below.
     """
-    graph, nodes, scores = pruned.graph, pruned.graph.nodes, pruned.scores
+    graph, scores = pruned.graph, pruned.scores
+    columns = graph.prompt_positions()  # patches stand at their soft tokens
+    at = np.where(graph.nodes.position < 0, -1, columns[graph.nodes.position])
+    nodes, is_image = replace(graph.nodes, position=at), graph.is_image[: len(columns) - graph.n_patches]
     chosen = edge_strengths(pruned)[0][:max_edges]
     weights = graph.weights[chosen]
     edges = _signed(graph.indices[chosen].astype(int), graph.targets_of(chosen), weights, np.abs(weights))
@@ -326,7 +330,7 @@ def attribution_graph(
         if pruned.node_mask[node]:
             end_words[node] = "\n".join([*textwrap.wrap(graph.logit_tokens[number], 14), value])
     legend = _sign_legend("positive edge", "negative edge")
-    size, outlines = (graph.is_image, graph.n_layers), [INK] * len(nodes)
+    size, outlines = (is_image, graph.n_layers), [INK] * len(nodes)
     picture = _Drawing(nodes, pruned.influence, *size, edges, faces, outlines, end_words, legend, 0.6)
     met = dict.fromkeys(group for node in picture.shown.tolist() if (group := group_of[node]) is not None)
     mark = {"linestyle": "none", "markeredgecolor": INK, "markersize": 8, "marker": "o"}
@@ -337,16 +341,17 @@ def attribution_graph(
         f"kept nodes; replacement score {scores.replacement:.2f}, completeness score {scores.completeness:.2f}"
     )
     above = "logits" if nodes.kind[-1] == NodeKind.LOGIT else "target"
-    columns = partial(_draw_positions, graph, pruned.influence, picture.layout, images)
-    return picture.draw(path, title, above, 1.7 if not images else 2.3, columns, labels)
+    through = np.bincount(at + 1, pruned.influence, len(columns) + 1)[1:]  # biases have position -1
+    places = partial(_draw_positions, graph, through, picture.layout, images)
+    return picture.draw(path, title, above, 1.7 if not images else 2.3, places, labels)
 
 
 def _draw_positions(
-    graph: AttributionGraph, strength: np.ndarray, layout: Layout, images: Sequence[np.ndarray], axes: Axes
+    graph: AttributionGraph, through: np.ndarray, layout: Layout, images: Sequence[np.ndarray], axes: Axes
 ) -> None:
     """Under every position its token, or the number of its part of the picture; under those the picture, divided.
 
-    Parts are outlined the more, the more influence (`strength`, of every node) goes through their soft tokens.
+    Parts are outlined the more, the more influence (`through`, of every position) goes through their soft tokens.
     """
     soft = {int(position): number for number, position in enumerate(np.flatnonzero(graph.is_image))}
     under, parts = axes.get_xaxis_transform(), dict[int, list[int]]()  # parts: picture -> positions
@@ -359,7 +364,6 @@ def _draw_positions(
         text = f"soft {soft[position]}" if position in soft else graph.tokens[position]
         text, size = ("no position", 8) if position == _NO_POSITION else (text, 8.5)
         axes.annotate(text, (centre, 0), (0, -6), rotation=90, fontsize=size, **below)
-    through = np.bincount(graph.nodes.position + 1, strength, len(graph.tokens) + 1)[1:]  # biases have position -1
     low, high = axes.get_xlim()
     figure_height = axes.figure.get_figheight()  # pyright: ignore[reportAttributeAccessIssue]
     tall = _PICTURE / (figure_height * axes.get_position().height)  # of the axes

@@ -45,26 +45,31 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         load_model,
         load_scope,
         names_transcoders,
-        random_transcoders,
+        random_scope,
         user_pictures,
     )
     from vlmscope.conformance import CASES, PROMPT, Limits, run_cases
-    from vlmscope.scope import Scope
 
     pictures = user_pictures(cfg)
     vlm = load_model(cfg)
     # The named set; else the shipped one for Orrery 2 and a random one for any other model.
-    if names_transcoders(context.overrides) or is_default(vlm):
+    named = names_transcoders(context.overrides) or is_default(vlm)
+    # The tower of a tiny model, or of one with transcoders of the tower, costs little.
+    if cfg.model.family is not None or (named and getattr(cfg.transcoder, "tower", None) is not None):
+        cfg.attribution.tower = vlm.adapter.has_vision
+    if named:
         scope = load_scope(cfg, vlm)
         which = "random" if isinstance(cfg.transcoder, RandomTranscodersConfig) else cfg.transcoder.path
     else:
-        scope, which = Scope(vlm, random_transcoders(RandomTranscodersConfig(seed=cfg.seed), vlm)), "random"
+        scope = random_scope(RandomTranscodersConfig(seed=cfg.seed), vlm, cfg.attribution.tower)
+        which = "random"
     adapter, task = vlm.adapter, cfg.task
     limits = Limits(task.targets, task.sources, task.positions, new_tokens=task.new_tokens, seed=cfg.seed)
     cases = run_cases(scope, cfg.prompt or PROMPT, pictures, limits)
     reports = list(tqdm(cases, desc="check", total=len(CASES), unit="case"))
     print(
-        f"{vlm.name}: {adapter.n_layers} layers of width {adapter.d_model}; transcoders: {which}; errors in float64\n"
+        f"{vlm.name}: {adapter.n_layers} layers of width {adapter.d_model}; transcoders: {which}"
+        f"{'' if scope.tower is None else f'; {len(scope.tower)} layers of the vision tower too'}; errors in float64\n"
     )
     print(render(reports, "" if cfg.model.dtype == "float64" else cfg.model.dtype))
     metrics = flat_metrics(reports)

@@ -1,4 +1,7 @@
-"""Train a sparse transcoder for every layer from one forward per batch; saved as a transcoder set."""
+"""Train a sparse transcoder for every layer from one forward per batch; saved as a transcoder set.
+
+`transcoder.site` chooses the layers: those of the decoder, or those of the vision tower.
+"""
 
 from __future__ import annotations
 
@@ -93,12 +96,13 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     save_set(transcoders, context.run_dir / "transcoders", dtype="bfloat16")
     write_text(context.run_dir / "transcoders" / CARD, training_card(cfg, config, transcoders, metrics))
     fvu_by_layer(metrics, context.run_dir / "figures" / "fvu_by_layer.png")
-    print("\n".join(_result(metrics, vlm.adapter.n_layers, context)))
+    print("\n".join(_result(metrics, transcoders, context)))
     return metrics
 
 
-def _result(metrics: Mapping[str, float], n_layers: int, context: RunContext) -> list[str]:
+def _result(metrics: Mapping[str, float], transcoders: TranscoderSet, context: RunContext) -> list[str]:
     """FVU by layer, dead features, and a command that uses the set."""
+    n_layers = len(transcoders)
     rows: list[tuple[str, ...]] = [("FVU by layer", *map(str, range(n_layers)), "mean")]
     kinds = {"all tokens": "fvu", "text": "fvu_text", "text, token means": "fvu_token_text", "image": "fvu_image"}
     for name, key in kinds.items():
@@ -112,7 +116,14 @@ def _result(metrics: Mapping[str, float], n_layers: int, context: RunContext) ->
         lines[-1] += f"; cross-entropy {metrics['val/ce_delta']:+.3f} nats with all layers spliced in"
     if not context.job:  # a sweep ends with a table of its jobs
         model = [one for one in context.overrides if one.startswith(("model=", "model."))]
-        used = shlex.join([*model, "transcoder=path", f"transcoder.path={context.run_dir / 'transcoders'}"])
+        folder = context.run_dir / "transcoders"
+        named = ["transcoder=path", f"transcoder.path={folder}"]
+        used = shlex.join(
+            [
+                *model,
+                *(named if transcoders.site == "decoder" else [f"transcoder.tower={folder}", "attribution.tower=true"]),
+            ]
+        )
         lines.append(f"next: {program()} task=trace image=PICTURE.png 'prompt=what is this ?' {used}")
     return lines
 

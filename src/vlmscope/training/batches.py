@@ -34,7 +34,7 @@ from vlmscope.core.records import Sample
 from vlmscope.data.mixing import ShuffledSource, TokenMix
 from vlmscope.data.orrery.scenes import Question, Scene
 from vlmscope.data.samples import WHOLE, RawSample, Share, drawn
-from vlmscope.models.base import Adapter
+from vlmscope.models.base import Stack
 from vlmscope.models.batching import LOSS_MASK, by_shape, encode, ends_of_text, joined, sequence_forward, text_ids
 from vlmscope.models.loading import VLM
 
@@ -97,17 +97,37 @@ class LayerActivations:
         return LayerActivations(by_layer, self.is_image[rows])
 
 
-def collect(adapter: Adapter, batch: Batch) -> LayerActivations:
-    """The activations of a batch in the frozen model; padding is dropped."""
-    parts: list[LayerActivations] = []
-    for forward in forwards(batch):
-        placed = on_device(adapter, forward)
-        captured = capture_mlp(adapter, forward_arguments(placed))
-        ids, valid = placed["input_ids"], valid_tokens(placed)
-        soft = adapter.soft_token_id()
-        is_image = torch.zeros_like(valid) if soft is None else ids == soft
-        parts.append(LayerActivations({n: (x[valid], y[valid]) for n, (x, y) in captured.items()}, is_image[valid]))
+def collect(stack: Stack, batch: Batch) -> LayerActivations:
+    """The activations of a batch in the frozen model; padding is dropped, and text that a tower does not see."""
+    placed = [on_device(stack, forward) for forward in forwards(batch)]
+    parts = [activations for _, activations in (seen(stack, forward) for forward in placed if shown(stack, forward))]
+    if not parts:
+        return nothing(stack)
     return parts[0] if len(parts) == 1 else joined_activations(parts)
+
+
+def shown(stack: Stack, forward: Forward) -> bool:
+    """Whether these layers see anything of a forward: a tower sees pictures alone."""
+    return stack.site == "decoder" or any(name.startswith("pixel_values") for name in forward)
+
+
+def seen(stack: Stack, placed: Forward) -> tuple[Forward, LayerActivations]:
+    """A forward on the model's device as the tokens that these layers see, and their activations."""
+    captured = capture_mlp(stack, forward_arguments(placed))
+    tokens = stack.tokens(placed, captured[0][0].shape[:-1])
+    ids, valid = tokens["input_ids"], valid_tokens(tokens)
+    soft = stack.soft_token_id()
+    is_image = torch.zeros_like(valid) if soft is None else ids == soft
+    by_layer = {n: (x[valid], y[valid]) for n, (x, y) in captured.items()}
+    return tokens, LayerActivations(by_layer, is_image[valid])
+
+
+def nothing(stack: Stack) -> LayerActivations:
+    """Activations of zero tokens."""
+    dtype = next(iter(stack.model.parameters())).dtype
+    empty = torch.empty(0, stack.d_model, dtype=dtype, device=stack.device)
+    by_layer = dict.fromkeys(range(stack.n_layers), (empty, empty))
+    return LayerActivations(by_layer, torch.empty(0, dtype=torch.bool, device=stack.device))
 
 
 def valid_tokens(forward: Forward) -> Tensor:
@@ -125,9 +145,9 @@ def joined_activations(parts: Sequence[LayerActivations]) -> LayerActivations:
     return LayerActivations(by_layer, torch.cat([part.is_image for part in parts]))
 
 
-def on_device(adapter: Adapter, batch: Forward) -> dict[str, Tensor]:
+def on_device(stack: Stack, batch: Forward) -> dict[str, Tensor]:
     """A forward on the model's device."""
-    return {name: tensor.to(adapter.device) for name, tensor in batch.items()}
+    return {name: tensor.to(stack.device) for name, tensor in batch.items()}
 
 
 def stacked(forwards: Sequence[EncodedForward]) -> list[EncodedForward]:

@@ -29,7 +29,7 @@ from vlmscope.data.mixing import Lane, ShuffledSource, TokenMix, fingerprint, ke
 from vlmscope.data.orrery.dataset import ScenePool, scene_shards
 from vlmscope.data.samples import WHOLE, Share
 from vlmscope.data.tables import JsonLines, load_folder
-from vlmscope.models.base import Adapter
+from vlmscope.models.base import Stack
 from vlmscope.models.batching import encode
 from vlmscope.models.loading import VLM
 from vlmscope.training.batches import (
@@ -57,13 +57,13 @@ class Captures:
     All ranks must call for number n at the same point of their work.
     """
 
-    def __init__(self, adapter: Adapter, batch_of: Callable[[int], Batch], ranks: Ranks | None = None) -> None:
-        self.adapter, self.batch_of = adapter, batch_of
-        self.ranks = ranks if ranks is not None else Ranks.single(adapter.n_layers)
+    def __init__(self, stack: Stack, batch_of: Callable[[int], Batch], ranks: Ranks | None = None) -> None:
+        self.stack, self.batch_of = stack, batch_of
+        self.ranks = ranks if ranks is not None else Ranks.single(stack.n_layers)
 
     def __call__(self, number: int) -> LayerActivations:
         """One captured batch."""
-        return self.ranks.collect(self.adapter, self.batch_of(number))
+        return self.ranks.collect(self.stack, self.batch_of(number))
 
 
 class ActivationStream(IterableDataset[LayerActivations]):

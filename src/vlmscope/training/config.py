@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmscope.core.errors import UserError, check_choice, check_least
 from vlmscope.data.orrery.scenes import COMPOSED, KINDS
-from vlmscope.transcoders.config import ACTIVATIONS
+from vlmscope.transcoders.config import ACTIVATIONS, HOOKS
 
 PRECISIONS = ("32", "bf16-mixed")
 _SCHEDULES = ("cosine", "linear", "constant")  # after the warm-up
@@ -21,6 +21,7 @@ class TranscoderArchConfig:
     `k` features are active per token with topk, on average over a batch with batchtopk, and as the target of a penalty
     with jumprelu; the number for relu depends on its L1 penalty. `bandwidth` is that of JumpReLU's kernel, in
     pre-activations of standardised inputs. With `cross_layer` a feature writes to its own layer and every later one.
+    `site` says whose MLPs are imitated: those of the "decoder" or of the vision "tower".
     """
 
     expansion_factor: int = 16
@@ -29,8 +30,10 @@ class TranscoderArchConfig:
     skip: bool = False
     cross_layer: bool = False
     bandwidth: float = 0.05
+    site: str = "decoder"
 
     def __post_init__(self) -> None:
+        check_choice("transcoder.site", self.site, tuple(HOOKS))
         check_choice("transcoder.activation", self.activation, ACTIVATIONS)
         check_least("transcoder", self, expansion_factor=1, k=1)
         if self.bandwidth <= 0:
@@ -175,7 +178,10 @@ class TranscoderTrainingConfig:
         del recipe["micro_tokens"]  # no number depends on it
         recipe["sparsity_coefficient"] = self.recipe.sparsity_weight(self.transcoder.activation)
         trainer = {name: getattr(self.trainer, name) for name in ("max_steps", "precision", "seed")}
-        return {**asdict(self.transcoder), **asdict(self.optim), **trainer, **recipe, "data": self.data}
+        architecture = asdict(self.transcoder)
+        if self.transcoder.site == "decoder":  # as in runs from before there were others
+            del architecture["site"]
+        return {**architecture, **asdict(self.optim), **trainer, **recipe, "data": self.data}
 
 
 def rate_factor(step: int, total: int, warmup: int, floor: float, schedule: str = "cosine") -> float:

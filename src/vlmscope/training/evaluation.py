@@ -57,12 +57,14 @@ from vlmscope.training.batches import (
     Batch,
     Forward,
     chat_batch,
-    collect,
     forward_arguments,
     forwards,
     on_device,
+    seen,
+    shown,
     valid_tokens,
 )
+from vlmscope.transcoders.config import HOOKS
 from vlmscope.transcoders.transcoder import SparseCode, Transcoder
 from vlmscope.transcoders.usual_error import ROLES, UsualError
 
@@ -168,34 +170,36 @@ def evaluate_transcoders(scope: Scope, batches: Iterable[Batch], meter: ErrorMet
     loss on answer tokens, in nats) and `val/ce_delta` (how much it rises with all layers replaced) when the batches
     have a `loss_mask`. A `meter` gets the errors of every row.
     """
-    adapter, transcoders = scope.adapter, scope.transcoders
-    wrong = [layer for layer in transcoders.layers if layer >= adapter.n_layers]
-    widths = {transcoder.config.d_model for transcoder in transcoders.transcoders.values()}
-    if wrong or widths != {adapter.d_model}:
-        raise UserError(
-            f"transcoders of layers {transcoders.layers} and width {sorted(widths)} do not fit a model of "
-            f"{adapter.n_layers} layers and width {adapter.d_model}; choose the set trained on this model"
-        )
+    transcoders = scope.transcoders
     check_hooks(scope)
+    stack = scope.stack
+    wrong = [layer for layer in transcoders.layers if layer >= stack.n_layers]
+    widths = {transcoder.config.d_model for transcoder in transcoders.transcoders.values()}
+    if wrong or widths != {stack.d_model}:
+        raise UserError(
+            f"transcoders of layers {transcoders.layers} and width {sorted(widths)} do not fit a {stack.site} of "
+            f"{stack.n_layers} layers and width {stack.d_model}; choose the set trained on this model"
+        )
     layers = {layer: _LayerFigures(transcoders[layer].config.n_features) for layer in transcoders.layers}
-    soft, special = adapter.soft_token_id(), _special(scope.vlm)
+    soft, special = stack.soft_token_id(), _special(scope.vlm)
     losses: dict[str, float] = {"tokens": 0.0, "original": 0.0, "spliced": 0.0}
-    shown = tqdm(batches, desc="validation", unit="batch", delay=5.0)
-    for forward in (on_device(adapter, forward) for batch in shown for forward in forwards(batch)):
-        activations = collect(adapter, forward)
-        ids, kinds = _kinds(forward, soft, special)
+    bar = tqdm(batches, desc="validation", unit="batch", delay=5.0)
+    placed = (on_device(stack, forward) for batch in bar for forward in forwards(batch) if shown(stack, forward))
+    for forward in placed:
+        tokens, activations = seen(stack, forward)
+        ids, kinds = _kinds(tokens, soft, special)
         codes: dict[int, SparseCode] = {}
         errors: dict[int, Tensor] = {}
         for layer, figures in layers.items():
             x, y = activations.by_layer[layer]
-            target = target_at(adapter, layer, transcoders[layer].config.output_hook, y)
-            with _brought_to(adapter.device, transcoders[layer]):
+            target = target_at(stack, layer, transcoders[layer].config.output_hook, y)
+            with _brought_to(stack.device, transcoders[layer]):
                 codes[layer] = transcoders[layer].encode(x)
                 reconstruction = transcoders.decode(layer, codes, x)
                 figures.update(codes[layer], reconstruction, target, ids, kinds)
                 errors[layer] = (target - reconstruction).square().sum(-1)
         if meter is not None:
-            meter.add(forward, soft, errors)
+            meter.add(tokens, soft, errors)
         if LOSS_MASK in forward:
             _add_losses(scope, forward, losses)
     if any(figures.tokens == 0 for figures in layers.values()):
@@ -205,10 +209,10 @@ def evaluate_transcoders(scope: Scope, batches: Iterable[Batch], meter: ErrorMet
     for layer in layers:
         config = transcoders[layer].config
         targets, b_dec = range(layer, layer + config.writes), transcoders[layer].b_dec
-        weights = [norm_weight_after(adapter, target, config.output_hook, b_dec) for target in targets]
+        weights = [norm_weight_after(stack, target, config.output_hook, b_dec) for target in targets]
         directions[layer] = transcoders[layer].directions(weights)
     alive = {layer: figures.counts > 0 for layer, figures in layers.items()}
-    for layer, fraction in duplicated_fraction(directions, alive, device=adapter.device).items():
+    for layer, fraction in duplicated_fraction(directions, alive, device=stack.device).items():
         by_layer[layer]["duplicated_frac"] = fraction
     summary: dict[str, float] = {}
     for name in dict.fromkeys(name for figures in by_layer.values() for name in figures):
@@ -289,8 +293,8 @@ def spliced(scope: Scope) -> Iterator[None]:
 
     with ExitStack() as stack:
         for layer, transcoder in scope.transcoders.transcoders.items():
-            target = target_module(scope.adapter, layer, transcoder.config.output_hook)
-            stack.callback(scope.adapter.mlp(layer).register_forward_pre_hook(partial(keep, layer)).remove)
+            target = target_module(scope.stack, layer, transcoder.config.output_hook)
+            stack.callback(scope.stack.mlp(layer).register_forward_pre_hook(partial(keep, layer)).remove)
             stack.callback(target.register_forward_hook(partial(replace, layer)).remove)
         yield
 
@@ -299,10 +303,10 @@ def check_hooks(scope: Scope) -> None:
     """UserError for transcoders at hook points that this model does not have or that are not supported."""
     for layer, transcoder in scope.transcoders.transcoders.items():
         source, target = transcoder.config.input_hook, transcoder.config.output_hook
-        if source != "mlp_in" or target not in ("mlp_out", "mlp_out_post"):
+        if (source, target) not in (*HOOKS.values(), ("mlp_in", "mlp_out_post")):
             raise UserError(
                 f"the transcoder of layer {layer} maps {source} to {target}; only mlp_in to mlp_out or "
-                "mlp_out_post can be used (docs/formats_transcoders.md)"
+                "mlp_out_post, and tower_mlp_in to tower_mlp_out, can be used (docs/formats_transcoders.md)"
             )
         if target == "mlp_out_post" and scope.adapter.norms(layer).mlp_out_post is None:
             raise UserError(

@@ -38,8 +38,8 @@ from torch.distributed.rendezvous import rendezvous
 from vlmscope.core.errors import RankLost, Terminated, UserError
 from vlmscope.core.launch import Place
 from vlmscope.data.samples import WHOLE, Share
-from vlmscope.models.base import Adapter
-from vlmscope.training.batches import ENDED, Batch, Forward, LayerActivations, OwnPart, collect, forwards
+from vlmscope.models.base import Stack
+from vlmscope.training.batches import ENDED, Batch, Forward, LayerActivations, OwnPart, collect, forwards, nothing
 from vlmscope.training.layer_trainer import Total
 
 _PICTURES = "pixel_values"
@@ -329,13 +329,13 @@ class Ranks:
         return cls(Layout(n_layers))
 
     @classmethod
-    def current(cls, adapter: Adapter, per_host: int | None = None) -> Ranks:
+    def current(cls, stack: Stack, per_host: int | None = None) -> Ranks:
         """The open process group, or a single process; `per_host` None: all ranks are one host."""
         if not (dist.is_available() and dist.is_initialized()):
-            return cls.single(adapter.n_layers)
+            return cls.single(stack.n_layers)
         world = dist.get_world_size()
-        device = adapter.device if adapter.device.type == "cuda" else "cpu"
-        return cls(Layout(adapter.n_layers, world, per_host or world), dist.get_rank(), device)
+        device = stack.device if stack.device.type == "cuda" else "cpu"
+        return cls(Layout(stack.n_layers, world, per_host or world), dist.get_rank(), device)
 
     @property
     def main(self) -> bool:
@@ -378,13 +378,13 @@ class Ranks:
         dist.all_reduce(vector, group=self._host_group)
         return dict(enumerate(vector.tolist()))
 
-    def collect(self, adapter: Adapter, batch: Batch) -> LayerActivations:
+    def collect(self, stack: Stack, batch: Batch) -> LayerActivations:
         """The activations of this rank's layers at all tokens of its host, from the joint batch or its own part."""
         if self.layout.world == 1:
-            return collect(adapter, batch)
+            return collect(stack, batch)
         is_part = isinstance(batch, OwnPart)
-        part = batch if is_part else share(batch, self.rank, self.layout.world, adapter.soft_token_id())
-        return self._exchange(collect(adapter, part) if part else _nothing(adapter))
+        part = batch if is_part else share(batch, self.rank, self.layout.world, stack.soft_token_id())
+        return self._exchange(collect(stack, part) if part else nothing(stack))
 
     def _exchange(self, own: LayerActivations) -> LayerActivations:
         counts = torch.zeros(self.layout.world, dtype=torch.long, device=self.device)
@@ -455,11 +455,3 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _packed(own: LayerActivations, layers: Sequence[int]) -> Tensor:
     """Inputs and outputs of `layers` in one message [layers, 2, N, d]."""
     return torch.stack([torch.stack(own.by_layer[layer]) for layer in layers])
-
-
-def _nothing(adapter: Adapter) -> LayerActivations:
-    """Activations of zero tokens."""
-    dtype = next(iter(adapter.model.parameters())).dtype
-    empty = torch.empty(0, adapter.d_model, dtype=dtype, device=adapter.device)
-    by_layer = dict.fromkeys(range(adapter.n_layers), (empty, empty))
-    return LayerActivations(by_layer, torch.empty(0, dtype=torch.bool, device=adapter.device))

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vlmscope.core.errors import NotMainRank, UserError
-from vlmscope.models.base import Adapter
+from vlmscope.models.base import Stack, stack_of
 from vlmscope.models.checkpoint import model_fingerprint, tensors_fingerprint
 from vlmscope.models.loading import VLM
 from vlmscope.scope import Scope
@@ -35,7 +35,7 @@ from vlmscope.training.evaluation import ErrorMeter, evaluate_transcoders
 from vlmscope.training.layer_trainer import LayerStep, LayerTrainer, cross_layer_losses, differentiate
 from vlmscope.training.ranks import AgreedStop, Ranks
 from vlmscope.training.resume import Checkpoints, fit_or_interrupt, uninterrupted
-from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
+from vlmscope.transcoders.config import HOOKS, TranscoderConfig, TranscoderSetConfig
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 
 _LOG = logging.getLogger(__name__)
@@ -49,12 +49,12 @@ class TranscoderModule(pl.LightningModule):
     optimizer: torch.optim.Optimizer
 
     def __init__(
-        self, adapter: Adapter, config: TranscoderTrainingConfig, model_name: str = "", ranks: Ranks | None = None
+        self, stack: Stack, config: TranscoderTrainingConfig, model_name: str = "", ranks: Ranks | None = None
     ) -> None:
         super().__init__()
-        self.ranks = ranks if ranks is not None else Ranks.single(adapter.n_layers)
+        self.ranks = ranks if ranks is not None else Ranks.single(stack.n_layers)
         self.cross_layer = config.transcoder.cross_layer
-        if self.cross_layer and len(self.ranks.layers) < adapter.n_layers:
+        if self.cross_layer and len(self.ranks.layers) < stack.n_layers:
             raise UserError(
                 "cross-layer transcoders couple all layers, so one process of a host trains them; start one"
             )
@@ -63,8 +63,8 @@ class TranscoderModule(pl.LightningModule):
         self.automatic_optimization = False
         self.config, self.model_name = config, model_name
         self.steps_done, self.tokens_seen = 0, 0
-        self._frozen = (adapter,)  # a tuple hides the frozen model from nn.Module, which would save and count it
-        adapter.model.requires_grad_(False).eval()
+        self._frozen = (stack,)  # a tuple hides the frozen model from nn.Module, which would save and count it
+        stack.model.requires_grad_(False).eval()
         # Only the product is in bfloat16: float32 weights keep updates that bfloat16 would round away.
         half = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else None
         layers = {str(n): LayerTrainer(self._architecture(n), config.recipe, half) for n in self.ranks.layers}
@@ -76,7 +76,7 @@ class TranscoderModule(pl.LightningModule):
         )
 
     def _architecture(self, layer: int) -> TranscoderConfig:
-        chosen, width = self.config.transcoder, self.adapter.d_model
+        chosen, width = self.config.transcoder, self.stack.d_model
         return TranscoderConfig(
             d_model=width,
             n_features=chosen.expansion_factor * width,
@@ -85,7 +85,9 @@ class TranscoderModule(pl.LightningModule):
             activation=chosen.activation,
             skip=chosen.skip,
             bandwidth=chosen.bandwidth,
-            writes=self.adapter.n_layers - layer if chosen.cross_layer else 1,
+            input_hook=HOOKS[self.stack.site][0],
+            output_hook=HOOKS[self.stack.site][1],
+            writes=self.stack.n_layers - layer if chosen.cross_layer else 1,
         )
 
     @property
@@ -94,8 +96,8 @@ class TranscoderModule(pl.LightningModule):
         return [self.ranks.layers] if self.cross_layer else [[layer] for layer in self.ranks.layers]
 
     @property
-    def adapter(self) -> Adapter:
-        """The frozen model."""
+    def stack(self) -> Stack:
+        """The layers of the frozen model whose MLPs are imitated."""
         return self._frozen[0]
 
     def layer(self, layer: int) -> LayerTrainer:
@@ -229,17 +231,18 @@ class TranscoderModule(pl.LightningModule):
         together the layers may not fit one device.
         """
         folded = {}
-        for layer in range(self.adapter.n_layers) if self.ranks.main else self.ranks.layers:
+        for layer in range(self.stack.n_layers) if self.ranks.main else self.ranks.layers:
             if layer in self.ranks.layers:
                 later = range(layer + 1, layer + self._architecture(layer).writes)
                 folded[layer] = self.layer(layer).folded([self.layer(target).standard.y_scale for target in later])
             else:
-                folded[layer] = Transcoder(self._architecture(layer)).requires_grad_(False).to(self.adapter.device)
+                folded[layer] = Transcoder(self._architecture(layer)).requires_grad_(False).to(self.stack.device)
             self.ranks.to_main(folded[layer].state_dict(), layer)
             if self.ranks.layout.world > 1:
                 folded[layer] = folded[layer].cpu()
         chosen = self.config.transcoder
-        config = TranscoderSetConfig(self.adapter.n_layers, chosen.k, chosen.activation, self.model_name)
+        hooks = HOOKS[self.stack.site]
+        config = TranscoderSetConfig(self.stack.n_layers, chosen.k, chosen.activation, self.model_name, *hooks)
         return TranscoderSet(folded, config)
 
 
@@ -255,7 +258,9 @@ def train_transcoders(
     origin: Mapping[str, Any] | None = None,
     job: str = "",
 ) -> tuple[TranscoderSet, dict[str, float]]:
-    """Train the transcoders of all layers of a frozen model, or resume with `trainer.resume`; then evaluate them.
+    """Train the transcoders of all layers of a site of a frozen model, or resume; then evaluate them.
+
+    `trainer.resume` resumes the run in `run_dir`.
 
     `train_batch` returns batch number 0, 1, ... of the data (`vlmscope.training.batches`), a pure function of the
     number, so that a resumed run sees the same data; `val_batches` are for the figures of
@@ -272,21 +277,21 @@ def train_transcoders(
         NotMainRank: at the end, on every rank but 0, which alone has the set.
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
-    adapter, steps = vlm.adapter, config.trainer.max_steps
-    ranks = Ranks.current(adapter, config.trainer.per_host)
+    stack, steps = stack_of(vlm.adapter, config.transcoder.site), config.trainer.max_steps
+    ranks = Ranks.current(stack, config.trainer.per_host)
     name = model_name if model_name is not None else vlm.name
-    module = TranscoderModule(adapter, config, name, ranks).to(adapter.device)
+    module = TranscoderModule(stack, config, name, ranks).to(stack.device)
     if origin is None:
         first = train_batch(0)
         # A rank's own part of batch 0 depends on the number of ranks, which may change when resuming.
         batch_0 = {} if isinstance(first, OwnPart) else {"batch 0": tensors_fingerprint(forwards(first))}
-        origin = {"model": model_fingerprint(adapter.model), **batch_0}
+        origin = {"model": model_fingerprint(stack.model), **batch_0}
     folder, every = Path(run_dir) / "transcoder_checkpoint", config.trainer.checkpoint_every
     checkpoints = Checkpoints(folder, every, steps, config.settings(), origin, ranks)
     restored = config.trainer.resume and checkpoints.restore(module)
     if not restored:
         checkpoints.restart()
-    captures = Captures(adapter, train_batch, ranks)
+    captures = Captures(stack, train_batch, ranks)
     if not restored:
         module.initialise([captures(number) for number in range(config.recipe.init_batches)])
     checkpoints.check_space(module)
@@ -301,7 +306,7 @@ def train_transcoders(
     last = module.figures({})
     transcoders = module.finished_set()
     if ranks.layout.world == 1:
-        transcoders = transcoders.to(adapter.device)  # Lightning leaves the module on the CPU
+        transcoders = transcoders.to(stack.device)  # Lightning leaves the module on the CPU
     if restored:  # an earlier session may have drawn the last batches, up to which the figures must count
         captures(max(config.recipe.init_batches - 1, (steps - 1) // config.recipe.steps_per_batch))
     drawn = data_figures()  # summed over ranks, so all must call it
@@ -320,7 +325,7 @@ def train_transcoders(
 
 
 def _lightning_trainer(module: TranscoderModule, callbacks: list[pl.Callback], logger: Logger | None) -> pl.Trainer:
-    device = module.adapter.device  # activations are captured there, so the transcoders must be there too
+    device = module.stack.device  # activations are captured there, so the transcoders must be there too
     on_gpu, several = device.type == "cuda", module.ranks.layout.world > 1
     return pl.Trainer(
         max_epochs=1,

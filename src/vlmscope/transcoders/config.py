@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from vlmscope.core.errors import UserError
 
 FORMAT_NAMES = ("vlmscope", "paper", "circuit_tracer", "clt", "gemma_scope", "sparsify", "sae_lens")  # of sets on disk
+# The sites of transcoders in a model, and the tensors that those of a site read and imitate (docs/glossary.md).
+HOOKS = {"decoder": ("mlp_in", "mlp_out"), "tower": ("tower_mlp_in", "tower_mlp_out")}
 ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "relu")  # the nonlinearities, in `vlmscope.transcoders.nonlinearities`
 
 
@@ -56,3 +58,8 @@ class TranscoderSetConfig:
     model_name: str = ""
     input_hook: str = "mlp_in"
     output_hook: str = "mlp_out"
+
+    @property
+    def site(self) -> str:
+        """The layers that the set belongs to, of `HOOKS`."""
+        return "tower" if self.input_hook == HOOKS["tower"][0] else "decoder"

@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from vlmscope.core.records import generator
-from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
+from vlmscope.transcoders.config import HOOKS, TranscoderConfig, TranscoderSetConfig
 from vlmscope.transcoders.nonlinearities import build_nonlinearity
 from vlmscope.transcoders.usual_error import UsualError
 
@@ -383,6 +383,11 @@ class TranscoderSet(nn.Module):
         return str(layer) in self._by_layer
 
     @property
+    def site(self) -> str:
+        """The layers that the transcoders belong to, of `vlmscope.transcoders.config.HOOKS`."""
+        return self.config.site
+
+    @property
     def cross_layer(self) -> bool:
         """Whether some feature writes to more than its own layer."""
         return any(transcoder.config.writes > 1 for transcoder in self.transcoders.values())
@@ -424,12 +429,13 @@ def random_set(
     model_name: str = "random",
     activation: str = "topk",
     cross_layer: bool = False,
+    site: str = "decoder",
 ) -> TranscoderSet:
     """A set with every weight non-zero, reproducible from `seed`, for tests that an all-zero set would always pass."""
     transcoders = {}
     for layer in range(n_layers):
         writes = n_layers - layer if cross_layer else 1
-        config = TranscoderConfig(d_model, n_features, k, layer, activation, skip, writes=writes)
+        config = TranscoderConfig(d_model, n_features, k, layer, activation, skip, *HOOKS[site], writes=writes)
         transcoder = Transcoder(config, dtype=dtype)
         scales = {"W_enc": 1.0, "W_dec": 1.0, "W_skip": 0.3, "b_enc": 0.1 * math.sqrt(d_model), "b_dec": 0.3}
         for name, scale in scales.items():
@@ -445,7 +451,7 @@ def random_set(
             draw = generator(seed, "transcoder", layer, "threshold")
             set_weight(threshold, draw.uniform(0.2, 0.4, tuple(threshold.shape)))
         transcoders[layer] = transcoder
-    return TranscoderSet(transcoders, TranscoderSetConfig(n_layers, k, activation, model_name))
+    return TranscoderSet(transcoders, TranscoderSetConfig(n_layers, k, activation, model_name, *HOOKS[site]))
 
 
 def set_weight(parameter: Tensor, value: Tensor | np.ndarray | float) -> None:

@@ -1,0 +1,163 @@
+"""Graphs that begin at the patches: the identities with transcoders of the vision tower, on every family with one."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tests.maths.maths_cases import PROMPT, config, dense
+
+from vlmscope.attribution.adjoint import Adjoint, TowerRows, total_effects
+from vlmscope.attribution.targets import choose_logits
+from vlmscope.attribution.trace import attribute
+from vlmscope.conformance import IDENTITIES, Limits, Subject, completeness, direct_effects, find_edges, make_subject
+from vlmscope.core.errors import UserError
+from vlmscope.core.graph import NodeKind
+from vlmscope.core.records import TOWER
+from vlmscope.models.attention import FrozenVision
+from vlmscope.models.base import VisionStack, exact_float64
+from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
+from vlmscope.scope import Scope
+from vlmscope.transcoders.transcoder import random_set
+
+_CASES: dict[str, Subject] = {}
+
+
+def subject_of(family: str, images: int = 1) -> Subject:
+    """A tiny model with random transcoders of decoder and tower at one prompt; call it under `exact_float64`."""
+    key = f"{family}{images}"
+    if key not in _CASES:
+        vlm = tiny_vlm(family, 3, dtype=torch.float64)
+        stack = VisionStack(vlm.adapter)
+        settings = {"seed": 4, "dtype": torch.float64, "skip": True}
+        tower = random_set(stack.n_layers, stack.d_model, 24, 2, site="tower", **settings)
+        decoder = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 40, 3, **settings)
+        inputs = vlm.prepare(PROMPT, [tiny_image(number) for number in range(images)])
+        _CASES[key] = make_subject(
+            Scope(vlm, decoder, tower=tower), inputs, None, Limits(sources=4, positions=1, logits=2)
+        )
+    return _CASES[key]
+
+
+@pytest.mark.parametrize("family", ["gemma3", *FAMILIES])
+def test_identities_hold_down_to_the_patches(family: str) -> None:
+    with exact_float64():
+        subject = subject_of(family)
+        nodes = subject.edges.nodes
+        assert (nodes.layer[nodes.of(NodeKind.FEATURE)] < 0).any()
+        for measure in IDENTITIES:
+            outcome = measure(subject)
+            assert outcome.held, outcome
+
+
+def test_two_pictures(family: str = "qwen3_vl") -> None:
+    with exact_float64():
+        for measure in (completeness, direct_effects):
+            assert measure(subject_of(family, 2)).held
+
+
+def faulty(subject: Subject, monkeypatch: pytest.MonkeyPatch, change: Callable[[pytest.MonkeyPatch], None]) -> Subject:
+    with monkeypatch.context() as patch:
+        change(patch)
+        made = make_subject(subject.scope, subject.inputs, None, subject.limits)
+        return replace(made, edges=find_edges(made.replacement, made.limits))
+
+
+@pytest.mark.parametrize("family", ["gemma3", *FAMILIES])
+def test_a_source_that_is_dropped_breaks_the_sum(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of patches, errors, biases and features of the tower each is needed, so none may be lost in silence."""
+    with exact_float64():
+        subject = subject_of(family)
+        nodes, matrix = subject.edges.nodes, subject.matrix.tocsc()
+        ends = subject.edges.nodes.of(NodeKind.LOGIT)
+        scale = np.abs(matrix[ends]).sum(1)
+        for kind in (NodeKind.TOKEN, NodeKind.ERROR, NodeKind.BIAS, NodeKind.FEATURE):
+            mine = np.flatnonzero((nodes.kind == kind) & (nodes.layer < -1))
+            part = np.abs(np.asarray(matrix[ends][:, mine].sum(1)).ravel())
+            if kind == NodeKind.BIAS and family == "gemma4":
+                continue  # it has none
+            assert (part / scale).max() > 1e-6, (kind, family)
+
+
+def _unfrozen(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(FrozenVision, "keep", lambda _self, compute: compute())
+
+
+def _shifted(patch: pytest.MonkeyPatch) -> None:
+    made = TowerRows.__init__
+
+    def init(self: TowerRows, *args: object, **kwargs: object) -> None:
+        made(self, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+        self._at_zero = self._run
+
+    patch.setattr(TowerRows, "__init__", init)
+
+
+@pytest.mark.parametrize("family", ["gemma3", *FAMILIES])
+@pytest.mark.parametrize("fault", [_unfrozen, _shifted])
+def test_faults_fail_an_identity(
+    family: str, fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients through what should be frozen, and constants that are not."""
+    with exact_float64():
+        broken = faulty(subject_of(family), monkeypatch, fault)
+        assert completeness(broken).failed
+
+
+def test_soft_tokens_are_passed_through_and_the_graph_says_where_patches_are() -> None:
+    with exact_float64():
+        subject = subject_of("gemma3")
+        vlm, replacement = subject.scope.vlm, subject.replacement
+        graph = attribute(replacement, config(), vlm.tokenizer)
+        tower = replacement.tower
+        assert tower is not None
+        soft = np.flatnonzero((graph.nodes.layer == -1) & graph.is_image[graph.nodes.position])
+        assert len(soft) == 4 and not np.isin(graph.indices, soft).any()
+        assert len(graph.tokens) == len(graph.patch_boxes) == len(subject.inputs) + len(tower) and graph.n_patches == 16
+        # A patch is drawn at its soft token: 4 x 4 patches, 2 x 2 soft tokens.
+        columns = graph.prompt_positions()[len(subject.inputs) :].reshape(4, 4)
+        first = int(np.flatnonzero(subject.inputs.is_image)[0])
+        assert (columns == first + np.kron([[0, 1], [2, 3]], np.ones((2, 2), int))).all()
+
+
+def test_what_is_left_out_is_counted_by_layer_and_sums_stay() -> None:
+    with exact_float64():
+        subject = subject_of("gemma3")
+        replacement = subject.replacement
+        for choice in ("influence", "total_effect"):
+            graph = attribute(replacement, config(max_nodes=30, choice=choice), subject.scope.vlm.tokenizer)
+            assert graph.residual.max() < 1e-9 and (graph.left_out_mass.sum(0) > 0).sum() >= 3
+            assert graph.meta["n_left_out_features"] == len(replacement.feature_activations) - 30
+            rest = graph.nodes.of(NodeKind.LEFT_OUT)
+            assert (graph.nodes.layer[rest] >= TOWER).all() and (graph.nodes.layer[rest] < 0).any()
+            sums = np.abs(dense(graph)).sum(1)
+            rows = np.flatnonzero(np.diff(graph.indptr))
+            assert (sums[rows] > 0).all()
+
+
+def test_total_effects_go_through_features_of_the_tower() -> None:
+    """The sweep of total effects against (I - J)^-1 of the whole graph, for patches and the tower's features."""
+    with exact_float64():
+        subject = subject_of("qwen3_vl")
+        replacement, graph = subject.replacement, attribute(subject.replacement, config(), subject.scope.vlm.tokenizer)
+        matrix, features, ends = dense(graph), graph.nodes.of(NodeKind.FEATURE), graph.nodes.ends()
+        jacobian = matrix[:, features] / graph.nodes.activation[features]
+        sources = np.flatnonzero(
+            (graph.nodes.layer < -1) & np.isin(graph.nodes.kind, (NodeKind.TOKEN, NodeKind.FEATURE))
+        )
+        response = np.linalg.solve(np.eye(len(features)) - jacobian[features], matrix[features][:, sources])
+        expected = matrix[ends][:, sources] + jacobian[ends] @ response
+        adjoint = Adjoint(replacement)
+        found = total_effects(adjoint, choose_logits(replacement, 1.0, 5)).numpy()
+        columns = [1 + int(graph.nodes.position[n]) - len(subject.inputs) for n in sources
+                   if graph.nodes.kind[n] == NodeKind.TOKEN]  # fmt: skip
+        columns += adjoint.columns.all_features()[: len(sources) - len(columns)].tolist()
+        assert np.abs(found[:, columns] - expected).max() <= 1e-9 * np.abs(found).sum(1).max()
+
+
+def test_a_set_of_another_site_is_one_line() -> None:
+    vlm = tiny_vlm("gemma3", 3)
+    decoder = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 40, 5)
+    with pytest.raises(UserError, match="attribution.tower: the set is of the decoder's layers"):
+        make_subject(Scope(vlm, decoder, tower=decoder), vlm.prepare(PROMPT, [tiny_image(0)]))

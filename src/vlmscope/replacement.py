@@ -574,21 +574,21 @@ def _check(scope: Scope) -> None:
     """Raise a `UserError` that names what the affine model cannot represent."""
     if scope.adapter.lm_head().bias is not None:
         raise UserError("the model's unembedding has a bias, which attribution does not cover; choose another model")
+    for layer, transcoder in scope.transcoders.transcoders.items():
+        config = transcoder.config
+        if config.input_hook != "mlp_in" or config.output_hook not in ("mlp_out", "mlp_out_post"):
+            raise UserError(
+                f"the transcoder of layer {layer} maps {config.input_hook} to {config.output_hook}; "
+                "attribution covers mlp_in to mlp_out or mlp_out_post"
+            )
+        if config.d_model != scope.adapter.d_model:
+            raise UserError(
+                f"the transcoder of layer {layer} has width {config.d_model}, the model {scope.adapter.d_model}; "
+                "load the set that was trained on this model"
+            )
     missing = [layer for layer in range(scope.adapter.n_layers) if layer not in scope.transcoders]
     if missing:
         raise UserError(
             f"the transcoder set has no transcoder for layers {missing} of the model's {scope.adapter.n_layers}; "
             "load a set that covers the model"
         )
-    for layer in range(scope.adapter.n_layers):
-        config = scope.transcoders[layer].config
-        if config.d_model != scope.adapter.d_model:
-            raise UserError(
-                f"the transcoder of layer {layer} has width {config.d_model}, the model {scope.adapter.d_model}; "
-                "load the set that was trained on this model"
-            )
-        if config.input_hook != "mlp_in" or config.output_hook not in ("mlp_out", "mlp_out_post"):
-            raise UserError(
-                f"the transcoder of layer {layer} maps {config.input_hook} to {config.output_hook}; "
-                "attribution covers mlp_in to mlp_out or mlp_out_post"
-            )

@@ -14,11 +14,8 @@ from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
 from vlmscope.replacement import build_replacement
 from vlmscope.scope import Scope
 from vlmscope.training.batches import collect, shown
-from vlmscope.training.config import TranscoderArchConfig
 from vlmscope.training.evaluation import evaluate_transcoders
 from vlmscope.transcoders.formats import load_set, save_set
-
-TOWER = TranscoderArchConfig(expansion_factor=2, k=4, site="tower")
 
 
 @pytest.mark.parametrize("family", ["gemma3", *FAMILIES])
@@ -38,10 +35,10 @@ def test_every_patch_of_every_picture_is_a_token_and_padding_is_none(family: str
 
 
 def test_training_resumes_bit_for_bit_and_the_set_says_where_it_belongs(gemma: VLM, tmp_path: Path) -> None:
-    whole, metrics = train(gemma, tmp_path / "whole", transcoder=TOWER)
+    whole, metrics = train(gemma, tmp_path / "whole", site="tower")
     with pytest.raises(KeyboardInterrupt):
-        train(gemma, tmp_path / "half", interrupted_at(4), transcoder=TOWER)
-    resumed, _ = train(gemma, tmp_path / "half", transcoder=TOWER, resume=True)
+        train(gemma, tmp_path / "half", interrupted_at(4), site="tower")
+    resumed, _ = train(gemma, tmp_path / "half", site="tower", resume=True)
     assert equal(whole, resumed) and whole.site == "tower" and whole.layers == [0, 1]
     assert {"val/fvu", "val/l0", "val/dead_frac", "val/ce_delta", "layers/fvu/layer_01"} <= metrics.keys()
     assert metrics["val/fvu"] == metrics["val/fvu_image"]  # patches are all that a tower has
@@ -61,6 +58,6 @@ def test_text_alone_gives_a_tower_nothing(gemma: VLM) -> None:
 def test_what_has_no_tower_and_what_is_not_of_the_decoder_is_one_line(gemma: VLM, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="takes no pictures"):
         stack_of(tiny_vlm("gemma3_text").adapter, "tower")
-    tower, _ = train(gemma, tmp_path, transcoder=TOWER)
-    with pytest.raises(UserError, match="tower_mlp_in to tower_mlp_out|no transcoder for layers"):
+    tower, _ = train(gemma, tmp_path, site="tower")
+    with pytest.raises(UserError, match="tower_mlp_in to tower_mlp_out"):
         build_replacement(Scope(gemma, tower), gemma.prepare("what is this ?", [tiny_image(0)]))

@@ -392,6 +392,10 @@ class ReplacementModel:
         assert self.tower is not None, "the tower has no transcoders"
         return self.tower.features[layer - TOWER]
 
+    def without_tower(self) -> ReplacementModel:
+        """The same from the soft tokens on."""
+        return replace(self, tower=None, feature_activations=feature_table(self.features))
+
     @property
     def n_positions(self) -> int:
         """T."""

@@ -127,6 +127,8 @@ class AttributionConfig:
             )
         if self.feature:
             parse_feature(self.feature)
+        if self.attention and self.tower:
+            raise UserError("attribution.attention splits graphs that begin at the soft tokens; leave out tower=true")
         if self.attention and self.attention != "auto":
             parse_head(self.attention)
 

@@ -69,7 +69,7 @@ def test_a_trace_says_so_when_its_answer_hardly_needs_mlps(tmp_path: Path, capsy
         asked = [f"image={tmp_path / 'x.png'}", f"prompt={prompt}", "task.figure=false", "attribution.max_nodes=100"]
         asked += ["model=orrery", "transcoder=orrery"]  # Orrery 2 was trained to need its MLPs
         assert main(["task=trace", *asked, "tracking=none", f"hydra.run.dir={tmp_path / str(number)}"]) == 0
-        said.append("when all MLPs say the mean of 8 other pictures" in capsys.readouterr().out)
+        said.append("when the output of every MLP is its mean over 8 other pictures" in capsys.readouterr().out)
         metrics = json.loads((tmp_path / str(number) / "metrics.json").read_text())
         after.append(metrics["graph/answer_without_mlps"])
     assert all(after[n] > 0.4 for n, line in enumerate(said) if line)

@@ -53,7 +53,7 @@ def test_every_family_is_checked_and_traced_by_name(
     picture = [] if family.endswith("_text") else [f"image={tmp_path / 'x.png'}"]
     asked = [*model, *picture, "prompt=describe this picture, s'il te plaît", "attribution.max_nodes=200"]
     assert run(tmp_path / "run", "task=trace", *asked, "task.figure=false") == 0
-    assert "transcoders: random, as the model is" in capsys.readouterr().out
+    assert "transcoders: random, since the model is random" in capsys.readouterr().out
     graph = load_graph(tmp_path / "run" / "graph.safetensors").graph
     assert graph.residual.max() < 1e-4  # in float32
     assert graph.prompt == "describe this picture, s'il te plaît"

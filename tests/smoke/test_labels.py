@@ -167,7 +167,7 @@ def test_a_service_explains_and_its_set_takes_no_other_explainer(
         (["task=label", "study.path=STUDY", "task.url=http://host/v1"], "add 'task.features="),
         (["task=label", "study.path=STUDY", "task.url=http://host", "task.features=[L0/1]"], "add task.name_at_url="),
         (["task=find", "study.path=STUDY"], "give one of the two"),
-        (["task=find", "study.path=STUDY", "query=xylophone"], "has to do with that"),
+        (["task=find", "study.path=STUDY", "query=xylophone"], "no feature of"),
         (["task=find", "study.path=STUDY", "query=?"], "has no word"),
         (["task=find", "study.path=STUDY", "image=PICTURE", "model=tiny", "model.family=llava"], "not of"),
     ],

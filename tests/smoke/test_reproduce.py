@@ -214,7 +214,7 @@ def test_a_killed_reproduction_goes_on(
         # Its experiment is still at work; the next one waits for that instead of starting another.
         process = started(tmp_path, program, command)
         assert process.stdout is not None
-        assert process.stdout.readline() == "slow is still at work for a run that was killed, or for another; waiting\n"
+        assert process.stdout.readline() == "slow is still running, for another run or one that was killed; waiting\n"
         stamp = (run / "slow" / "config.yaml").stat().st_mtime_ns
         (run / "go").touch()
         out, err = process.communicate(timeout=120)

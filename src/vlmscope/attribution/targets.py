@@ -112,7 +112,7 @@ def token_id(tokenizer: Any, word: str, key: str) -> int:
     pieces = len(_known(tokenizer, word))
     if pieces > 1:
         raise UserError(f"{key}: {word!r} is {pieces} tokens, not one; {hint} (a whole answer is attribution.answer=)")
-    raise UserError(f"{key}: {word!r} is no token of the model; {hint}")
+    raise UserError(f"{key}: {word!r} is not a token of the model; {hint}")
 
 
 def _known(tokenizer: Any, text: str) -> list[int]:
@@ -323,7 +323,7 @@ def parse_position(text: str, n_positions: int, key: str) -> int:
     if text == "last":
         return n_positions - 1
     if not text.isdecimal():
-        raise UserError(f"{key}: {text!r} is no position; write last or a number from 0 to {n_positions - 1}")
+        raise UserError(f"{key}: {text!r} is not a position; write last or a number from 0 to {n_positions - 1}")
     if int(text) >= n_positions:
         raise UserError(f"{key}: the prompt has positions 0 to {n_positions - 1}, not {text}; choose one of them")
     return int(text)

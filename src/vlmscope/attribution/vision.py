@@ -206,7 +206,7 @@ def load_maps(path: str | Path, records: Sequence[Mapping[str, Any]]) -> list[Pi
     """
     arrays, metadata = load_tensors(path)
     if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
-        raise UserError(f"{path} holds no maps over patches of this layout; trace anew with attribution.patches=true")
+        raise UserError(f"{path} holds no maps over patches of this layout; trace again with attribution.patches=true")
     with built_from(path, "file of maps", "trace again with attribution.patches=true"):
         maps = []
         for record in records:

@@ -177,7 +177,7 @@ def load_circuit(folder: Path) -> Circuit:
     if not isinstance(body, dict) or not isinstance(body.get("supernodes"), dict):
         raise UserError(f"{path} is not a circuit: it has no supernodes")
     if body.get("version") not in READ:
-        raise UserError(f"{path} has version {body.get('version')}, this program reads {VERSION}; find it anew")
+        raise UserError(f"{path} has version {body.get('version')}, this program reads {VERSION}; find it again")
     with built_from(path, "circuit", "find it again"):
         supernodes = {str(name): _node(str(name), stored) for name, stored in body["supernodes"].items()}
         edges = tuple(CircuitEdge(**edge) for edge in body.get("edges", ()))

@@ -458,7 +458,7 @@ def declared_circuit(spec: CircuitSpecConfig) -> CircuitSpecConfig:
     body = read_yaml(spec.path)
     try:
         if not isinstance(body, dict):
-            raise UserError(f"{spec.path} is no declaration of a circuit; it begins with 'supernodes:'")
+            raise UserError(f"{spec.path} does not declare a circuit; such a file begins with 'supernodes:'")
         merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CircuitSpecConfig), body))
     except CONFIG_ERRORS as error:
         raise UserError(f"{spec.path}: {one_line(error)}") from error

@@ -66,7 +66,7 @@ class Place:
         if not 0 <= self.rank < self.world or not 0 <= self.local_rank < self.per_host:
             raise UserError(
                 f"{self.launcher} says that this is process {self.rank} of {self.world} and {self.local_rank} of "
-                f"{self.per_host} on its host, which cannot be; start it anew"
+                f"{self.per_host} on its host, which cannot be; start it again"
             )
         if self.rank % self.per_host != self.local_rank:
             raise UserError(
@@ -145,5 +145,5 @@ def _port(job: int) -> int:
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = env.get(name, "" if default is None else str(default))
     if not text.isdigit():
-        raise UserError(f"the environment has {name}={text!r}, which is no number; start the processes anew")
+        raise UserError(f"the environment has {name}={text!r}, which is not a number; start the processes again")
     return int(text)

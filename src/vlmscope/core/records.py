@@ -206,7 +206,7 @@ def check_characters(text: str, what: str) -> None:
         start = error.start
         raise UserError(
             f"{what} has {text[start]!r} at character {start + 1}, after {text[max(0, start - 20) : start]!r}, "
-            "which is no character; write it in UTF-8"
+            "which is not a valid character; write it in UTF-8"
         ) from error
 
 

@@ -90,7 +90,7 @@ def file_bytes(path: Path, origin: str) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{origin}: cannot read {path}: it is no file; give the path of a picture")
+            raise UserError(f"{origin}: cannot read {path}: it is not a file; give the path of a picture")
         if status.st_size > MAX_FILE_BYTES:
             raise UserError(f"{origin}: {path} has {status.st_size:,} bytes, at most {MAX_FILE_BYTES:,} are read")
         return path.read_bytes()

@@ -34,7 +34,7 @@ def read_index(folder: Path, key: str) -> dict[str, Any]:
     index = read_json(folder / INDEX)
     shards = index.get("shards") if isinstance(index, dict) and isinstance(index.get("meta"), dict) else None
     if not isinstance(shards, dict) or not all(_is_entry(name, entry) for name, entry in shards.items()):
-        raise UserError(f"{folder / INDEX} is no index of shards; correct {key}, or build the folder again")
+        raise UserError(f"{folder / INDEX} is not an index of shards; correct {key}, or build the folder again")
     return index
 
 

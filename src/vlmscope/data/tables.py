@@ -186,7 +186,7 @@ def _from_hub(name: str, config: SourceConfig, subset: str | None, split: str) -
         _LOG.warning("%s: the revision of %s is not pinned: another run may be given other data; add %s", key, hub, pin)
     elif not is_commit(revision):
         raise UserError(
-            f"{key}: the hub data set {hub} is asked for at {revision!r}, which may move: add {pin}, or "
+            f"{key}: the hub data set {hub} is requested at {revision!r}, which may change: add {pin}, or "
             f"{key}.path=/your/copy"
         )
     option = f" --revision {revision}" if revision is not None else ""
@@ -237,7 +237,7 @@ def _check_groups(file: Path) -> None:
     """
     from pyarrow.parquet import read_metadata
 
-    with _in_one_line(f"{file} is corrupt", "copy it anew"):
+    with _in_one_line(f"{file} is corrupt", "copy it again"):
         metadata = read_metadata(file)
     for number in range(metadata.num_row_groups):
         size, rows = metadata.row_group(number).total_byte_size, metadata.row_group(number).num_rows

@@ -82,7 +82,7 @@ def find_by_words(study: StudyFolder, facts: ItemFacts, labels: Labels, query: s
         known = sorted(set(columns) | set().union(*named.values()))
         near = [hit for word in keywords for hit in get_close_matches(word, known, n=2)]
         hint = f"did you mean {' or '.join(near)}?" if near else f"words that occur: {', '.join(known[:12])} ..."
-        raise UserError(f"query={query}: no feature of {study.path} has to do with that; {hint}")
+        raise UserError(f"query={query}: no feature of {study.path} matches; {hint}")
     return sorted(matches, key=lambda match: (-match.relevance, match.feature))[:count]
 
 

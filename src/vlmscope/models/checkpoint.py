@@ -112,7 +112,7 @@ def model_folder(path: str, hub: str | None = None, revision: str | None = None)
     if repo is None or Path(path).is_dir():
         return Path(path)
     if revision is None or not is_commit(revision):
-        reason = "has no pinned revision here" if revision is None else f"is asked for at {revision!r}, which may move"
+        reason = "has no pinned revision here" if revision is None else f"is set to {revision!r}, which may change"
         raise UserError(
             f"no folder {path}, and the hub model {repo} {reason}: add model.revision=<commit, 40 hex digits> (the "
             f"model's page lists them under Files, History), or put the model into a folder and give model.path="
@@ -142,13 +142,13 @@ def check_device(device: str, dtype: str = "float32") -> None:
         raise UserError(f"unknown device {device!r}; choose cpu, cuda, cuda:N or mps")
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
-            raise UserError(f"device {device!r} was asked for but no GPU is usable here; use device cpu")
+            raise UserError(f"device {device!r} was requested, but no GPU is usable here; use model.device=cpu")
         index, count = int(device.partition(":")[2] or 0), torch.cuda.device_count()
         if index >= count:
-            raise UserError(f"device {device!r} was asked for but there are {count} GPUs here; the first is cuda:0")
+            raise UserError(f"device {device!r} was requested, but there are {count} GPUs here; the first is cuda:0")
     if device == "mps":
         if not torch.backends.mps.is_available():
-            raise UserError("device 'mps' was asked for but this is no Mac with a usable GPU; use device cpu")
+            raise UserError("device 'mps' was requested, but this is not a Mac with a usable GPU; use device cpu")
         if dtype == "float64":
             raise UserError("device 'mps' cannot compute in float64; use device cpu, or dtype float32")
 

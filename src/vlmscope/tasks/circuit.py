@@ -82,7 +82,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     sources = Sources() if declared is None else Sources.open(declared, inputs, cfg.pairs, cfg.seed)
     contrasts = [] if spec is None else [node.contrast for node in spec.supernodes.values() if node.contrast]
     if cfg.pairs is not None and not discovers and not any(contrast.pairs for contrast in contrasts):
-        print("pairs= finds circuits; this one is declared or loaded, so they are not used")
+        print("pairs= is not used: this circuit is declared or loaded, not found")
     study = None if cfg.study.path is None else StudyFolder(cfg.study.path)
 
     bench = Bench(cfg, context.run_dir, overrides=context.overrides)

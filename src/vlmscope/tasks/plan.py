@@ -139,7 +139,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     for group in dict.fromkeys(key.rpartition("/")[0] for key in metrics):
         rows = [_line(key, number) for key, number in metrics.items() if key.rpartition("/")[0] == group]
         print(f"\n{group.replace('/', ', ')}\n" + "\n".join(rows))
-    print("\nTimes are bounds from below; expect two to three times as much.")
+    print("\nTimes are lower bounds; expect two to three times as much.")
     numbers = {key: float(number[0] if isinstance(number, tuple) else number) for key, number in metrics.items()}
     limit = (machine.memory or np.inf) * 1e9
     short = f"needs more than the {gb(limit)} of {task.device}"

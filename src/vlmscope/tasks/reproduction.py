@@ -244,7 +244,7 @@ def _lock(run_dir: Path, label: str) -> Iterator[IO[str]]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{label} is still at work for a run that was killed, or for another; waiting", flush=True)
+            print(f"{label} is still running, for another run or one that was killed; waiting", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file
 

@@ -228,8 +228,8 @@ def _without_mlps(cfg: AppConfig, scope: Scope, inputs: ModelInputs) -> float:
     if found.hardly_needed and cfg.task.rows is None:
         answer = printable(scope.vlm.tokenizer.decode([found.token]).strip())
         print(
-            f"  {answer!r} stays the answer (p = {found.after:.3f}) when all MLPs say the mean of {len(others)} other "
-            "pictures: features explain little of it (docs/anatomy.md)"
+            f"  {answer!r} stays the answer (p = {found.after:.3f}) when the output of every MLP is its mean over "
+            f"{len(others)} other pictures: features explain little of it (docs/anatomy.md)"
         )
     return found.after
 

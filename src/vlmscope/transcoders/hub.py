@@ -220,7 +220,7 @@ def set_folder(path: str | Path, revision: str | None = None, format: str = "aut
     if Path(path).is_dir() or not is_hub_id(repo):
         return Path(path)
     if revision is None or not is_commit(revision):
-        problem = "has no pinned revision here" if revision is None else f"is asked for at {revision!r}, which may move"
+        problem = "has no pinned revision here" if revision is None else f"is set to {revision!r}, which may change"
         raise UserError(
             f"no folder {repo}, and the hub repository {repo} {problem}: add transcoder.revision=<commit, 40 hex "
             "digits> (its page lists them under Files, History), or give the folder of a set"

@@ -46,7 +46,7 @@ def export_graph(folder: Path, study: Path | None = None, most: int | None = Non
         raise UserError("the page is not built: run `make viewer` once (it needs Node.js), or install the wheel")
     graph = read_json(folder / GRAPH)
     if not isinstance(graph, dict) or not isinstance(graph.get("nodes"), list):
-        raise UserError(f"{folder / GRAPH} is no graph: it has no nodes")
+        raise UserError(f"{folder / GRAPH} is not a graph: it has no nodes")
     data: dict[str, Any] = {"name": folder.resolve().name, "graph": graph, "features": {}}
     if (folder / ANNOTATIONS).is_file():
         data["annotations"] = checked(read_json(folder / ANNOTATIONS), str(folder / ANNOTATIONS))

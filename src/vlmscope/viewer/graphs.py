@@ -54,7 +54,7 @@ def read_graph(runs: Runs, name: str) -> dict[str, Any]:
     path = graph_file(runs, name)
     body = read_json(path)
     if not isinstance(body, dict) or not all(isinstance(body.get(key), list) for key in ("nodes", "links")):
-        raise Refused(f"{name}/{GRAPH} is no graph: it has no nodes and links", 422)
+        raise Refused(f"{name}/{GRAPH} is not a graph: it has no nodes and links", 422)
     return body
 
 

@@ -36,7 +36,7 @@ def _body(folder: Path, name: str, changed: int) -> dict[str, Any]:
     table = _read(folder / TABLE)
     missing = sorted({"operation", "setting", "control", "draw", "features"} - set(table))
     if missing:
-        raise UserError(f"{name}/{TABLE} is no table of trials: it lacks {', '.join(missing)}")
+        raise UserError(f"{name}/{TABLE} is not a table of trials: it lacks {', '.join(missing)}")
     settings = read_yaml(folder / "config.yaml")
     settings = settings if isinstance(settings, dict) else {}
     rows = []

@@ -78,7 +78,7 @@ def test_tasks_per_node(counts: str, each: int | None) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"RANK": "first"}, "RANK='first', which is no number"),
+        ({"RANK": "first"}, "RANK='first', which is not a number"),
         ({"MASTER_ADDR": ""}, "MASTER_ADDR is not"),
         ({"RANK": "8"}, "process 8 of 8"),
         ({"LOCAL_RANK": "2"}, "host by host"),

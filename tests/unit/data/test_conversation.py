@@ -274,8 +274,8 @@ def test_texts_of_half_characters_are_left_out_or_refused(folder: Path, text: st
     write(folder, [{"text": "x"}, json.dumps({"images": ["pictures/1.png"], "texts": [{**TURN, "assistant": text}]})])
     first, second = open_source("it", SourceConfig("folder", str(folder))).open(WHOLE)
     assert first().text == "x"
-    with pytest.raises(UserError, match="line 2: .* is no character"):
+    with pytest.raises(UserError, match="line 2: .* is not a valid character"):
         second()
     # A folder that is trained on as it is has all its lines looked at first.
-    with pytest.raises(UserError, match="line 2: .* is no character"):
+    with pytest.raises(UserError, match="line 2: .* is not a valid character"):
         load_folder(folder, 0.1, 0)

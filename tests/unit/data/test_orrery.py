@@ -374,5 +374,5 @@ def test_batches_depend_on_the_step_alone_and_what_is_not_there_is_named(tmp_pat
 def test_an_index_of_another_shape_is_one_line(tmp_path: Path, change: Callable[[Any], Any]) -> None:
     small(tmp_path)
     write_json(tmp_path / "index.json", change(read_json(tmp_path / "index.json")))
-    with pytest.raises(UserError, match=r"index.json is no index of shards; correct data.sources.it.path"):
+    with pytest.raises(UserError, match=r"index.json is not an index of shards; correct data.sources.it.path"):
         open_source("it", SourceConfig("shards", str(tmp_path), stream="hands"))

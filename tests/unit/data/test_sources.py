@@ -266,7 +266,7 @@ REFUSED = [
     ({"kind": "shards"}, "no index.json in"),
     ({"kind": "folder"}, "no train.jsonl in"),
     ({"kind": "hf_image_label", "templates": ["a photo"]}, "each template must say where the {label} goes"),
-    ({"kind": "hf_text", "path": None, "hub": "a/b", "revision": "main"}, "asked for at 'main', which may move"),
+    ({"kind": "hf_text", "path": None, "hub": "a/b", "revision": "main"}, "requested at 'main', which may change"),
     ({"kind": "hf_text", "path": None, "hub": "a/b", "revision": "0" * 40}, "HF_HUB_OFFLINE forbids to stream a/b"),
 ]
 
@@ -291,7 +291,7 @@ def test_a_file_that_stopped_in_the_middle_is_named_in_one_line(tmp_path: Path, 
     second = sorted([*folder.glob("*.arrow"), *folder.glob("*.parquet")])[1]
     second.write_bytes(second.read_bytes()[: second.stat().st_size // 2])
     named = second if saved == "parquet" else folder
-    with pytest.raises(UserError, match=rf"{named} .*(copy it anew|write it again)") as error:
+    with pytest.raises(UserError, match=rf"{named} .*(copy it again|write it again)") as error:
         open_source("it", SourceConfig("hf_image_label", str(folder)))
     assert "\n" not in str(error.value)
 

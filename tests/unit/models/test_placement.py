@@ -91,7 +91,7 @@ def test_offload_in_another_dtype_and_on_another_device(tmp_path: Path) -> None:
         ("gpu", "float32", False, "unknown device 'gpu'; choose cpu, cuda, cuda:N or mps"),
         ("cuda:x", "float32", False, "unknown device 'cuda:x'"),
         ("cuda", "float32", False, "no GPU is usable here"),
-        ("mps", "float32", False, "this is no Mac"),
+        ("mps", "float32", False, "this is not a Mac"),
         ("cuda:2", "float32", True, "there are 2 GPUs here; the first is cuda:0"),
         ("mps", "float64", True, "cannot compute in float64"),
     ],

@@ -423,7 +423,7 @@ def test_sparsifys_hooks_k_and_width(tmp_path: Path) -> None:
     assert "k once for all layers, but they have 3, 32" in (refusal(loaded, "vlmscope") or "")
     assert refusal(loaded, "sparsify") is None
     (tmp_path / "h.1.mlp").rename(tmp_path / "h.1.attn")
-    with pytest.raises(UserError, match="hook 'h.1.attn' is no MLP"):
+    with pytest.raises(UserError, match="hook 'h.1.attn' is not an MLP"):
         load_set(tmp_path)
 
 

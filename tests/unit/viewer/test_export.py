@@ -70,7 +70,7 @@ def test_a_report_links_the_page_where_there_is_one(run: Path, monkeypatch: pyte
 def test_refusals(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="has no graph.json"):
         export.export_graph(run.parent)
-    with pytest.raises(UserError, match="is no graph"):
+    with pytest.raises(UserError, match="is not a graph"):
         (run / "graph.json").write_text("[]")
         export.export_graph(run)
     (run / "graph.json").write_text('{"nodes": []}')

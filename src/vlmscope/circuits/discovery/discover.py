@@ -153,7 +153,7 @@ def moving_questions(train: PairsByQuestion, test: PairsByQuestion, question: st
         known = f"choose from {', '.join(moving)}" if moving else "no question of these pairs has two answers"
         raise UserError(f"discovery.question={question}: {known}")
     if not moving:
-        raise UserError("no question's answer differs within a pair: there is no contrast to find a circuit by")
+        raise UserError("no question has answers that differ within a pair, so there is no contrast to find a circuit")
     return moving if question is None else [question]
 
 

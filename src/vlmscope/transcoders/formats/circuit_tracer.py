@@ -249,7 +249,7 @@ def clt_open_set(folder: Path, choice: Choice) -> SetSource:
     matches = [re.fullmatch(r"W_enc_(\d+)\.safetensors", path.name) for path in folder.glob("W_enc_*")]
     layers = sorted(int(match[1]) for match in matches if match)
     if layers != list(range(len(layers))) or not layers:
-        raise UserError(f"{folder} holds W_enc files of layers {layers}; a set has layers 0, 1, 2, ...; copy it anew")
+        raise UserError(f"{folder} holds W_enc files of layers {layers}; a set has layers 0, 1, 2, ...; copy it again")
     for layer in layers:
         if not (folder / f"W_dec_{layer}.safetensors").is_file():
             raise UserError(f"{folder}/W_dec_{layer}.safetensors is missing; copy it there")
@@ -281,7 +281,7 @@ def _clt_translate(tensors: Tensors, path: Path, layer: int, writes: int) -> Ten
     if decoder.ndim != 3 or decoder.shape[1] != writes:
         raise UserError(
             f"{path}: the decoder has shape {tuple(decoder.shape)} where (features, {writes}, model width) is "
-            "expected, a decoder for its own layer and each later one; copy the set anew"
+            "expected, a decoder for its own layer and each later one; copy the set again"
         )
     by_layer = decoder.movedim(1, 0).contiguous()
     return ours | {"W_dec": by_layer[0]} | ({"W_later": by_layer[1:]} if writes > 1 else {})

@@ -178,7 +178,7 @@ def build_layer(
     needed = (*REQUIRED, "threshold") if has_threshold else REQUIRED
     missing = [name for name in needed if name not in tensors]
     if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}, which activation {activation!r} needs; copy the set anew")
+        raise UserError(f"{path} lacks {', '.join(missing)}, which activation {activation!r} needs; copy the set again")
     unknown = sorted(set(tensors) - {*needed, "W_skip", "W_later"})
     if unknown:
         raise UserError(f"{path} holds {', '.join(unknown)}, which activation {activation!r} does not use")
@@ -206,12 +206,12 @@ def build_layer(
     for parameter, tensor in zip(transcoder.W_later, tensors.get("W_later", ()), strict=True):
         set_weight(parameter, tensor)
     if writes > 1 and layer + writes > config.n_model_layers:
-        raise UserError(f"{path}: W_later writes {writes - 1} layers ahead, past the model's last; copy it anew")
+        raise UserError(f"{path}: W_later writes {writes - 1} layers ahead, past the model's last; copy it again")
     if has_threshold:
         try:
             transcoder.activation.take_thresholds(tensors["threshold"])
         except ValueError as error:
-            raise UserError(f"{path}: {error}; train or copy the set anew") from error
+            raise UserError(f"{path}: {error}; train or copy the set again") from error
     return transcoder
 
 

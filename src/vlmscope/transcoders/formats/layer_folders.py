@@ -232,7 +232,7 @@ def _sparsify_read(record: dict[str, Any], where: Path) -> Layer:
     hook = where.parent.name
     match = _MLP.fullmatch(hook)
     if match is None:
-        raise UserError(f"{where.parent}: hook {hook!r} is no MLP; only those such as layers.3.mlp can be read")
+        raise UserError(f"{where.parent}: hook {hook!r} is not an MLP; only hooks such as layers.3.mlp can be read")
     # Autoencoders are not transcoders, and signed features can be negative.
     _demand(record, where, {"transcode": (True,), "activation": ("topk", None), "signed": (False, None)})
     settings = where.parent.parent / "config.json"  # of the training run

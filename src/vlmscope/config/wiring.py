@@ -122,13 +122,8 @@ def load_scope(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("transcoder
     if isinstance(cfg.transcoder, RandomTranscodersConfig):
         return random_scope(cfg.transcoder, vlm, cfg.attribution.tower)
     if cfg.model.family is not None and not names_transcoders(overrides):
-<<<<<<< HEAD
-        print("transcoders: random, as the model is; transcoder=path names trained ones")
-        return random_scope(RandomTranscodersConfig(seed=cfg.seed), vlm, cfg.attribution.tower)
-=======
         print("transcoders: random, since the model is random; transcoder=path loads trained ones")
-        return Scope(vlm, random_transcoders(RandomTranscodersConfig(seed=cfg.seed), vlm))
->>>>>>> 996ffadf (messages, notebooks, experiments/README: plainer English)
+        return random_scope(RandomTranscodersConfig(seed=cfg.seed), vlm, cfg.attribution.tower)
     adapter = vlm.adapter
     _check_own_set(cfg, vlm)
 

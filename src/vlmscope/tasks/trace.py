@@ -38,6 +38,7 @@ _ROWS, _ROW = "rows", "row.json"
 _MAPPED = 3  # targets in figures/patches.png
 _TOLD, _ON_PICTURE = 8, 3  # features on the console
 _HEADS = 5
+_WITH_EXAMPLES = 40  # features with examples in graph.html, a tenth of a second each; task=export takes all
 _RUNNERS_UP = 3  # words that the graph does not explain
 _SUBJECT = ("model=", "model.", "transcoder=", "transcoder.")  # overrides that a command about the same graph needs
 
@@ -47,9 +48,9 @@ class Config:
     """Settings of the graph and its targets are in `attribution=` (docs/attribution.md).
 
     `figure` draws the pruned graph too. One more forward with `others` pictures tells whether the answer needs MLPs
-    (docs/anatomy.md; 0: not asked). `page` writes graph.html too: the graph to click through, with examples of each
-    feature, in one file. `rows` is a CSV or JSONL file of many prompts with their pictures (docs/graphs.md); with
-    `skip_bad` rows that cannot be traced are left out and counted.
+    (docs/anatomy.md; 0: not asked). `page` writes graph.html too: the graph to click through, with examples of the 40
+    most influential features, in one file. `rows` is a CSV or JSONL file of many prompts with their pictures
+    (docs/graphs.md); with `skip_bad` rows that cannot be traced are left out and counted.
     """
 
     figure: bool = True
@@ -79,7 +80,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     if cfg.task.page:
         from vlmscope.viewer.export import export_graph
 
-        export_graph(context.run_dir, labels_folder(cfg))
+        export_graph(context.run_dir, labels_folder(cfg), _WITH_EXAMPLES)
     print("\n".join(_next_steps(context.run_dir, cfg, context.overrides)))
     return metrics
 

@@ -3,10 +3,11 @@
 import sys
 from typing import TYPE_CHECKING
 
+from vlmscope.core import __version__
+
 if TYPE_CHECKING:
     from vlmscope.api import aggregate, compare, load, open_study, patch, steer, study, study_data, trace, where
 
-__version__ = "0.1.0"
 __all__ = [
     "__version__", "aggregate", "compare", "load", "open_study", "patch", "steer", "study", "study_data", "trace",
     "where",

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from vlmscope import __version__
+from vlmscope.core import __version__
 from vlmscope.core.errors import CheckFailed, RankLost, Terminated, UserError
 from vlmscope.core.launch import Place, place_of, program
 

@@ -184,7 +184,9 @@ def test_a_mix_is_typed_and_its_sources_can_be_left_out() -> None:
     assert list(rest) == ["captions", "questions"] and rest["captions"].repeat
     added = composed("data=mix_orrery", "+data.sources={mine: {kind: folder, path: /x, weight: 0.5}}").data.sources
     assert added["mine"].weight == 0.5 and len(added) == 4
-    for key, value in (("shuffle", 0), ("context", 1)):
+    shards = composed("data=mix_shards", "data.path=/my/shards").data.sources
+    assert {one.path for one in shards.values()} == {"/my/shards"}
+    for key, value in (("shuffle", 0), ("context", 1), ("max_bad_shards", -1)):
         with pytest.raises(UserError, match=f"data.{key}={value}: it must be at least"):
             composed("data=mix_orrery", f"data.{key}={value}")
     with pytest.raises(UserError, match=r"data.sources.a/b: name a source with letters"):

@@ -1,4 +1,4 @@
-"""Training on the command line: own data and sweeps; the Python API says what it says."""
+"""Training on the command line: own data, shards and sweeps; the Python API says what it says."""
 
 import json
 from collections.abc import Callable
@@ -84,6 +84,20 @@ def test_mistakes_in_the_data_are_one_line_before_training_starts(
         (data / name).write_text(content)
     assert words in refusal(*TRAIN, f"data.path={data}", f"hydra.run.dir={tmp_path / 'r'}", *arguments)
     assert not (tmp_path / "r" / "transcoder_checkpoint").exists()
+
+
+def test_shards_of_a_mix_are_built_and_trained_on(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    limits = [f"data.sources.{name}.limit=40" for name in ("text", "captions", "questions")]
+    build = ["task=build_data", "data=mix_orrery", f"data.path={tmp_path / 'shards'}", *limits, "task.shard_size=16"]
+    build += ["task.workers=1", "task.parts=1", "tracking=none"]
+    assert main([*build, f"hydra.run.dir={tmp_path / 'build'}"]) == 0
+    metrics = json.loads((tmp_path / "build" / "metrics.json").read_text())
+    assert metrics["data/rows"] == 240 and metrics["data/shards"] == 18
+    train = [*MIX, "data=mix_shards", f"data.path={tmp_path / 'shards'}", "trainer.max_steps=3"]
+    assert main([*train, f"hydra.run.dir={tmp_path / 'train'}"]) == 0
+    for shard in (tmp_path / "shards").glob("train-text-*.tar"):
+        shard.write_bytes(b"")
+    assert "number 3, and data.max_bad_shards=2" in refusal(*train, f"hydra.run.dir={tmp_path / 'bad'}")
 
 
 def test_a_sweep_shows_each_job_with_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

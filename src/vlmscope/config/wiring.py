@@ -301,7 +301,8 @@ def data_origin(cfg: AppConfig, sources: Mapping[str, SourceConfig] | None = Non
     """Origin of the data of `data=`, with `sources` in place of its own if given."""
     chosen = cfg.data
     sources = chosen.sources if sources is None else sources
-    origin = flat("data", {k: v for k, v in asdict(chosen).items() if k not in ("path", "sources")})
+    # Where a mix is written, and how many corrupt shards are tolerated, do not change a row.
+    origin = flat("data", {k: v for k, v in asdict(chosen).items() if k not in ("path", "sources", "max_bad_shards")})
     if not sources and chosen.path is not None:
         origin["data.files"] = folder_digest(chosen.path)
     for name, source in sources.items():
@@ -377,7 +378,7 @@ def made_study(cfg: AppConfig, scope: Scope, folder: Path) -> StudyFolder:
     from vlmscope.features.study import data_record, make_study
 
     sources = study_sources(cfg)
-    data = data_record(sources, cfg.study, cfg.data.name)
+    data = data_record(sources, cfg.study, cfg.data.max_bad_shards, cfg.data.name)
     return make_study(folder, scope, data, cfg.study, study_origin(cfg, sources, ("transcoder",)))
 
 

@@ -37,7 +37,7 @@ class SourceConfig:
     request: str = CAPTION_REQUEST  # the user turn that a caption answers
     images: str | None = "images"  # hf_cauldron: the columns of pictures (a list, or one; None: none) and conversations
     texts: str = "texts"
-    # shards and scenes: a kind of scene; orrery: one of `ORRERY_STREAMS`
+    # shards: the name of the source that was written; orrery: one of `ORRERY_STREAMS`; scenes: a kind of scene
     stream: str | None = None
 
 
@@ -68,10 +68,11 @@ class DataConfig:
     """The data: Orrery's scenes, a folder of the user's own (docs/bring_your_own.md), or a mix (docs/data.md).
 
     `path` is a folder, or None for data generated during use, as Orrery's scenes are too while their default folder
-    does not exist. Orrery's scenes are of the kinds `scenes`.
+    does not exist; for a mix, `task=build_data` writes its shards there.
+    Orrery's scenes are of the kinds `scenes`.
     `val_share` of the user's own examples is held out for validation if there is no file or split for it.
-    The rest configures a mix: rows per source that are shuffled with each other (`shuffle`), and tokens per packed text
-    (`context`).
+    The rest configures a mix: rows per source that are shuffled with each other (`shuffle`), tokens per packed text
+    (`context`), and corrupt shards that may be skipped (`max_bad_shards`).
     """
 
     name: str = "???"  # omegaconf: it must be given
@@ -80,12 +81,13 @@ class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     shuffle: int = 1000
     context: int = 2048
+    max_bad_shards: int = 0
     scenes: list[str] = field(default_factory=lambda: list(SCENE_KINDS))
 
     def __post_init__(self) -> None:
         for kind in self.scenes:
             check_choice("data.scenes", kind, (*SCENE_KINDS, *COMPOSED))
-        check_least("data", self, shuffle=1, context=2)
+        check_least("data", self, shuffle=1, context=2, max_bad_shards=0)
         for name, source in self.sources.items():
             check_source(name, source)
         if not 0 < self.val_share < 1:

@@ -39,6 +39,12 @@ def decode_image(data: bytes, what: str) -> Image.Image:
         return _decoded(raw)
 
 
+def picture_format(data: bytes, what: str) -> str:
+    """File extension for the bytes of a picture, such as "jpeg", from its header alone."""
+    with _opened(io.BytesIO(data), what) as raw:
+        return (raw.format or "png").lower()
+
+
 def check_image(path: str | Path) -> None:
     """Raise as `open_image` does, but read the header only: damage behind it goes unnoticed."""
     with _opened(Path(path), f"image {path}"):

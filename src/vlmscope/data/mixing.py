@@ -33,10 +33,11 @@ ORRERY_SCENES = 50_000  # per source without a limit; scenes are rendered on dem
 PATIENCE = 100  # unusable rows, when most are unusable, after which a source is refused
 
 
-def open_source(name: str, config: SourceConfig, split: str | None = None) -> Source:
+def open_source(name: str, config: SourceConfig, split: str | None = None, max_bad_shards: int = 0) -> Source:
     """Open a source from its settings.
 
-    `name` is its key in `data.sources`; `split` replaces `config.split`.
+    `name` is its key in `data.sources`; `split` replaces `config.split`. A pass may skip up to `max_bad_shards` corrupt
+    shards.
 
     Raises:
         UserError: the settings are wrong, or the data are missing, empty or of another schema.
@@ -46,7 +47,7 @@ def open_source(name: str, config: SourceConfig, split: str | None = None) -> So
     if config.kind == "folder":
         return folder_source(name, config, split)
     if config.kind == "shards":
-        return shard_source(name, config, split, row_of_shard)
+        return shard_source(name, config, split, max_bad_shards, row_of_shard)
     if config.kind.startswith("hf_"):
         return hf_source(name, config, split)
     if split not in SPLITS:
@@ -146,6 +147,11 @@ class ShuffledSource:
         for name, value in state.items():
             setattr(self, name, value)
         self._reader = None
+
+    @property
+    def bad_shards(self) -> int:
+        """Corrupt shards skipped in this epoch."""
+        return 0 if self._reader is None else self._reader.bad_shards
 
     def skip(self, error: UserError) -> None:
         """Count an unusable sample; raise once there are `PATIENCE` of them and no more usable ones than that."""
@@ -331,6 +337,11 @@ class NumberedRows:
     def done(self) -> int:
         """Rows passed so far, whichever process reads them."""
         return sum(self.taken.values())
+
+    @property
+    def bad_shards(self) -> int:
+        """Corrupt files that were left out."""
+        return sum(reader.bad_shards for reader in self.readers.values())
 
     def __iter__(self) -> Iterator[list[NumberedRow]]:
         while True:

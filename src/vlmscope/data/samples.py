@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,10 +37,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlmscope.core.artifacts import parse_json
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, first_line
 from vlmscope.core.records import CAPTION_REQUEST, Conversation, Document, Exchange, Sample, check_characters, generator
-from vlmscope.data.images import decode_image
+from vlmscope.data.images import decode_image, picture_format
 
+_LOG = logging.getLogger(__name__)
 MAX_FILE_BYTES = 2**30  # as `tables.MAX_ROW_BYTES`
 DIGEST_BYTES = 16  # of SHA-256: the chance of a collision among 10^9 samples is 10^-21
 
@@ -49,7 +51,7 @@ class RawSample:
     """A conversation about pictures, or plain text, whose `exchanges` are empty.
 
     `images` are the bytes of picture files; `origin` says where the sample came from; `facts` are known properties by
-    name, not shown to a model. Text that is not valid Unicode is refused.
+    name, neither shown to a model nor stored in shards. Text that is not valid Unicode is refused.
     """
 
     images: tuple[bytes, ...] = ()
@@ -78,6 +80,25 @@ class RawSample:
             total.update(hashlib.sha256(image).digest())
         total.update(json.dumps([self.text, self.exchanges], ensure_ascii=True).encode())
         return total.digest()[:DIGEST_BYTES]
+
+    def to_shard(self, key: str) -> dict[str, Any]:
+        """A WebDataset sample: `<key>.json` with the words, `<key>.<n>.<format>` with each picture's original bytes."""
+        body: dict[str, Any] = {"origin": self.origin}
+        if self.exchanges:
+            body["texts"] = [{"user": turn.user, "assistant": turn.assistant} for turn in self.exchanges]
+        else:
+            body["text"] = self.text
+        names = [f"{n}.{picture_format(data, f'{self.origin}: picture {n + 1}')}" for n, data in enumerate(self.images)]
+        body["images"] = names
+        sample: dict[str, Any] = {"__key__": key, "json": json.dumps(body, ensure_ascii=False).encode()}
+        return sample | dict(zip(names, self.images, strict=True))
+
+    @classmethod
+    def from_shard(cls, sample: Mapping[str, Any]) -> RawSample:
+        """The inverse of `to_shard`; other content raises ValueError, KeyError or TypeError."""
+        body = json.loads(sample["json"])
+        turns = tuple(Exchange(turn["user"], turn["assistant"]) for turn in body.get("texts", ()))
+        return cls(tuple(sample[name] for name in body["images"]), turns, body.get("text", ""), body["origin"])
 
 
 def held_out(sample: RawSample, share: float) -> bool:
@@ -299,6 +320,10 @@ class Share:
         """Every `total`-th of `size` rows: each row in exactly one part; part sizes differ by one at most."""
         return range(self.index, size, self.total)
 
+    def stretch(self, size: int) -> range:
+        """One contiguous stretch of `size` rows, for files that are read from the front; each row in one part."""
+        return range(self.index * size // self.total, (self.index + 1) * size // self.total)
+
 
 WHOLE = Share()
 Row = Callable[[], RawSample]  # unread, so that rows can be shuffled before their pictures are read
@@ -307,6 +332,8 @@ Mark = Any  # plain JSON
 
 class Reader(Iterator[Row], ABC):
     """One pass over a share of a source; `row` is the number of the next row in the share."""
+
+    bad_shards = 0  # corrupt shards met so far
 
     def __init__(self, row: int) -> None:
         self.row = row
@@ -353,3 +380,27 @@ class _IndexedReader(Reader):
 
     def mark(self) -> Mark:
         return self.row
+
+
+class BadFiles:
+    """Corrupt shards of a source: left out with a warning, up to a limit."""
+
+    def __init__(self, name: str, most: int, mend: str, before: int = 0) -> None:
+        """`most` is `data.max_bad_shards`, `mend` how to get a good copy, `before` the count of a resumed pass."""
+        self.name, self.most, self.mend, self.before = name, most, mend, before
+        self.files: list[str] = []
+
+    def __len__(self) -> int:
+        return self.before + len(self.files)
+
+    def add(self, file: str | Path, error: Exception) -> None:
+        """Record a corrupt file, once if it is met again; raise `UserError` when there are too many."""
+        if str(file) in self.files:
+            return
+        self.files.append(str(file))
+        what = f"data.sources.{self.name}: {file} is corrupt ({first_line(error)})"
+        if len(self) > self.most:
+            raise UserError(
+                f"{what}, number {len(self)}, and data.max_bad_shards={self.most}; {self.mend}, or raise the limit"
+            ) from error
+        _LOG.warning("%s; left out (%d of at most %d)", what, len(self), self.most)

@@ -1,7 +1,8 @@
 """WebDataset shards with an index: byte-identical when rebuilt, and never in use half-written after a kill.
 
 A shard is written under a temporary name, flushed, renamed, and only then entered in `index.json` (itself replaced
-atomically). Its SHA-256 there is compared before it is read.
+atomically). A consumer reads one stretch of the rows, counted over all shards in the order of their names, and opens
+only the shards that contain it.
 """
 
 from __future__ import annotations
@@ -9,19 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from itertools import accumulate, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tqdm import tqdm
 
 from vlmscope.core.artifacts import atomic_path, read_json
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, is_out_of_memory
 from vlmscope.core.launch import program
 from vlmscope.data.config import SourceConfig
-from vlmscope.data.samples import RawSample, Source, indexed
+from vlmscope.data.samples import WHOLE, BadFiles, Mark, RawSample, Reader, Row, Share, Source
 
 INDEX = "index.json"
 _ENTRY = {"split": str, "kind": str, "samples": int, "bytes": int, "sha256": str}
@@ -102,40 +104,117 @@ def shard_files(folder: Path, split: str, kind: str) -> list[Path]:
 
 
 def read_samples(files: list[Path]) -> Iterator[dict[str, Any]]:
-    """Yield the raw samples (`__key__`, bytes by extension) of shards whose content has been checked, in order."""
+    """Yield the raw samples (`__key__`, bytes by extension) of shards in order.
+
+    WebDataset's own reader would skip links and expand compressed or sparse files, whose content may be thousands of
+    times larger than the shard; here members are read in order and refused if no build would write them.
+
+    Raises:
+        ValueError, tarfile.TarError, OSError: a shard is corrupt, or a member is not a plain file, has a path outside
+            the shard, or claims more bytes than the shard has.
+    """
     for path in files:
-        sample: dict[str, Any] = {}
+        size, sample = path.stat().st_size, {}
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                key, _, extension = member.name.partition(".")
-                content = tar.extractfile(member)
-                assert content is not None, f"{member.name} of {path} is no plain file"
+                name = PurePosixPath(member.name)
+                stem, _, extension = member.name.rpartition("/")[2].partition(".")
+                key = str(name.parent / stem)
+                for refused, reason in (
+                    (name.is_absolute() or ".." in name.parts, "leaves the shard"),
+                    (not member.isreg() or member.issparse(), "is no plain file"),
+                    (not 0 <= member.size <= size, f"claims {member.size:,} bytes"),
+                    (not stem or not extension, "has no ending, or nothing before it"),
+                    (sample.get("__key__") == key and extension in sample, "is there twice"),
+                ):
+                    if refused:
+                        raise ValueError(f"its member {member.name!r} {reason}")
                 if sample and sample["__key__"] != key:
                     yield sample
                     sample = {}
+                content = tar.extractfile(member)
+                assert content is not None, "it is a plain file"
                 sample |= {"__key__": key, extension: content.read()}
         if sample:
             yield sample
 
 
-def shard_source(name: str, config: SourceConfig, split: str, parse: Callable[[dict[str, Any]], RawSample]) -> Source:
-    """The scenes of one kind and split that `task=build_data` wrote; `parse` converts the samples of a shard.
+def shard_source(
+    name: str, config: SourceConfig, split: str, max_bad: int, parse_scene: Callable[[dict[str, Any]], RawSample]
+) -> Source:
+    """The samples of one stream and split that `task=build_data` wrote; a pass may skip `max_bad` corrupt shards.
 
-    They are read into memory, compressed, at the first access to one.
+    `parse_scene` converts the samples of Orrery's own shards, which hold scenes with all their questions.
     """
     folder, stream = Path(str(config.path)), config.stream or name
     index = read_index(folder, f"data.sources.{name}.path")
-    entries = index["shards"].values()
-    size = sum(entry["samples"] for entry in entries if (entry["kind"], entry["split"]) == (stream, split))
-    if not size:
-        streams = sorted({f"{entry['kind']} ({entry['split']})" for entry in entries})
+    entries = dict(sorted(index["shards"].items()))
+    sizes = {
+        file: entry["samples"]
+        for file, entry in entries.items()
+        if (entry["kind"], entry["split"]) == (stream, split) and entry["samples"]
+    }
+    if not sizes:
+        streams = sorted({f"{entry['kind']} ({entry['split']})" for entry in entries.values()})
         raise UserError(
             f"data.sources.{name}: {folder} has no samples of stream {stream!r}, split {split!r}; it has "
             f"{', '.join(streams) or 'none'}"
         )
+    parse = parse_scene if index["meta"].get("dataset") == "orrery" else RawSample.from_shard
+    shards = [(folder / file, entries[file]["bytes"]) for file in sizes]
+    ends = list(accumulate(sizes.values()))
+    size = min(ends[-1], config.limit or ends[-1])
 
-    @cache
-    def stored() -> list[dict[str, Any]]:
-        return list(read_samples(shard_files(folder, split, stream)))
+    def open_share(share: Share, mark: Mark = None) -> Reader:
+        bad = BadFiles(name, max_bad, "run task=build_data again, which mends it", (mark or {}).get("bad", 0))
+        stretch = share.stretch(size)
+        return _ShardReader(shards, ends, parse, bad, (mark or {}).get("row", stretch.start), stretch.stop)
 
-    return indexed(name, min(size, config.limit or size), lambda row: parse(stored()[row]))
+    return Source(name, size, open_share, lambda row: next(open_share(WHOLE, {"row": row}))())
+
+
+class _ShardReader(Reader):
+    """Pass over a stretch of rows; its mark is the row, counted through corrupt shards too, and the bad shards."""
+
+    def __init__(
+        self,
+        shards: list[tuple[Path, int]],
+        ends: list[int],
+        parse: Callable[[dict[str, Any]], RawSample],
+        bad: BadFiles,
+        row: int,
+        stop: int,
+    ) -> None:
+        """`shards` are (path, size in bytes), `ends` the cumulative row counts at which they end."""
+        super().__init__(row)
+        self.shards, self.ends, self.parse, self.bad, self.stop = shards, ends, parse, bad, stop
+        self.samples: Iterator[RawSample] | None = None  # of the open shard, from the next row on
+
+    def __next__(self) -> Row:
+        while self.row < self.stop:
+            number = bisect_right(self.ends, self.row)
+            (file, size), start = self.shards[number], self.ends[number - 1] if number else 0
+            try:
+                if self.samples is None or self.row == start:
+                    if (actual := file.stat().st_size) != size:
+                        raise ValueError(f"it has {actual:,} bytes, the index says {size:,}")
+                    self.samples = map(self.parse, islice(read_samples([file]), self.row - start, None))
+                sample = next(self.samples, None)
+                if sample is None:
+                    raise ValueError("it ends too early")
+            except Exception as error:  # a corrupt tar fails as tar, as JSON, in its names or in its sample count
+                if is_out_of_memory(error):
+                    raise
+                self.bad.add(file, error)
+                self.row, self.samples = self.ends[number], None
+                continue
+            self.row += 1
+            return lambda: sample
+        raise StopIteration
+
+    @property
+    def bad_shards(self) -> int:
+        return len(self.bad)
+
+    def mark(self) -> Mark:
+        return {"row": self.row, "bad": self.bad_shards}

@@ -315,7 +315,7 @@ def run_part(
     def save(finished: bool) -> None:
         nonlocal saving
         start = time.perf_counter()
-        progress = {"finished": finished, "skipped": make.skipped, "rows": rows.state()}
+        progress = {"finished": finished, "skipped": make.skipped, "rows": rows.state(), "bad_shards": rows.bad_shards}
         part.save(seen, records, make.geometries, progress)
         records.clear()
         make.geometries.clear()
@@ -373,7 +373,7 @@ def finish(
         model=vlm.name,
         transcoders={**kind, "cross_layer": scope.transcoders.cross_layer},
         n_features=scope.transcoders.widths,
-        data=dict(data),
+        data={**data, "bad_shards": states[0]["bad_shards"]},
         settings=config.decisive(),
         items=sum(state["items"] for state in states),
         rows=sum(states[0]["rows"]["taken"].values()),  # every part counts all
@@ -419,10 +419,13 @@ def _write_items(study: Path, parts: Sequence[StudyPart], shown_items: set[int],
     write_table(study / files.VOCABULARY, pa.Table.from_pylist(words, files.VOCABULARY_TABLE))
 
 
-def data_record(sources: Mapping[str, SourceConfig], config: StudyConfig, name: str = "") -> dict[str, Any]:
+def data_record(
+    sources: Mapping[str, SourceConfig], config: StudyConfig, max_bad_shards: int = 0, name: str = ""
+) -> dict[str, Any]:
     """`StudyInfo.data`: the sources of a study, and the settings by which its pictures are opened again."""
     settings = {key: asdict(source) for key, source in sources.items()}
-    return {"name": name, "split": config.split, "limit": config.limit, "sources": settings}
+    head = {"name": name, "split": config.split, "limit": config.limit, "max_bad_shards": max_bad_shards}
+    return {**head, "sources": settings}
 
 
 def make_study(

@@ -103,7 +103,8 @@ def open_sources(data: Mapping[str, Any]) -> dict[str, tuple[float, Source]]:
         UserError: one is not there, empty, or of another schema.
     """
     configs = {name: SourceConfig(**settings) for name, settings in data["sources"].items()}
-    return {name: (config.weight, open_source(name, config)) for name, config in configs.items()}
+    most = data["max_bad_shards"]
+    return {name: (config.weight, open_source(name, config, None, most)) for name, config in configs.items()}
 
 
 def geometry_row(key: str, boxes: list[list[PatchBox]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Write Orrery's scenes as WebDataset shards, which later runs read instead of rendering; a killed build resumes."""
+"""Write Orrery's scenes, or a mix of sources, as WebDataset shards; a killed build resumes."""
 
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,17 +11,23 @@ if TYPE_CHECKING:
     from vlmscope.tasks.registry import RunContext
 
 USES = ("data",)
-MEMORY = "task.shard_size"
+MEMORY = "task.shard_size or task.workers"
 
 
 @dataclass
 class Config:
-    """Contents of `data.path`: scenes of each kind of `data.scenes` in each split."""
+    """Contents of `data.path`.
+
+    With data=orrery or orrery2: scenes of each kind of `data.scenes` in each split. A mix is written in `parts` parts a
+    source, by `workers` processes (None: one a core, four at most).
+    """
 
     train: dict[str, int] = field(default_factory=lambda: dict(COUNTS["train"]))
     val: dict[str, int] = field(default_factory=lambda: dict(COUNTS["val"]))
     test: dict[str, int] = field(default_factory=lambda: dict(COUNTS["test"]))
     shard_size: int = 1000
+    parts: int = 4
+    workers: int | None = None
 
 
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
@@ -36,9 +43,15 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     if cfg.data.path is None:
         raise UserError("data.path is not set: give the folder that the shards shall go to")
     folder = Path(cfg.data.path)
-    if cfg.data.name != "orrery":
-        raise UserError(f"data={cfg.data.name}: shards are written of Orrery's scenes alone (docs/data.md)")
+    if not cfg.data.sources and cfg.data.name != "orrery":
+        raise UserError(f"data={cfg.data.name}: shards are written of data=orrery and of mixes (docs/data.md)")
     with claimed(folder, "data.path"):
+        if cfg.data.sources:
+            from vlmscope.data.build import BuildSettings, build_mix
+
+            settings = BuildSettings(folder, task.shard_size, task.parts, cfg.data.val_share)
+            workers = task.workers if task.workers is not None else min(4, os.cpu_count() or 1)
+            return build_mix(cfg.data.sources, settings, workers)
         counts = {}
         for split in ("train", "val", "test"):
             kinds = dict(getattr(task, split))

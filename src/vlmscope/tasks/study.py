@@ -57,7 +57,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     if done is not None:
         return metrics_of(done) | _labelled_and_small(cfg, context, done)
     part = StudyPart(folder, share, origin)
-    data = data_record(sources, config, cfg.data.name)
+    data = data_record(sources, config, cfg.data.max_bad_shards, cfg.data.name)
     rows = NumberedRows(open_sources(data), config.batch_size, share, config.limit)
     scope = load_scope(cfg, load_model(cfg), context.overrides)
     seconds, over_forward = run_part(scope, rows, part, config)

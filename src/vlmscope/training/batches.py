@@ -299,14 +299,15 @@ class MixBatches:
         return OwnPart(batch) if self.share.total > 1 else batch
 
     def figures(self) -> dict[str, float]:
-        """Each source's fraction of the tokens so far, and its samples left out, over all processes."""
+        """Each source's fraction of the tokens so far, its samples left out, and corrupt shards, over all processes."""
         lanes = self.mix.lanes
         local = [self.mix.tokens[name] for name in lanes] + [lane.samples.skipped for lane in lanes.values()]
-        joint = self.joint_sum(local)
-        tokens, skipped = joint[: len(lanes)], joint[len(lanes) :]
+        joint = self.joint_sum([*local, sum(lane.samples.bad_shards for lane in lanes.values())])
+        tokens, skipped = joint[: len(lanes)], joint[len(lanes) : -1]
         total = sum(tokens)
         figures = {f"data/{n}/tokens_share": t / total if total else 0.0 for n, t in zip(lanes, tokens, strict=True)}
-        return figures | {f"data/{name}/skipped": float(count) for name, count in zip(lanes, skipped, strict=True)}
+        figures |= {f"data/{name}/skipped": float(count) for name, count in zip(lanes, skipped, strict=True)}
+        return figures | {"data/bad_shards": float(joint[-1])}
 
     def _next(self) -> list[EncodedForward]:
         self._keep_state()

@@ -221,7 +221,7 @@ def _mix_batches(
 def _streams(data: DataConfig, name: str, seed: int, validation: bool, share: Share) -> Callable[[], ShuffledSource]:
     """A function that opens a new stream of a share of a source's samples, for training or for validation."""
     config = data.sources[name]
-    source = open_source(name, config, config.val_split if validation else None)
+    source = open_source(name, config, config.val_split if validation else None, data.max_bad_shards)
     keep = keeps(config, data.val_share, validation)
     buffer, repeat = (1, False) if validation else (data.shuffle, config.repeat)
     return lambda: ShuffledSource(source, share, buffer, seed, repeat, keep)

@@ -20,6 +20,7 @@ from vlmscope.data.images import (
     decode_image,
     for_figures,
     open_image,
+    picture_format,
 )
 
 NOISE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -175,6 +176,7 @@ def test_decompression_bombs_are_refused_by_their_header(tmp_path: Path, side: i
         lambda: open_image(tmp_path / "x.png"),
         lambda: check_image(tmp_path / "x.png"),
         lambda: decode_image(header(side), "x.png"),
+        lambda: picture_format(header(side), "x.png"),
     )
     for door in doors:
         with pytest.raises(UserError, match=rf"x.png: {words} pixels are too many \(at most 100,000,000\); shrink it"):

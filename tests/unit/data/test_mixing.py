@@ -126,6 +126,9 @@ def test_ranks_and_workers_share_without_loss_or_repeat() -> None:
                 continue
             while (sample := stream.next()) is not None:
                 seen.append(sample.text)
+            stretches = [list(Share(n, ranks * workers).stretch(size)) for n in range(ranks * workers)]
+            assert sum(stretches, []) == list(range(size))
+            assert max(map(len, stretches)) - min(map(len, stretches)) <= 1
         assert sorted(seen) == sorted(f"x {row}" for row in range(size))
 
 

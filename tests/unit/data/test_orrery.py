@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from experiments.hierarchy import APPEARANCE, appearance
 
-from vlmscope.core.artifacts import read_json, write_json
+from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
 from vlmscope.data import mixing
@@ -359,20 +359,3 @@ def test_batches_depend_on_the_step_alone_and_what_is_not_there_is_named(tmp_pat
         ScenePool(tmp_path, "val")
     with pytest.raises(UserError, match="describes other data"):
         small(tmp_path, seed=5)
-    with pytest.raises(UserError, match=r"no samples of stream 'z', split 'train'; it has digits \(train\)"):
-        open_source("it", SourceConfig("shards", str(tmp_path), stream="z"))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda index: [],
-        lambda index: {"shards": index["shards"]},
-        lambda index: index | {"shards": {"../x.tar": {"split": "train", "kind": "hands"}}},
-    ],
-)
-def test_an_index_of_another_shape_is_one_line(tmp_path: Path, change: Callable[[Any], Any]) -> None:
-    small(tmp_path)
-    write_json(tmp_path / "index.json", change(read_json(tmp_path / "index.json")))
-    with pytest.raises(UserError, match=r"index.json is not an index of shards; correct data.sources.it.path"):
-        open_source("it", SourceConfig("shards", str(tmp_path), stream="hands"))

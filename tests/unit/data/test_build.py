@@ -318,5 +318,5 @@ def test_an_index_of_another_shape_is_one_line(tmp_path: Path, change: Callable[
     with pytest.raises(UserError, match=r"no samples of stream 'z', split 'train'; it has s \(train\)"):
         open_source("it", SourceConfig("shards", str(tmp_path), stream="z"))
     write_json(tmp_path / "index.json", change(read_json(tmp_path / "index.json")))
-    with pytest.raises(UserError, match=r"index.json is no index of shards; correct data.sources.it.path"):
+    with pytest.raises(UserError, match=r"index.json is not an index of shards; correct data.sources.it.path"):
         answers(tmp_path)

@@ -32,7 +32,7 @@ def import_quickly(*modules: str) -> None:
     """Import large modules with the garbage collector paused.
 
     Importing torch, transformers and MLflow makes a million objects and hardly any garbage, and collections among them
-    take a quarter of the time (docs/commands.md). What was imported stays, so later collections leave it out.
+    take a quarter of that time (docs/commands.md). What was imported stays, so later collections leave it out.
     """
     if all(module in sys.modules for module in modules):
         return  # a second `gc.freeze` would keep models that are no longer used

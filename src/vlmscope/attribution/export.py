@@ -120,10 +120,14 @@ def load_graph(path: str | Path) -> PrunedGraph:
         return dataclasses.replace(pruned, scores=scores(graph)) if old else pruned
 
 
+def _source(row: list[int]) -> Source:
+    return Source(NodeKind(row[0]), *row[1:])
+
+
 def _query_keys(body: dict[str, Any]) -> QueryKeys:
     """What `vars` gave, through JSON, which has lists for tuples."""
-    sides = {name: [(Source(*one), term) for one, term in body[name]] for name in ("queries", "keys")}
-    pairs = [(Source(*query), Source(*key), term) for query, key, term in body["pairs"]]
+    sides = {name: [(_source(one), term) for one, term in body[name]] for name in ("queries", "keys")}
+    pairs = [(_source(query), _source(key), term) for query, key, term in body["pairs"]]
     return QueryKeys(**{**body, **sides, "pairs": pairs})
 
 
@@ -368,7 +372,7 @@ def _viewer_node(source: Source, name: str, label: str, value: float | None) -> 
         "layer": "E" if kind == NodeKind.TOKEN and layer == -1 else _layer(layer + end),
         # The viewers need a position; nodes without one are drawn at the first.
         "ctx_idx": max(position, 0),
-        "feature_type": _FEATURE_TYPES[NodeKind(kind)],
+        "feature_type": _FEATURE_TYPES[kind],
         "token_prob": value if kind == NodeKind.LOGIT else 0.0,
         "jsNodeId": name,
         "clerp": label,
@@ -379,7 +383,7 @@ def _viewer_node(source: Source, name: str, label: str, value: float | None) -> 
 def _label(graph: AttributionGraph, source: Source, end: int, labels: Mapping[FeatureId, str]) -> str:
     """The words at a node, the `end`-th end or a source."""
     kind, layer, position, index = source
-    match NodeKind(kind):
+    match kind:
         case NodeKind.TOKEN:
             return "Patch" if layer < -1 else f'Emb: "{graph.tokens[position]}"'
         case NodeKind.FEATURE:

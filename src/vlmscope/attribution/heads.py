@@ -144,6 +144,7 @@ class HeadSplitter:
         layers, staying = self.replacement.layers, np.zeros((2, len(source)))
         reads = [self.replacement.errors.new_zeros(len(rows), frozen.output_weight.shape[1]) for frozen in layers]
         for chunk in self._chunks(rows, batch_size):
+            above: dict[int, Tensor] = {}
             for part, adjoint in zip(staying, (self._stream, self._all), strict=True):
                 out, above = self._headless(adjoint, rows[chunk])
                 nodes = self._node_of_column[: out.shape[1]]

@@ -93,5 +93,5 @@ def _joined(pruned: PrunedGraph, nodes: np.ndarray, labels: Mapping[FeatureId, s
 
 
 def _cosines(rows: sparse.csr_matrix) -> np.ndarray:
-    norms = np.sqrt(rows.multiply(rows).sum(1)).A1
+    norms = np.sqrt(np.asarray(rows.multiply(rows).sum(1)).ravel())
     return (rows @ rows.T).toarray() / np.maximum(np.outer(norms, norms), 1e-30)

@@ -46,10 +46,10 @@ ENDS = (NodeKind.LOGIT, NodeKind.TARGET)  # the nodes that a graph explains, wit
 class Source(NamedTuple):
     """A source in a graph or left out of it: fields as in `NodeTable`."""
 
-    kind: int
+    kind: NodeKind
     layer: int
     position: int
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ class NodeTable:
 
     def source(self, node: int) -> Source:
         """What identifies a node of any kind but TARGET."""
-        return Source(*(int(getattr(self, name)[node]) for name in Source._fields))
+        return Source(
+            NodeKind(self.kind[node]), *(int(values[node]) for values in (self.layer, self.position, self.index))
+        )
 
     def activation_of(self, source: Source) -> float | None:
         """The activation of a feature, None where it is no node."""

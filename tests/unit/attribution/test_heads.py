@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -35,7 +36,7 @@ def scope() -> Scope:
                                  dtype=torch.float64))  # fmt: skip
 
 
-def traced(scope: Scope, **settings: object) -> Trace:
+def traced(scope: Scope, **settings: Any) -> Trace:
     with exact_float64():
         config = AttributionConfig(dtype="float64", **settings)
         inputs = scope.vlm.prepare("what is this planet ?", [tiny_image(0)])

@@ -80,7 +80,7 @@ def measure_planets(scope: Scope, count: int) -> None:
             best = [divmod(number, share.shape[1]) for number in np.argsort(-share, axis=None)[:3].tolist()]
             for head in best:
                 blocks[head].append(score_by_kind(scope, traced, *head))
-            print(planet, traced.graph.logit_tokens[0], [f"L{l}H{h} {share[l, h]:.2f}" for l, h in best], flush=True)
+            print(planet, traced.graph.logit_tokens[0], best, flush=True)
     mean = np.mean(shares, 0)
     print(f"{len(shares)} pictures, {right} right; by layer", np.round(mean.sum(1), 3).tolist())
     for layer, head in sorted(blocks, key=lambda one: -mean[one]):

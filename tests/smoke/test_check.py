@@ -86,7 +86,7 @@ def test_an_identity_that_fails_is_named_and_recorded_as_a_failure(
     assert len(errors) == 1 and "Traceback" not in captured.err
     assert errors[0].startswith("error: tiny_gemma3_text fails parity on text (")
     assert "  NO  " in captured.out
-    assert metrics(tmp_path / "run")["check/failed"] == 1
+    assert metrics(tmp_path / "run")["check/failed"] == 3  # and the sums of heads and of scores
     client = open_client(store)
     experiment = client.get_experiment_by_name("check")
     assert experiment is not None

@@ -402,11 +402,12 @@ def _label(graph: AttributionGraph, source: Source, end: int, labels: Mapping[Fe
 
 def source_words(graph: AttributionGraph, source: Source, labels: Mapping[FeatureId, str]) -> str:
     """A source in words: what it is, and where."""
+    if source.kind == NodeKind.TOKEN:
+        return graph.place(source.position)
     label = _label(graph, source, -1, labels)
     if source.kind == NodeKind.FEATURE:
-        label = f"{FeatureId(source.layer, source.index)} {label}".strip()
-    at = source.kind in (NodeKind.FEATURE, NodeKind.TOKEN)
-    return f"{label} ({graph.place(source.position)})" if at else label
+        return f"{FeatureId(source.layer, source.index)} {label}".strip() + f" ({graph.place(source.position)})"
+    return label
 
 
 def _number(value: np.floating) -> float:

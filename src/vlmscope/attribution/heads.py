@@ -74,8 +74,10 @@ class HeadSplitter:
         self.replacement, self.nodes, self.targets = replacement, nodes, targets
         self._all = _HeadlessAdjoint(replacement)
         self._sources, self._columns = self._all.sources, self._all.columns
-        plain = replace(replacement, features=[replace(one, w_skip=None) for one in replacement.features])
-        self._stream = _HeadlessAdjoint(plain, self._sources)
+        self._stream = self._all
+        if any(one.w_skip is not None for one in replacement.features):
+            plain = replace(replacement, features=[replace(one, w_skip=None) for one in replacement.features])
+            self._stream = _HeadlessAdjoint(plain, self._sources)
         table = replacement.feature_activations
         features = nodes.of(NodeKind.FEATURE)
         keys = zip(*(getattr(nodes, name)[features].tolist() for name in ("layer", "position", "index")), strict=True)
@@ -145,7 +147,7 @@ class HeadSplitter:
         reads = [self.replacement.errors.new_zeros(len(rows), frozen.output_weight.shape[1]) for frozen in layers]
         for chunk in self._chunks(rows, batch_size):
             above: dict[int, Tensor] = {}
-            for part, adjoint in zip(staying, (self._stream, self._all), strict=True):
+            for part, adjoint in zip(staying, dict.fromkeys((self._stream, self._all)), strict=False):
                 out, above = self._headless(adjoint, rows[chunk])
                 nodes = self._node_of_column[: out.shape[1]]
                 for number, weights in zip(chunk.tolist(), out.double().cpu().numpy(), strict=True):
@@ -154,7 +156,8 @@ class HeadSplitter:
                     part[row == number] = by_node[source[row == number]]
             for layer, gradient in above.items():
                 reads[layer][chunk] = gradient @ layers[layer].output_weight
-        return staying[0], staying[1] - staying[0], reads
+        skip = staying[1] - staying[0] if self._stream is not self._all else staying[1]
+        return staying[0], skip, reads
 
     def _chunks(self, rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
         """Numbers of `rows`, ascending, in chunks as `_headless` takes them."""
@@ -337,7 +340,7 @@ def score_parts(model: HasAdapter, replacement: ReplacementModel, adjoint: Adjoi
     )
 
 
-_MOST = 2048  # sources with the longest queries, and keys, that pairs are made of
+_MOST = 1024  # sources with the longest queries, and keys, that pairs are made of
 
 
 @torch.no_grad()
@@ -345,7 +348,7 @@ def query_keys(
     parts: ScoreParts, replacement: ReplacementModel, adjoint: Adjoint, count: int, node: int = -1
 ) -> QueryKeys:
     """The `count` strongest pairs, queries and keys of a score; `node` is what the head writes for, if known."""
-    query, key = (side.norm(dim=0).topk(min(_MOST, side.shape[1])).indices for side in (parts.query, parts.key))
+    query, key = (side.square().sum(0).topk(min(_MOST, side.shape[1])).indices for side in (parts.query, parts.key))
     terms = parts.scale * parts.query[:, query].T @ parts.key[:, key]
     sums = [side.sum(1, dtype=torch.float64) for side in (parts.query, parts.key)]
 

@@ -12,6 +12,7 @@ nodes, and is named by the label of its strongest member, or by that feature.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from vlmscope.attribution.influence import SubgraphScores, subgraph_scores
 from vlmscope.core.graph import ENDS, NodeKind, PrunedGraph
 from vlmscope.core.records import FeatureId
 
+_SCORE = re.compile(r" \([01]\.\d+\)$")  # of a label, which two features with the same words need not share
 _HALF, _MOST, _CUT, _APART = 0.5, 24, 0.5, 2.0
 
 
@@ -39,6 +41,7 @@ class Pins:
 def pins(pruned: PrunedGraph, labels: Mapping[FeatureId, str], groups: Mapping[FeatureId, str] | None = None) -> Pins:
     """Pins and supernodes of a graph; `groups` names those of features, from a circuit."""
     graph, table = pruned.graph, pruned.graph.nodes
+    labels = {feature: _SCORE.sub("", label) for feature, label in labels.items()}
     image = (table.kind == NodeKind.TOKEN) & np.append(graph.is_image, False)[table.position]
     features = np.flatnonzero(pruned.node_mask & (table.kind == NodeKind.FEATURE))
     names = {node: (groups or {}).get(table.feature_id(node), "") for node in features.tolist()}

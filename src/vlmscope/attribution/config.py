@@ -95,7 +95,7 @@ class AttributionConfig:
     # whether the graph goes on below the soft tokens, through features of the vision tower to the patches; it needs
     # transcoders of the tower (transcoder.tower)
     tower: bool = False
-    tower_nodes: int = 2000  # with `tower`, at most so many features get a row, those of the tower and the decoder
+    tower_nodes: int = 4000  # with `tower`, at most so many features get a row, those of the tower and the decoder
     # what is followed: "total" (active features respond) or "direct" (the graph's own edges)
     patch_effect: str = "total"
     # what a patch counts against: "grey" (pixels 0 after normalisation) or "mean" (of its picture)

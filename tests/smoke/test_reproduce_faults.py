@@ -1,6 +1,6 @@
 """The ranges of headline numbers have teeth: a broken build misses them, the shipped one does not.
 
-What the mean change of six_fingers does once, on fewer pairs than its range was made for.
+Sums that follow the features of another digit, on fewer pairs than the range was made for; pairs of any answers count.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,16 +21,20 @@ from vlmscope.core.results import Number
 from vlmscope.interventions import trials
 from vlmscope.tasks import registry
 
-SMALL = ["pairs.train=16", "pairs.test=24", "interchange.steps=2"]
-ALWAYS = ["trainer.threads=1", *(f"settings.six.{key}" for key in ("strength=[8]", "matched=0", "random_direction=0"))]
-STEERED = "amplify/once"
+SMALL = ["pairs.train=16", "pairs.test=24"]
+LEFT_OUT = ("cross", "stays", "held", "no_last_layer", "no_last_position", "generated", "counts", "grid")
+ALONE = [f"settings.main.{key}" for key in ("of=[all]", "matched=0", "random_direction=0", "baselines=[]")]
+ALWAYS = [*ALONE, *(f"~settings.{name}" for name in LEFT_OUT), "~report", "~analyses", "interchange.answerable=false"]
+STEERED = "all/main/sum"
 Fault = Callable[[Bench], AbstractContextManager[None]]
 
 
 def configured(overrides: list[str]) -> AppConfig:
     register(registry.configs())
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return to_app_config(compose("config", ["experiment=six_fingers", *ALWAYS, *overrides]))
+        return to_app_config(
+            compose("config", ["experiment=visual_arithmetic", "trainer.threads=1", *ALWAYS, *overrides])
+        )
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,7 @@ def judged(bench: Bench, tmp_path: Path) -> dict[str, Number]:
 @pytest.mark.slow
 def test_the_shipped_build_lies_in_its_ranges(tmp_path: Path) -> None:
     """On as many pairs as the ranges were made for."""
-    assert {told.told for told in judged(Bench(configured([]), tmp_path), tmp_path).values() if not told.holds} == set()
+    assert judged(Bench(configured([]), tmp_path), tmp_path)[STEERED].holds
 
 
 @pytest.mark.parametrize(

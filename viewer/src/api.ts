@@ -327,8 +327,6 @@ export const api = {
   saveAnnotations: (id: string, value: Annotations) =>
     send<Annotations>("PUT", `api/graphs/${path(id)}/annotations`, value, { "if-match": String(value.version) }),
   score: (id: string, pinned: string[]) => send<Score>("POST", `api/graphs/${path(id)}/score`, { pinned }),
-  circuit: (id: string, value: Pick<Annotations, "pinned" | "supernodes">) =>
-    send<string>("POST", `api/graphs/${path(id)}/circuit`, value),
   studies: () => request<{ studies: Study[] }>("api/studies"),
   features: (study: string, query: FeatureQuery, signal?: AbortSignal) =>
     request<{ total: number; rows: FeatureRow[] }>(`api/studies/${path(study)}/features?${asked(query)}`, { signal }),

@@ -38,6 +38,7 @@ export function go(page: string, rest = "", query: Record<string, string> = {}):
 
 /** Change the address without an entry in the browser's history: selections, not pages. */
 export function replaceAddress(page: string, rest = "", query: Record<string, string> = {}): void {
+  if (location.hash !== hash.peek()) return; // a link was followed, whose event is still to come
   history.replaceState(null, "", href(page, rest, query));
   hash.value = location.hash;
 }

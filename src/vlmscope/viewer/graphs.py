@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmscope.core.artifacts import read_json, shipped, write_json
+from vlmscope.core.records import TOWER
 from vlmscope.viewer.runs import GRAPH, Runs
 from vlmscope.viewer.safety import Refused, inside
 
@@ -153,12 +154,19 @@ def _kind(node: Mapping[str, Any]) -> int:
     return next((kind for part, kind in _KINDS.items() if part in name), _FEATURE)
 
 
+def _layer(name: str) -> int:
+    """The number of a layer, by which nodes are ordered: those of the vision tower lie below the embeddings."""
+    if name in ("E", "P"):
+        return -1 if name == "E" else TOWER - 1
+    return TOWER + int(name[1:]) if name.startswith("T") else int(name)
+
+
 def feature_of(node: Mapping[str, Any]) -> str | None:
-    """The name `L<layer>/<index>` of a feature's node, whose id is `<layer>_<index>_<position>`; None for others."""
+    """The name `L5/9`, or `T5/9` in the vision tower, of a feature's node `5_9_<position>`; None for other nodes."""
     if _kind(node) != _FEATURE:
         return None
-    found = re.match(r"(\d+)_(\d+)_", str(node.get("node_id")))
-    return f"L{int(found[1])}/{int(found[2])}" if found else None
+    found = re.match(r"(T?)(\d+)_(\d+)_", str(node.get("node_id")))
+    return f"{found[1] or 'L'}{int(found[2])}/{int(found[3])}" if found else None
 
 
 # ---- a pinned part
@@ -212,7 +220,7 @@ def from_json(body: Mapping[str, Any]) -> tuple[AttributionGraph, list[str]]:
         rows = []
         for node in body["nodes"]:
             kind = _kind(node)
-            layer = -1 if str(node["layer"]) == "E" else int(node["layer"])
+            layer = _layer(str(node["layer"]))
             rows.append((kind == NodeKind.LOGIT, layer, kind, str(node["node_id"]), float(node.get("token_prob") or 0)))
         # A bias is a source of its own layer's features, an error of the next layer's.
         order = {NodeKind.BIAS: 0, NodeKind.FEATURE: 1}

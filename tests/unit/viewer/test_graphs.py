@@ -12,7 +12,7 @@ from tests.random_graphs import random_graph
 from vlmscope.attribution.export import graph_to_json, node_id, save_graph
 from vlmscope.attribution.influence import prune, scores, subgraph_scores
 from vlmscope.core.graph import NodeKind
-from vlmscope.viewer.graphs import from_json
+from vlmscope.viewer.graphs import feature_of, from_json
 from vlmscope.viewer.server import create_app
 
 HOST = "127.0.0.1:8600"
@@ -173,6 +173,19 @@ def peer(**changes) -> dict:
         {"source": source, "target": target, "weight": weight} for source, target, weight in links
     ]}  # fmt: skip
     return {**body, **changes}
+
+
+def test_layers_of_the_vision_tower_are_below_the_embeddings() -> None:
+    body = peer()
+    node = body["nodes"][-1]  # the token
+    patch = {**node, "node_id": "PATCH_9", "layer": "P"}
+    feature = {**node, "node_id": "T10_3_9", "feature_type": "cross layer transcoder", "layer": "T10"}
+    earlier = {**feature, "node_id": "T9_3_9", "layer": "T9"}
+    ways = [("PATCH_9", "T9_3_9"), ("T9_3_9", "T10_3_9"), ("T10_3_9", "E_5_0")]
+    links = [{"source": source, "target": target, "weight": 1.0} for source, target in ways]
+    graph, ids = from_json({**body, "nodes": [*body["nodes"], feature, earlier, patch], "links": body["links"] + links})
+    assert ids[:4] == ["PATCH_9", "T9_3_9", "T10_3_9", "E_5_0"]
+    assert feature_of(feature) == "T10/3"
 
 
 def test_a_graph_of_circuit_tracer_has_scores() -> None:

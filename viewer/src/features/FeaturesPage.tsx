@@ -95,7 +95,7 @@ function Browser({ study, studies, query }: { study: Study; studies: Study[]; qu
         <Field icon="search" class="find-field">
           <input
             type="search"
-            placeholder="mars, red, L5/709"
+            placeholder="mars, red, L3/1242"
             aria-label="Find features by words"
             value={filters.words}
             onInput={(event) => (setAsked(null), change({ words: event.currentTarget.value }))}
@@ -189,7 +189,7 @@ function FeatureCard({ row, open, onOpen }: { row: FeatureRow; open: boolean; on
         <Stack shares={{ image: row.share_image, text: row.share_text, answer: row.share_answer }} />
         <span class="card-facts">
           <span class="mono">{row.feature}</span>
-          <span title="share of inputs on which it fires">{percent(row.fires)}</span>
+          <span title="share of inputs on which it fires">fires {percent(row.fires)}</span>
           <span title="strongest activation">max {number(row.max, 2)}</span>
           {row.score !== null && <span title="score of the label (AUROC; chance is 0.5)"><Icon name="check" size={12} /> {row.score.toFixed(2)}</span>}
         </span>

@@ -63,7 +63,8 @@ export default function GraphPage({ route }: { route: Route }) {
       fromAddress(opened, route.query);
       store.value?.close();
       store.value = opened;
-      const { dangling } = opened.model.file;
+      const { dangling, repeated } = opened.model.file;
+      if (repeated) say(`Nodes with the id of another node: ${repeated.toLocaleString("en")}. They are shown without edges.`);
       if (dangling) say(`${dangling.toLocaleString("en")} links of this file name nodes that it lacks; they are left out.`);
     };
     failed.value = "";
@@ -113,7 +114,7 @@ export default function GraphPage({ route }: { route: Route }) {
       ) : store.value === null ? (
         <Progress fraction={null} text="loading the graph" />
       ) : (
-        <GraphView key={store.value.model.file.name} store={store.value} route={route} />
+        <GraphView key={store.value.serial} store={store.value} route={route} />
       )}
       {dragging.value && (
         <div class="dropzone">
@@ -179,11 +180,13 @@ function GraphView({ store, route }: { store: GraphStore; route: Route }) {
   const help = useSignal(false);
   const { model, view } = store;
   const file = route.query.get("file");
+  /** Whether the address is still that of this graph: the next page may be on its way. */
+  const here = (): boolean => address.peek().page === route.page && address.peek().rest === route.rest;
 
   useSignalEffect(() => {
-    const address = { ...addressOf(store, false), file: file ?? "" };
+    const query = { ...addressOf(store, false), file: file ?? "" };
     // Browsers refuse many changes of the address in a short time, such as those of a slider.
-    const timer = setTimeout(() => embedded === null && replaceAddress("graph", route.rest, address), 200);
+    const timer = setTimeout(() => embedded === null && here() && replaceAddress("graph", route.rest, query), 200);
     return () => clearTimeout(timer);
   });
   useEffect(() => {
@@ -216,7 +219,7 @@ function GraphView({ store, route }: { store: GraphStore; route: Route }) {
       else store.flush(); // the tab may be about to close
     };
     // A link to this same graph, followed or typed.
-    const moved = (): void => fromAddress(store, address.peek().query);
+    const moved = (): void => void (here() && fromAddress(store, address.peek().query));
     addEventListener("hashchange", moved);
     addEventListener("keydown", keys);
     addEventListener("focus", seen);

@@ -27,6 +27,9 @@ export function Help({ onClose }: { onClose: () => void }) {
           <p>
             Click a node to see what feeds it and what it feeds. The faint lines are the edges that hand most of the answer down. <b>Influence</b> is the share of the answer that passes through a node.
           </p>
+          <p>
+            <b>Attention heads</b> carry edges from one position to another. Choose one (<b>L4H0</b> is head 0 of layer 4) to see its edges, and which pairs of features make it look there.
+          </p>
           <p>Squares are inputs, diamonds are errors (what the features miss), triangles are biases.</p>
         </section>
         <section>

@@ -1,16 +1,15 @@
 import type { GraphModel } from "./model";
-import type { Box } from "./parse";
+import type { Box, Patch } from "./parse";
 
 const pixelated = (url: string): string => (url.length < 30_000 ? "pixelated" : "auto");
 
-/** The part of a picture that a position stands for. */
-export function Crop({ model, position, size }: { model: GraphModel; position: number; size: number }) {
-  const patch = model.file.tokens[position]?.patch;
+/** A part of a picture. */
+export function Crop({ model, patch, size }: { model: GraphModel; patch: Patch | null; size: number }) {
   const url = patch && model.file.pictures[patch.image];
   if (!patch || !url) return null;
   const [left, top, right, bottom] = patch.box;
   return (
-    <svg class="crop" width={size} height={size} viewBox={`${left} ${top} ${right - left} ${bottom - top}`} preserveAspectRatio="none" role="img" aria-label={`patch ${model.patchNumber(position)} of the picture`}>
+    <svg class="crop" width={size} height={size} viewBox={`${left} ${top} ${right - left} ${bottom - top}`} preserveAspectRatio="none" role="img" aria-label="part of the picture">
       <image href={url} width="1" height="1" preserveAspectRatio="none" image-rendering={pixelated(url)} />
     </svg>
   );

@@ -6,9 +6,10 @@ import { go } from "../state";
 import { addEdit } from "../try/edits";
 import { Button, Segmented } from "../ui/controls";
 import { Panel } from "../ui/parts";
+import { Attention, HeadDetails, Heads } from "./Heads";
 import { type Edge, KINDS } from "./model";
 import { Crop, Picture } from "./Patches";
-import type { QueryKeys } from "./parse";
+import { NodeRow, percent, percentWidth, signed } from "./rows";
 import type { GraphStore } from "./store";
 
 const SHOWN = 12; // edges until "show all"
@@ -21,7 +22,7 @@ export function Side({ store }: { store: GraphStore }) {
   return (
     <aside class="side" aria-label="Details">
       <Pictures store={store} />
-      {node === null ? <Overview store={store} /> : <Details key={node} store={store} node={node} />}
+      {node !== null ? <Details key={node} store={store} node={node} /> : store.head.value ? <HeadDetails store={store} head={store.head.value} /> : <Overview store={store} />}
     </aside>
   );
 }
@@ -74,9 +75,6 @@ function patchHeat({ model }: GraphStore, node: number): Map<number, number> {
   return new Map([...sums].map(([position, sum]) => [position, most ? sum / most : 0]));
 }
 
-const percent = (share: number): string => (share >= 0.0995 ? `${Math.round(100 * share)} %` : share >= 0.001 ? `${(100 * share).toFixed(1)} %` : share > 0 ? "< 0.1 %" : "0 %");
-const signed = (value: number): string => `${value < 0 ? "−" : "+"}${Math.abs(value) >= 100 ? Math.abs(value).toFixed(0) : Math.abs(value).toPrecision(3)}`;
-
 function Overview({ store }: { store: GraphStore }) {
   const { model } = store;
   const outputs = model.file.nodes.flatMap((node, number) => (node.kind === "logit" ? [number] : []));
@@ -119,6 +117,7 @@ function Overview({ store }: { store: GraphStore }) {
         </ul>
         {!features.length && <p class="hint">This graph has no features.</p>}
       </Panel>
+      <Heads store={store} />
       <Panel title="Notes">
         <textarea
           class="notes"
@@ -148,39 +147,9 @@ function edit({ model, groupOf }: GraphStore, node: number): void {
   go("try");
 }
 
-const percentWidth = (share: number): string => `${Math.max(0, Math.min(1, share)) * 100}%`;
-
-/** One node in a list, with a bar. */
-function NodeRow(props: { store: GraphStore; node: number; strength: number; value: string; negative?: boolean; detail?: string }) {
-  const { store, node, strength, value, negative, detail } = props;
-  const { model } = store;
-  const { feature, kind, position } = model.node(node);
-  const name = model.name(node, store.labels);
-  const place = kind === "token" ? "input" : kind === "logit" ? "output" : model.place(node);
-  return (
-    <li>
-      <button type="button" class="row edge" onClick={() => store.select(node)} onMouseEnter={() => (store.hovered.value = node)} onMouseLeave={() => (store.hovered.value = null)}>
-        <Crop model={model} position={position} size={26} />
-        <span class="text">
-          <span class="name">{name}</span>
-          <span class="place">
-            {feature && feature !== name ? `${feature} · ` : ""}
-            {place}
-            {detail ? ` · ${detail}` : ""}
-          </span>
-        </span>
-        <span class={negative ? "bar negative" : "bar"}>
-          <span style={{ width: percentWidth(strength) }} />
-        </span>
-        <span class="value">{value}</span>
-      </button>
-    </li>
-  );
-}
-
 function Details({ store, node }: { store: GraphStore; node: number }) {
   const { model } = store;
-  const { kind, feature, layer, activation, probability, id, queryKeys, label } = model.node(node);
+  const { kind, feature, layer, activation, probability, id, label } = model.node(node);
   const incoming = model.incoming(node);
   const outgoing = model.outgoing(node);
   const side = tab.value === "examples" && !feature ? "in" : tab.value === "in" && !incoming.length && outgoing.length ? "out" : tab.value;
@@ -198,7 +167,7 @@ function Details({ store, node }: { store: GraphStore; node: number }) {
     <>
       <section class="panel node">
         <div class="head">
-          <Crop model={model} position={model.node(node).position} size={44} />
+          <Crop model={model} patch={model.patchOf(node)} size={44} />
           <div class="title">
             {editing.value ? (
               <input
@@ -297,7 +266,7 @@ function Details({ store, node }: { store: GraphStore; node: number }) {
         </div>
         )}
       </section>
-      {queryKeys && <QueryKeyPairs store={store} value={queryKeys} />}
+      <Attention store={store} scores={model.file.attention.filter((score) => score.node === node)} />
     </>
   );
 }
@@ -307,25 +276,4 @@ function heads(store: GraphStore, edge: Edge): string {
   const known = store.model.file.heads.get(edge.index) ?? [];
   const top = [...known].sort((a, b) => Math.abs(b.share) - Math.abs(a.share)).slice(0, 3);
   return top.map(({ layer, head, share }) => `L${layer}H${head} ${percent(Math.abs(share))}`).join(", ");
-}
-
-function QueryKeyPairs({ store, value }: { store: GraphStore; value: QueryKeys }) {
-  const { model } = store;
-  const name = (id: string): string => {
-    const node = model.index.get(id);
-    return node === undefined ? id : model.name(node, store.labels);
-  };
-  const rows = [...value.pairs.map(([query, key, part]) => [`${name(query)} → ${name(key)}`, part] as const), ...value.queries.map(([id, part]) => [`query ${name(id)}`, part] as const), ...value.keys.map(([id, part]) => [`key ${name(id)}`, part] as const)];
-  return (
-    <Panel title="Why it attends: query and key">
-      <ul class="edges">
-        {rows.slice(0, 20).map(([words, part]) => (
-          <li key={words} class="row">
-            <span class="text">{words}</span>
-            <span class="value">{signed(part)}</span>
-          </li>
-        ))}
-      </ul>
-    </Panel>
-  );
 }

@@ -30,7 +30,7 @@ export function Stage({ store, scene }: { store: GraphStore; scene: RefObject<Sc
     };
   }, [store]);
   useSignalEffect(() => {
-    void [settled.value, store.selected.value, store.marked.value, store.visible.value, store.edgeCount.value, store.content.value, dark.value];
+    void [settled.value, store.selected.value, store.head.value, store.marked.value, store.visible.value, store.edgeCount.value, store.content.value, dark.value];
     // The theme's variables have their new values after this task.
     queueMicrotask(() => scene.current?.update());
   });
@@ -67,10 +67,10 @@ function Card({ store, scene }: { store: GraphStore; scene: RefObject<Scene | nu
   }, [node]);
   if (node === null || node === store.selected.value) return null;
   const { model } = store;
-  const { kind, feature, activation, position, probability } = model.node(node);
+  const { kind, feature, activation, probability } = model.node(node);
   return (
     <div class="hovercard" ref={card} role="tooltip">
-      <Crop model={model} position={position} size={40} />
+      <Crop model={model} patch={model.patchOf(node)} size={40} />
       <div>
         <b>{model.name(node, store.labels)}</b>
         <span>

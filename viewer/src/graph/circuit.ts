@@ -3,27 +3,31 @@ import type { GraphStore } from "./store";
 
 /** Supernodes (and pinned features that are in none) as `task=circuit circuit_spec=file` reads them. */
 export function circuitYaml(store: GraphStore): string {
-  const { model, content } = store;
-  const feature = (id: string): string => {
-    const node = model.index.get(id);
-    return node === undefined ? "" : model.node(node).feature;
-  };
-  const features = (ids: string[]): string[] => [...new Set(ids.map(feature).filter(Boolean))];
-  const grouped = new Set(content.value.supernodes.flatMap((group) => group.members));
-  const parts: [string, string[]][] = content.value.supernodes.map((group) => [group.name, features(group.members)]);
-  for (const id of features(content.value.pinned.filter((id) => !grouped.has(id)))) parts.push([store.labels[id] ?? id, [id]]);
-  const names = new Set<string>();
-  const blocks = parts
-    .filter(([, ids]) => ids.length > 0)
-    .map(([name, ids]) => {
-      const stem = name.toLowerCase().replace(/[^a-z0-9]+/g, "_").replace(/^_+|_+$/g, "") || "supernode";
-      let key = /^[a-z]/.test(stem) ? stem : `s_${stem}`;
-      for (let i = 2; names.has(key); i++) key = `${stem}_${i}`;
-      names.add(key);
-      return `  ${key}:\n    name: ${JSON.stringify(name)}\n    ids: [${ids.join(", ")}]\n`;
-    });
-  const stem = model.file.name.toLowerCase().replace(/[^a-z0-9]+/g, "_").replace(/^_+|_+$/g, "") || "circuit";
-  return `# Pinned in the graph of: ${JSON.stringify(model.file.prompt)}\nname: ${stem}\nsupernodes:\n${blocks.join("") || "  {}\n"}`;
+  const { model, content, pinnedSet, groupOf } = store;
+  const groups = new Map(content.value.supernodes.map((group) => [group.name, group.members.flatMap((id) => model.index.get(id) ?? [])]));
+  for (const node of pinnedSet.value) {
+    if (groupOf.value.has(node)) continue;
+    const name = store.labels[model.node(node).feature] ?? model.node(node).feature;
+    groups.set(name, [...(groups.get(name) ?? []), node]);
+  }
+  const keys = new Set<string>();
+  const blocks = [...groups].flatMap(([name, members]) => {
+    const nodes = members.map((member) => model.node(member)).filter(({ feature }) => feature);
+    if (!nodes.length) return [];
+    const roles = [...new Set(nodes.map(({ position }) => model.file.tokens[position]!.role))];
+    let key = stem(name, "supernode");
+    while (keys.has(key)) key += "_";
+    keys.add(key);
+    const where = roles.every(Boolean) ? `\n    positions: {roles: [${roles.join(", ")}]}` : "";
+    return `  ${key}:\n    name: ${JSON.stringify(name)}\n    ids: [${[...new Set(nodes.map(({ feature }) => feature))].join(", ")}]${where}\n`;
+  });
+  return `# Pinned in the graph of: ${JSON.stringify(model.file.prompt)}\nname: ${stem(model.file.name, "circuit")}\nsupernodes:\n${blocks.join("") || "  {}\n"}`;
+}
+
+/** A name as a key of YAML. */
+function stem(name: string, other: string): string {
+  const words = name.toLowerCase().replace(/[^a-z0-9]+/g, "_").replace(/^_+|_+$/g, "") || other;
+  return /^[a-z]/.test(words) ? words : `s_${words}`;
 }
 
 /** The graph file with pins and supernodes where Neuronpedia and circuit-tracer keep theirs. */

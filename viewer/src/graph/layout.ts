@@ -67,7 +67,7 @@ export function layout(model: GraphModel, width: number, height: number): Layout
   for (const number of order) {
     const { kind, position } = model.node(number);
     const column = kind === "bias" || kind === "rest" ? -1 : position;
-    const key = `${model.rowOf[number]!} ${column}`;
+    const key = `${model.rowOf[number]!} ${column} ${model.patchOf(number)?.box.join() ?? ""}`;
     const cell = cells.get(key) ?? [];
     cell.push(number);
     cells.set(key, cell);
@@ -115,7 +115,7 @@ export function layout(model: GraphModel, width: number, height: number): Layout
     // Words stand at the foot of the row of inputs, next to their names.
     const foot = input && tall ? { top: band.top + band.height - 44, height: 44 } : band;
     if (block === undefined) inColumn(result, cell, at.get(position)!, foot);
-    else inPicture(result, cell, blocks[block]!, position, band, input);
+    else inPicture(result, cell, blocks[block]!, model.patchOf(cell[0]!)!.box, band, input);
   }
   return result;
 }
@@ -138,8 +138,7 @@ function inColumn(layout: Layout, cell: number[], column: Column, band: { top: n
 }
 
 /** Around the centre of the patch; above the inputs the patch grid is pressed into the height of the layer. */
-function inPicture(layout: Layout, cell: number[], block: Block, position: number, band: { top: number; height: number }, whole: boolean): void {
-  const [l, t, r, b] = block.patches.find((patch) => patch.position === position)!.box;
+function inPicture(layout: Layout, cell: number[], block: Block, [l, t, r, b]: Box, band: { top: number; height: number }, whole: boolean): void {
   const inset = whole ? 1 : 0.8;
   const [x, y] = [block.x + ((l + r) / 2) * block.width, band.top + band.height * (0.5 + inset * ((t + b) / 2 - 0.5))];
   const patch = Math.min((r - l) * block.width, (b - t) * band.height * inset);

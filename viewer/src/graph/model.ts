@@ -1,5 +1,5 @@
 /** A graph made ready for drawing and asking: neighbours of nodes, influence, rows of layers, search. */
-import type { GraphFile, GraphNode, Kind } from "./parse";
+import type { GraphFile, GraphNode, Kind, Patch } from "./parse";
 
 export interface Row {
   /** What stands at the axis. */
@@ -133,12 +133,24 @@ export class GraphModel {
 
   /** Where a node sits, in words: the token, or the place on the picture. */
   place(number: number): string {
-    const node = this.node(number);
+    return this.placeOf(this.node(number));
+  }
+  private placeOf(node: GraphNode): string {
     if (node.kind === "bias" || node.kind === "rest") return "no position";
-    const token = this.file.tokens[node.position];
-    return token?.patch ? `patch ${this.patchNumber(node.position)}` : tokenText(token?.text ?? "");
+    // A patch of the vision tower is a part of that of a soft token.
+    return `${/^[PT]/.test(node.layer) ? "in " : ""}${this.placeAt(node.position)}`;
+  }
+  /** A position in words. */
+  placeAt(position: number): string {
+    const token = this.file.tokens[position];
+    return token?.patch ? `patch ${this.patchNumber(position)}` : tokenText(token?.text ?? "");
   }
 
+  /** The part of the picture that a node stands for. */
+  patchOf(node: number | GraphNode): Patch | null {
+    const { patch, position } = typeof node === "number" ? this.node(node) : node;
+    return patch ?? this.file.tokens[position]?.patch ?? null;
+  }
   /** The number of a soft token within its picture. */
   patchNumber(position: number): number {
     const image = this.file.tokens[position]?.patch?.image;
@@ -149,12 +161,24 @@ export class GraphModel {
 
   /** What to call a node where there is room for a few words. */
   name(number: number, labels: Record<string, string> = {}): string {
-    const node = this.node(number);
+    return this.nameOf(this.node(number), labels);
+  }
+  private nameOf(node: GraphNode, labels: Record<string, string>): string {
     const own = labels[node.feature || node.id];
     if (own) return own;
-    if (node.kind === "token") return this.place(number);
+    if (node.kind === "token") return this.placeOf(node);
     if (node.kind === "logit") return outputText(node.label) || node.id;
     return node.label || node.feature || node.id;
+  }
+
+  /** Name and place of a node by its id, also of one that is in no link. */
+  about(id: string, labels: Record<string, string>): { node: number | null; name: string; place: string; patch: Patch | null } {
+    const node = this.index.get(id) ?? null;
+    const known = node === null ? this.file.others.get(id) : this.node(node);
+    if (known === undefined) return { node, name: id, place: "", patch: null };
+    const name = this.nameOf(known, labels);
+    const place = known.kind === "token" ? "input" : this.placeOf(known);
+    return { node, name, place: known.feature && known.feature !== name ? `${known.feature} · ${place}` : place, patch: this.patchOf(known) };
   }
 
   /** Nodes that have all words of a query in their label, feature id, token, or id; the most influential first. */
@@ -183,28 +207,36 @@ function byEnd(ends: Int32Array, n: number): [Int32Array, Int32Array] {
   return [start, edges];
 }
 
-/** Tower layers (a letter and a number) lie under the embeddings, layers above them, outputs at the top. */
+/** Patches and layers of the vision tower (P, T0, T1, ...) lie under the embeddings, layers above them, outputs at the top. */
 function rowsOf(nodes: GraphNode[]): [Row[], Int32Array] {
   const numbers = new Set<number>();
   const tower = new Map<string, number>();
-  const has = { embedding: false, output: false };
-  for (const { kind, layer } of nodes) {
+  const has = { patches: false, embedding: false, output: false };
+  for (const node of nodes) {
+    const { kind, layer } = node;
     if (kind === "logit") has.output = true;
+    else if (isPatch(node)) has.patches = true;
     else if (kind === "token" || layer === "E") has.embedding = true;
     else if (/^\d{1,3}$/.test(layer)) numbers.add(Number(layer));
     else tower.set(layer, Number(/\d+$/.exec(layer)?.[0] ?? 0));
   }
-  const rows: Row[] = [...tower].sort(([, a], [, b]) => a - b).map(([name]) => ({ name, kind: "tower" }));
+  const rows: Row[] = has.patches ? [{ name: "patches", kind: "tower" }] : [];
+  rows.push(...[...tower].sort(([, a], [, b]) => a - b).map(([name]) => ({ name, kind: "tower" as const })));
   if (has.embedding) rows.push({ name: "input", kind: "embedding" });
   const top = numbers.size ? Math.max(...numbers) : -1;
   for (let layer = numbers.size ? Math.min(...numbers) : 0; layer <= top; layer++) rows.push({ name: String(layer), kind: "layer" });
   if (has.output) rows.push({ name: "output", kind: "output" });
   const at = new Map(rows.map((row, number) => [row.name, number]));
-  const rowOf = Int32Array.from(nodes, ({ kind, layer }) =>
-    kind === "logit" ? rows.length - 1 : kind === "token" || layer === "E" ? at.get("input")! : at.get(/^\d+$/.test(layer) ? String(Number(layer)) : layer)!,
-  );
+  const rowOf = Int32Array.from(nodes, (node) => {
+    const { kind, layer } = node;
+    if (isPatch(node)) return at.get("patches")!;
+    return kind === "logit" ? rows.length - 1 : kind === "token" || layer === "E" ? at.get("input")! : at.get(/^\d+$/.test(layer) ? String(Number(layer)) : layer)!;
+  });
   return [rows, rowOf];
 }
+
+/** What the vision tower begins with: embeddings of patches, and its bias. */
+const isPatch = ({ layer }: GraphNode): boolean => layer === "P";
 
 /** A token as a word on the page: spaces at its ends do not show otherwise. */
 export function tokenText(token: string): string {

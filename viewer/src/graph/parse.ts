@@ -24,19 +24,31 @@ export interface GraphNode {
   /** As the file names it: E, 0, 1, ... */
   layer: string;
   position: number;
+  /** Its part of a picture; inside the vision tower smaller than its position's. */
+  patch: Patch | null;
   label: string;
   activation: number | null;
   probability: number;
   /** Share of the influence that nodes at least as strong have together, 0 to 1; null: always shown. */
   cumulative: number | null;
   answer: boolean;
-  queryKeys: QueryKeys | null;
 }
-/** Why an attention feature's head attends: pairs of nodes (query, key) and single ones, with their part of the score. */
-export interface QueryKeys {
-  pairs: [string, string, number][];
-  queries: [string, number][];
-  keys: [string, number][];
+/**
+ * Why a head attends from one position to another: its score as a sum over pairs of nodes (query, key), and over one
+ * side alone. Attention features of other programs have no head and no positions; then these are -1.
+ */
+export interface Score {
+  /** The node that the head serves here, or -1. */
+  node: number;
+  layer: number;
+  head: number;
+  query: number;
+  key: number;
+  /** Of the attention pattern there; null where the file has none. */
+  probability: number | null;
+  pairs: [query: string, key: string, part: number][];
+  queries: [node: string, part: number][];
+  keys: [node: string, part: number][];
 }
 export interface Head {
   layer: number;
@@ -53,9 +65,17 @@ export interface GraphFile {
   source: Int32Array;
   target: Int32Array;
   weight: Float64Array;
+  /** Heads that carry a link, with their share of its weight. */
   heads: Map<number, Head[]>;
+  /** Heads by their share of the influence of all links. */
+  ranked: Head[];
+  attention: Score[];
+  /** What scores name besides the nodes of the graph, by id. */
+  others: Map<string, GraphNode>;
   /** Links that name nodes which the file lacks. */
   dangling: number;
+  /** Nodes whose id another one has too; they have no links. */
+  repeated: number;
   scores: { replacement: number; completeness: number } | null;
   pinned: string[];
   supernodes: string[][];
@@ -98,8 +118,10 @@ export function parse(raw: unknown): GraphFile {
 
   const nodes = rawNodes.map(nodeOf);
   const index = new Map<string, number>();
+  let repeated = 0;
   nodes.forEach((node, number) => {
-    if (index.has(node.id)) refuse(`Two nodes of this graph have the id ${shown(node.id)}.`);
+    // Older files of circuit-tracer call the error of layer 7 as they call feature 7 of layer 0.
+    if (index.has(node.id)) node.id = `${node.id} (${++repeated + 1})`;
     index.set(node.id, number);
   });
 
@@ -124,6 +146,8 @@ export function parse(raw: unknown): GraphFile {
   const tokens = tokensOf(own.tokens, meta.prompt_tokens, nodes);
   const view = isRecord(raw.qParams) ? raw.qParams : {};
   const scores = isRecord(own.scores) ? own.scores : {};
+  const attention = isRecord(own.attention) ? own.attention : {};
+  const others = isRecord(raw.qk_only_nodes) ? Object.values(raw.qk_only_nodes).filter(isRecord).slice(0, LIMITS.nodes).map(nodeOf) : [];
   const replacement = finite(scores.replacement);
   const completeness = finite(scores.completeness);
   return {
@@ -137,6 +161,10 @@ export function parse(raw: unknown): GraphFile {
     target: target.subarray(0, kept),
     weight: weight.subarray(0, kept),
     heads,
+    ranked: Object.entries(isRecord(attention.heads) ? attention.heads : {}).flatMap(([name, share]) => headOf([...(/^L(\d+)H(\d+)$/.exec(name)?.slice(1).map(Number) ?? []), share])),
+    attention: scoresOf(list(attention.scores), rawNodes, index),
+    others: new Map(others.map((node) => [node.id, node])),
+    repeated,
     dangling: rawLinks.length - kept,
     scores: replacement === null || completeness === null ? null : { replacement, completeness },
     pinned: words(view.pinnedIds).filter((id) => index.has(id)),
@@ -176,18 +204,18 @@ function nodeOf(value: unknown, number: number): GraphNode {
     feature: kind === "feature" ? featureOf(id, layer, finite(value.feature)) : "",
     layer,
     position,
+    patch: patchOf(value.patch),
     label: text(value.clerp) || text(value.ppClerp),
     activation: finite(value.activation),
     probability: finite(value.token_prob) ?? 0,
     cumulative: finite(value.influence),
     answer: value.is_target_logit === true,
-    queryKeys: queryKeysOf(value.qk_tracing_results),
   };
 }
 
 /** Features have ids `layer_index_position`; their number alone is a Cantor pair of layer and index in CLT graphs. */
 function featureOf(id: string, layer: string, feature: number | null): string {
-  const index = /^[A-Za-z]*\d+_(\d+)_\d+/.exec(id)?.[1] ?? (feature === null ? "" : String(feature));
+  const index = /^[A-Za-z]*\d+_0*(\d+)_\d+/.exec(id)?.[1] ?? (feature === null ? "" : String(feature));
   return index && `${/^\d/.test(layer) ? "L" : ""}${layer}/${index}`;
 }
 
@@ -196,20 +224,54 @@ function headOf(value: unknown): Head[] {
   return layer == null || head == null || share == null ? [] : [{ layer, head, share }];
 }
 
-function queryKeysOf(value: unknown): QueryKeys | null {
-  if (!isRecord(value)) return null;
-  const single = (items: unknown): [string, number][] => list(items).flatMap((item) => (Array.isArray(item) && finite(item[1]) !== null ? [[text(item[0]), item[1] as number] as [string, number]] : []));
-  const pairs = list(value.pair_wise_contributors).flatMap((item) =>
-    Array.isArray(item) && finite(item[2]) !== null ? [[text(item[0]), text(item[1]), item[2] as number] as [string, string, number]] : [],
-  );
-  return { pairs, queries: single(value.top_q_marginal_contributors), keys: single(value.top_k_marginal_contributors) };
+/** Scores of heads, and those that other programs keep at nodes of attention features. */
+function scoresOf(listed: unknown[], rawNodes: unknown[], index: Map<string, number>): Score[] {
+  const scores = listed.filter(isRecord).map((score) => {
+    const node = index.get(text(score.node)) ?? -1;
+    const at = "pair_wise_contributors" in score ? score : (rawNodes[node] as Record<string, unknown> | undefined)?.qk_tracing_results;
+    return scoreOf(at, node, score);
+  });
+  const known = new Set(scores.map((score) => score.node));
+  rawNodes.forEach((raw, node) => {
+    const at = (raw as Record<string, unknown>).qk_tracing_results;
+    if (isRecord(at) && !known.has(node)) scores.push(scoreOf(at, node, {}));
+  });
+  return scores.filter(({ pairs, queries, keys }) => pairs.length + queries.length + keys.length > 0);
 }
+
+function scoreOf(value: unknown, node: number, about: Record<string, unknown>): Score {
+  const lists = isRecord(value) ? value : {};
+  const rows = (items: unknown, length: number): unknown[][] => list(items).filter((item): item is unknown[] => Array.isArray(item) && item.length === length && finite(item.at(-1)) !== null);
+  const single = (items: unknown): [string, number][] => rows(items, 2).map(([id, part]) => [idOf(id), part as number]);
+  const number = (key: string): number => finite(about[key]) ?? -1;
+  return {
+    node,
+    layer: number("layer"),
+    head: number("head"),
+    query: number("query"),
+    key: number("key"),
+    probability: finite(about.probability),
+    pairs: rows(lists.pair_wise_contributors, 3).map(([query, key, part]) => [idOf(query), idOf(key), part as number]),
+    queries: single(lists.top_q_marginal_contributors),
+    keys: single(lists.top_k_marginal_contributors),
+  };
+}
+
+/** Some programs write a whole node where others write its id. */
+const idOf = (value: unknown): string => text(isRecord(value) ? value.node_id : value);
 
 function boxOf(value: unknown): Box | null {
   const box = list(value).map(finite);
   const [left, top, right, bottom] = box;
   if (box.length !== 4 || left == null || top == null || right == null || bottom == null) return null;
   return left >= 0 && top >= 0 && right <= 1 && bottom <= 1 && left < right && top < bottom ? [left, top, right, bottom] : null;
+}
+
+function patchOf(value: unknown): Patch | null {
+  const patch = isRecord(value) ? value : {};
+  const box = boxOf(patch.box);
+  const image = finite(patch.image);
+  return box === null || image === null || !Number.isInteger(image) || image < 0 || image > 63 ? null : { image, box };
 }
 
 function tokensOf(own: unknown, prompt: unknown, nodes: GraphNode[]): Token[] {
@@ -219,14 +281,7 @@ function tokensOf(own: unknown, prompt: unknown, nodes: GraphNode[]): Token[] {
   return Array.from({ length: count }, (_, position) => {
     const value = details[position];
     const detail = isRecord(value) ? value : {};
-    const patch = isRecord(detail.patch) ? detail.patch : {};
-    const box = boxOf(patch.box);
-    const image = finite(patch.image);
-    return {
-      text: text(names[position]) || text(detail.token),
-      role: text(detail.role),
-      patch: box === null || image === null || !Number.isInteger(image) || image < 0 || image > 63 ? null : { image, box },
-    };
+    return { text: text(names[position]) || text(detail.token), role: text(detail.role), patch: patchOf(detail.patch) };
   });
 }
 

@@ -263,16 +263,16 @@ export class Scene {
     const ring = node === chosen ? colours.accent : marked ? colours.ink : pinned ? colours.pin : colours.surface;
     if (node === chosen || marked || pinned) zIndex = Math.max(zIndex, 3);
     const ringed = marked || pinned || node === chosen;
-    const size = data.size * (node === chosen ? 1.3 : 1) + (marked || pinned ? 2 : 0);
-    // About two pixels wide, whatever the size.
-    return { ...data, color, ring, ringWidth: Math.min(0.45, (ringed ? 2.2 : 0.8) / size), zIndex, size };
+    const size = data.size * (node === chosen ? 1.3 : 1) + (marked || pinned ? 1 : 0);
+    // About three pixels wide, whatever the size.
+    return { ...data, color, ring, ringWidth: Math.min(0.4, (ringed ? 1.5 : 0.8) / size), zIndex, size };
   }
 
   private edgeLook(edge: number): Partial<EdgeDisplayData> {
     const { store, colours } = this;
     const { source, target, weight } = store.model.file;
     const shown = this.rank.get(String(edge))! < store.edgeCount.value && store.visible.value[source[edge]!] && store.visible.value[target[edge]!];
-    if (!shown || store.selected.value !== null) return { hidden: true };
+    if (!shown || store.selected.value !== null || store.head.value !== null) return { hidden: true };
     const strength = Math.sqrt(Math.min(1, store.model.edgeShare[edge]! / 0.05));
     const opacity = (0.07 + 0.4 * strength) * Math.min(1, Math.max(0.3, 25 / Math.sqrt(store.edgeCount.value)));
     return { color: premultiplied(weight[edge]! > 0 ? colours.positive : colours.negative, opacity), size: 0.6 + 1.7 * strength, hidden: false };
@@ -371,6 +371,8 @@ export class Scene {
       const most = edges.reduce((max, edge) => Math.max(max, Math.abs(edge.weight)), 0) || 1;
       for (const edge of edges.reverse()) this.curve(c, view, edge, Math.abs(edge.weight) / most);
     }
+    const carried = store.headEdges.value.slice(0, LIT);
+    for (const edge of [...carried].reverse()) this.curve(c, view, edge, Math.abs(edge.weight / carried[0]!.weight));
   }
 
   /** Edges leave their source upwards and reach their target from below. */
@@ -466,13 +468,14 @@ export class Scene {
       const radius = this.sigma.scaleSize(this.size(node));
       dots.push([x - radius, y - radius, x + radius, y + radius]);
     }
-    const asked = new Set([selected.value, hovered.value, ...store.marked.value, ...store.pinnedSet.value]);
+    const asked = new Set([selected.value, hovered.value, ...store.marked.value]);
     c.textBaseline = "middle";
     c.textAlign = "left";
     c.lineJoin = "round";
     let count = 0;
     for (const node of wanted) {
-      if (count >= NAMED * map.unit && !asked.has(node)) continue;
+      const pinned = store.pinnedSet.value.has(node);
+      if (count >= NAMED * map.unit && !asked.has(node) && !pinned) continue;
       if (!visible.value[node]) continue;
       const { x, y } = this.at(node, view);
       const strong = node === selected.value || node === hovered.value;
@@ -482,7 +485,7 @@ export class Scene {
       const text = cut(full, strong ? 40 : 22);
       c.font = `${strong || isEnd ? 650 : 500} ${(isEnd ? 13 : 11.5) + 1.5 * (map.unit - 1)}px Inter, sans-serif`;
       const wide = c.measureText(text).width;
-      const radius = this.sigma.scaleSize(this.size(node)) * (node === selected.value ? 1.3 : 1) + (asked.has(node) ? 4 : 2);
+      const radius = this.sigma.scaleSize(this.size(node)) * (node === selected.value ? 1.3 : 1) + (asked.has(node) || pinned ? 4 : 2);
       const spots: [number, number][] = [[x + radius + 2, y], [x - wide / 2, y - radius - 8], [x - wide - radius - 2, y], [x - wide / 2, y + radius + 8]];
       const free = ([left, middle]: [number, number], clear: boolean): boolean => {
         const rect: Rect = [left - 2, middle - 7, left + wide + 2, middle + 7];
@@ -495,7 +498,7 @@ export class Scene {
       c.strokeStyle = colours.surface;
       c.lineWidth = 3.5;
       c.strokeText(text, ...spot);
-      c.fillStyle = strong ? colours.accent : isEnd ? colours.ink : store.pinnedSet.value.has(node) ? colours.pin : colours.soft;
+      c.fillStyle = strong ? colours.accent : isEnd ? colours.ink : pinned ? colours.pin : colours.soft;
       c.fillText(text, ...spot);
       count++;
     }

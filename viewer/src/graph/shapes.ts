@@ -16,6 +16,16 @@ export interface ShapedData extends NodeDisplayData {
   ringWidth: number;
 }
 
+// Sigma's colours have an opacity of 254 of 255 at most.
+const OPAQUE = "(255.0 / 254.0)";
+// What the vertex shader hands to the fragment shader.
+const VARYINGS = /* glsl */ `varying vec4 v_color;
+varying vec4 v_ring;
+varying vec2 v_point;
+varying float v_shape;
+varying float v_ringWidth;
+varying float v_pixel;
+`;
 const VERTEX = /* glsl */ `
 attribute vec4 a_id;
 attribute vec4 a_color;
@@ -28,14 +38,7 @@ attribute vec2 a_corner;
 uniform mat3 u_matrix;
 uniform float u_sizeRatio;
 uniform float u_correctionRatio;
-varying vec4 v_color;
-varying vec4 v_ring;
-varying vec2 v_point;
-varying float v_shape;
-varying float v_ringWidth;
-varying float v_pixel;
-const float bias = 255.0 / 254.0;
-void main() {
+${VARYINGS}void main() {
   float size = a_size * u_correctionRatio / u_sizeRatio * 4.0;
   vec2 position = a_position + size * a_corner;
   gl_Position = vec4((u_matrix * vec3(position, 1)).xy, 0, 1);
@@ -44,24 +47,18 @@ void main() {
   v_ringWidth = a_ringWidth;
   v_pixel = u_correctionRatio * 2.0 / size;
   v_ring = a_ring;
-  v_ring.a *= bias;
+  v_ring.a *= ${OPAQUE};
   #ifdef PICKING_MODE
   v_color = a_id;
   #else
   v_color = a_color;
   #endif
-  v_color.a *= bias;
+  v_color.a *= ${OPAQUE};
 }`;
 
 const FRAGMENT = /* glsl */ `
 precision highp float;
-varying vec4 v_color;
-varying vec4 v_ring;
-varying vec2 v_point;
-varying float v_shape;
-varying float v_ringWidth;
-varying float v_pixel;
-void main() {
+${VARYINGS}void main() {
   vec2 p = v_point;
   vec2 q = abs(p);
   float d;
@@ -143,6 +140,10 @@ export class ShapeProgram extends NodeProgram<"u_matrix" | "u_sizeRatio" | "u_co
   }
 }
 
+const LINE_VARYINGS = /* glsl */ `varying vec4 v_color;
+varying float v_side;
+varying float v_half;
+`;
 const LINE_VERTEX = /* glsl */ `
 attribute vec4 a_color;
 attribute vec2 a_from;
@@ -151,11 +152,7 @@ attribute vec2 a_corner;
 attribute float a_size;
 uniform mat3 u_matrix;
 uniform vec2 u_pixels;
-varying vec4 v_color;
-varying float v_side;
-varying float v_half;
-const float bias = 255.0 / 254.0;
-void main() {
+${LINE_VARYINGS}void main() {
   vec2 from = (u_matrix * vec3(a_from, 1)).xy;
   vec2 to = (u_matrix * vec3(a_to, 1)).xy;
   vec2 along = (to - from) * u_pixels;
@@ -165,15 +162,12 @@ void main() {
   v_side = a_corner.y * v_half;
   gl_Position = vec4(mix(from, to, a_corner.x) + across * v_side * 2.0 / u_pixels, 0, 1);
   v_color = a_color;
-  v_color.a *= bias;
+  v_color.a *= ${OPAQUE};
 }`;
 
 const LINE_FRAGMENT = /* glsl */ `
 precision mediump float;
-varying vec4 v_color;
-varying float v_side;
-varying float v_half;
-void main() {
+${LINE_VARYINGS}void main() {
   gl_FragColor = v_color * clamp(v_half - abs(v_side), 0.0, 1.0);
 }`;
 

@@ -3,15 +3,22 @@ import { computed, signal } from "@preact/signals";
 import { api, ApiError, type Annotations, embedded, type Supernode } from "../api";
 import { kept, reason, say } from "../state";
 import { type Content, EMPTY, inOneGroup, merge, same } from "./merge";
-import type { GraphModel } from "./model";
+import type { Edge, GraphModel } from "./model";
 
+export interface HeadId {
+  layer: number;
+  head: number;
+}
 export type View = "graph" | "both" | "subgraph";
 const SAVE_AFTER = 400; // ms without a further change
 const STRONGEST = 300; // edges that are drawn at first
+let opened = 0;
 
 export class GraphStore {
   readonly selected = signal<number | null>(null);
   readonly hovered = signal<number | null>(null);
+  /** The attention head that is looked at, while no node is chosen. */
+  readonly head = signal<HeadId | null>(null);
   /** Nodes marked for grouping. */
   readonly marked = signal<ReadonlySet<number>>(new Set());
   readonly nodeShare = signal(1);
@@ -37,6 +44,20 @@ export class GraphStore {
     return node === undefined ? [] : [[node, group] as const];
   }))));
 
+  /** What the chosen head carries, strongest first: `node` is the source, `weight` the head's part of the edge. */
+  readonly headEdges = computed((): Edge[] => {
+    const { file } = this.model;
+    const chosen = this.head.value;
+    if (chosen === null) return [];
+    const edges = [...file.heads].flatMap(([index, heads]) => {
+      const own = heads.find(({ layer, head }) => layer === chosen.layer && head === chosen.head);
+      return own ? [{ index, node: file.source[index]!, weight: own.share * file.weight[index]! }] : [];
+    });
+    return edges.sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight));
+  });
+
+  /** One number for each graph that was opened, for lists and effects that must begin anew with it. */
+  readonly serial = ++opened;
   private past: Content[] = [];
   private future: Content[] = [];
   private base: Annotations = { version: 0, ...EMPTY };
@@ -171,6 +192,11 @@ export class GraphStore {
 
   select(node: number | null): void {
     this.selected.value = node;
+    this.head.value = null;
+  }
+  lookAt({ layer, head }: HeadId): void {
+    this.selected.value = null;
+    this.head.value = { layer, head };
   }
   mark(node: number): void {
     const marked = new Set(this.marked.value);

@@ -21,7 +21,7 @@ export function EditList() {
   const add = () => {
     const names = typed.value.toUpperCase().split(/[\s,]+/).filter(Boolean);
     const wrong = names.find((name) => !isFeature(name));
-    if (wrong) return say(`${wrong} is no feature: write layer and number as L5/709.`, { error: true });
+    if (wrong) return say(`${wrong} is no feature: write layer and number as L3/1242.`, { error: true });
     const own = new Map(graph ? featuresOf(graph).map((member) => [member.feature, member.own]) : []);
     if (names.length) addEdit({ name: names.join(", "), features: names.map((feature) => ({ feature, own: own.get(feature) ?? null })) });
     typed.value = "";
@@ -31,7 +31,7 @@ export function EditList() {
       {!edits.value.length && (
         <p class="remark">
           {graph ? "Exchange this graph's strongest features for those of another picture, " : "Trace first, or "}
-          name a feature such as L5/709, or press <b>Edit</b> at any feature of a graph or study.
+          name a feature such as L3/1242, or press <b>Edit</b> at any feature of a graph or study.
         </p>
       )}
       <ul class="edits">
@@ -41,7 +41,7 @@ export function EditList() {
       </ul>
       <form class="ask" onSubmit={(event) => (event.preventDefault(), add())}>
         <Field icon="plus">
-          <input aria-label="Add features by number" placeholder="L5/709" value={typed.value} onInput={(event) => (typed.value = event.currentTarget.value)} />
+          <input aria-label="Add features by number" placeholder="L3/1242" value={typed.value} onInput={(event) => (typed.value = event.currentTarget.value)} />
         </Field>
         <button type="submit" class="button" disabled={!typed.value.trim()}>Add</button>
       </form>

@@ -75,8 +75,8 @@ def test_every_command_does_what_it_says(runs: dict[str, Path]) -> None:
     assert set(own[own.cases == "test"].question) == {"colour"}
     assert set(own["mode"]) == {"free", "generate"}
     assert set(own[own.setting == "early"].layers) == {"0-3"}
-    names = {"steer/main", "steer/main_ci_low", "patch/main_control", "steer/main/name", "steer/unrelated_kl"}
-    assert names <= set(metrics(runs, "run"))
+    names = {"steer/main", "steer/main_ci_low", "steer/main/name", "steer/unrelated_kl"}
+    assert names <= set(metrics(runs, "run")) and {"", "matched"} <= set(first.control)
     assert 0 < metrics(runs, "red_blue")["base/colour/accuracy"] <= 1
 
 

@@ -53,7 +53,7 @@ def read(*arguments: str) -> Any:
 @pytest.mark.parametrize(
     "key",
     ["hydra.run.dir", "model.path", "transcoder.path", "study.path", "task.rows", "data.path", "tracking.uri", "image"]
-    + ["task.donor_image", "data.sources.own.path", "+data.sources.own.path", "task.word"],
+    + ["task.donor_image", "data.sources.own.path", "+data.sources.own.path", "query"],
 )
 def test_paths_and_words_are_taken_as_they_are_written(key: str, text: str) -> None:
     assert read(f"{key}={text}") == [text]

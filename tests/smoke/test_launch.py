@@ -23,18 +23,17 @@ SMALL = [
 MIX = [*SMALL, "data=mix_orrery", "data.context=32", "task.tokens_per_batch=80", "trainer.checkpoint_every=0"]
 
 
-def start(arguments: list[str], world: int = 2, per_host: int | None = None) -> list[Forked]:
+def start(arguments: list[str], world: int = 2) -> list[Forked]:
     """Start the command as a launcher would, once for each rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    each = per_host or world
     return [
         command_line(
             *arguments,
             env={
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank % each),
-                "LOCAL_WORLD_SIZE": str(each), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             },
         )
         for rank in range(world)

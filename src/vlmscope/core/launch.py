@@ -1,16 +1,15 @@
-"""Rank and host of this process among several, from the environment that its launcher sets.
+"""Rank of this process among several on one machine, from the environment that its launcher sets.
 
-torchrun (`python -m torch.distributed.run`) sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT. `srun` sets SLURM_PROCID, SLURM_LOCALID and, for its step, SLURM_STEP_NUM_TASKS, SLURM_STEP_TASKS_PER_NODE
-and SLURM_STEP_NODELIST (srun's manual, "output environment variables"); the names without STEP describe the allocation
-and are the fallback. submitit's local executor sets SUBMITIT_LOCAL_NTASKS and so on.
+torchrun (`python -m torch.distributed.run`) sets RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+`srun` sets SLURM_PROCID and, for its step, SLURM_STEP_NUM_TASKS and SLURM_STEP_NUM_NODES (srun's manual, "output
+environment variables"); the names without STEP describe the allocation and are the fallback. submitit's local executor
+sets SUBMITIT_LOCAL_NTASKS and so on.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,30 +48,17 @@ def import_quickly(*modules: str) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Process `rank` of `world`, number `local_rank` of the `per_host` on its host; they meet at `address`:`port`.
-
-    Inconsistent numbers, and ranks that are not numbered host by host, raise `UserError`.
-    """
+    """Process `rank` of `world` on this machine; they meet at `address`:`port`. `UserError` for impossible numbers."""
 
     launcher: str
     rank: int
     world: int
-    local_rank: int
-    per_host: int
     address: str
     port: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world or not 0 <= self.local_rank < self.per_host:
-            raise UserError(
-                f"{self.launcher} says that this is process {self.rank} of {self.world} and {self.local_rank} of "
-                f"{self.per_host} on its host, which cannot be; start it again"
-            )
-        if self.rank % self.per_host != self.local_rank:
-            raise UserError(
-                f"process {self.rank} is number {self.local_rank} of {self.per_host} on its host: ranks must count "
-                "host by host, equally many on each; with srun, give --ntasks-per-node and --distribution=block"
-            )
+        if not 0 <= self.rank < self.world:
+            raise UserError(f"{self.launcher} says that it is process {self.rank} of {self.world}; start it again")
 
     @property
     def main(self) -> bool:
@@ -90,12 +76,11 @@ def _torchrun(env: Mapping[str, str]) -> Place | None:
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return None
     world, rank = _number(env, "WORLD_SIZE"), _number(env, "RANK")
-    per_host = _number(env, "LOCAL_WORLD_SIZE", world)
-    local = _number(env, "LOCAL_RANK", rank % max(per_host, 1))
+    _check_one_machine("torchrun", world, _number(env, "LOCAL_WORLD_SIZE", world))
     if world > 1 and not env.get("MASTER_ADDR"):
         raise UserError("RANK and WORLD_SIZE are set, and MASTER_ADDR is not; set it, or unset them to run alone")
     port = _number(env, "MASTER_PORT", 29500)
-    return Place("torchrun", rank, world, local, per_host, env.get("MASTER_ADDR", ""), port)
+    return Place("torchrun", rank, world, env.get("MASTER_ADDR", ""), port)
 
 
 def _slurm(env: Mapping[str, str]) -> Place | None:
@@ -106,26 +91,12 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
     world = _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))
     if world == 1:  # such as an interactive shell, whose other variables may describe its allocation
         return None
-    counts = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or env.get("SLURM_NTASKS_PER_NODE")
-    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
-    if not counts or not nodes:
-        raise UserError("SLURM_STEP_TASKS_PER_NODE or SLURM_STEP_NODELIST is missing; start the processes with srun")
-    each = {int(part) for part in re.findall(r"(?:^|,)(\d+)", counts)}  # of 4(x2),3 these are 4 and 3
-    if len(each) != 1:
-        raise UserError(f"SLURM put {counts} tasks on the nodes; start equally many on each (--ntasks-per-node)")
-    # The first host of gpu[003-006,9],login is gpu003: the first entry of each bracket, up to a comma outside brackets.
-    first = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodes).partition(",")[0]
+    nodes = _number(env, "SLURM_STEP_NUM_NODES", _number(env, "SLURM_NNODES", 1))
+    _check_one_machine("srun", world, world if nodes == 1 else world // nodes)
     # Steps of one job get ports of their own.
     job = _number(env, "SLURM_JOB_ID", 0) + 101 * (int(step) if step.isdigit() else 0)
-    return Place(
-        "srun",
-        _number(env, "SLURM_PROCID"),
-        world,
-        _number(env, "SLURM_LOCALID"),
-        each.pop(),
-        env.get("MASTER_ADDR") or first,
-        _number(env, "MASTER_PORT", _port(job)),
-    )
+    address, port = env.get("MASTER_ADDR") or "127.0.0.1", _number(env, "MASTER_PORT", _port(job))
+    return Place("srun", _number(env, "SLURM_PROCID"), world, address, port)
 
 
 def _submitit_local(env: Mapping[str, str]) -> Place | None:
@@ -133,8 +104,12 @@ def _submitit_local(env: Mapping[str, str]) -> Place | None:
         return None
     world, rank = _number(env, "SUBMITIT_LOCAL_NTASKS", 1), _number(env, "SUBMITIT_LOCAL_GLOBALID")
     job = _port(_number(env, "SUBMITIT_LOCAL_JOB_ID", 0))
-    local = _number(env, "SUBMITIT_LOCAL_LOCALID", rank)
-    return Place("submitit", rank, world, local, world, "127.0.0.1", _number(env, "MASTER_PORT", job))
+    return Place("submitit", rank, world, "127.0.0.1", _number(env, "MASTER_PORT", job))
+
+
+def _check_one_machine(launcher: str, world: int, here: int) -> None:
+    if here != world:
+        raise UserError(f"{launcher} started {world} processes on several machines; start them on one")
 
 
 def _port(job: int) -> int:

@@ -127,19 +127,19 @@ def work_along(task: Task, cfg: AppConfig, context: RunContext, rank: int) -> No
 
 
 def _device(place: Place, device: str) -> str:
-    """The GPU of this process: number `local_rank` of its host, or the only one that the launcher shows it."""
-    if not device.startswith("cuda") or place.per_host == 1:
+    """The GPU of this process, by its rank, or the only one that the launcher shows it."""
+    if not device.startswith("cuda"):
         return device
     if device != "cuda":
-        raise UserError(f"model.device={device} is one GPU for {place.per_host} processes; write model.device=cuda")
+        raise UserError(f"model.device={device} is one GPU for {place.world} processes; write model.device=cuda")
     import torch
 
     count = torch.cuda.device_count()
     if count == 1 and place.launcher == "srun":  # each task of a step may see its own GPU alone
         return "cuda:0"
-    if count < place.per_host:
-        raise UserError(f"{place.per_host} processes on a host with {count} GPUs; start as many as there are GPUs")
-    return f"cuda:{place.local_rank}"
+    if count < place.world:
+        raise UserError(f"{place.world} processes on a machine with {count} GPUs; start as many as there are GPUs")
+    return f"cuda:{place.rank}"
 
 
 def remove_empty(run_dir: Path) -> None:
@@ -203,7 +203,7 @@ def run_job(cfg: Any) -> None:
     context = RunContext(run_dir, TrackedRun(), overrides)
     if place is not None:
         with _enough_memory(task), together(place, task, app_cfg, run_dir) as (own_cfg, shared):
-            context = replace(context, run_dir=shared, per_host=place.per_host)
+            context = replace(context, run_dir=shared)
             if place.main:
                 _recorded_run(cfg, app_cfg, task, own_cfg, context)
             else:

@@ -349,8 +349,8 @@ def plan_training(cfg: AppConfig, adapter: Adapter) -> dict[str, float | tuple[f
         raise UserError("task=plan counts transcoders of single layers; leave out transcoder.cross_layer")
     recipe, plan, arch, dtype, d = cfg.task, cfg.task.training, cfg.transcoder, cfg.model.dtype, adapter.d_model
     half = "bfloat16" if cfg.trainer.precision == "bf16-mixed" else "float32"
-    layout = Layout(adapter.n_layers, plan.gpus, plan.gpus)
-    ranks, layers = layout.members(0), len(layout.layers(0))  # rank 0 owns the most layers
+    layout = Layout(adapter.n_layers, plan.gpus)
+    ranks, layers = range(layout.world), len(layout.layers(0))  # rank 0 owns the most layers
     n, share = recipe.tokens_per_batch, ceil(recipe.tokens_per_batch / layout.world)
     steps, tokens = cfg.trainer.max_steps, plan.tokens
     if tokens is None:

@@ -23,7 +23,7 @@ OPTIONAL = (
 # Settings on which no result depends: where a run is recorded, and how it is shown and judged.
 _SHOWN = ("tracking", "report", "headline", "paper", "figure", "name", "reproduce", "prompt_file", "prompt_name")
 _SHOWN += ("experiment_file",)
-_FREE = {"trainer": {"checkpoint_every", "log_every", "val_every", "threads", "resume", "per_host", "rank_timeout"}}
+_FREE = {"trainer": {"checkpoint_every", "log_every", "val_every", "threads", "resume", "rank_timeout"}}
 _WHOLE = ("task", "model", "transcoder", "optim", "trainer")  # of these, defaults are parameters too
 _NOTHING = (None, {}, [], "")
 
@@ -34,14 +34,12 @@ SUBJECTS = {"intervention": "circuit", "interchange": "pairs", "discovery": "pai
 class RunContext:
     """One run: its folder (it exists), where it is tracked, and the overrides that the user typed.
 
-    `per_host` is how many of the processes that share the run stand on one host; None where it runs alone. `job` names
-    the run by its settings within a sweep, "" outside of one.
+    `job` names the run by its settings within a sweep, "" outside of one.
     """
 
     run_dir: Path
     tracked: TrackedRun
     overrides: tuple[str, ...] = ()
-    per_host: int | None = None
     job: str = ""
 
 

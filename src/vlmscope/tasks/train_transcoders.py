@@ -55,15 +55,14 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     if not isinstance(cfg.transcoder, TranscoderArchConfig):
         raise UserError("training needs an architecture, not a trained set: add transcoder=arch")
-    trainer = replace(cfg.trainer, per_host=cfg.trainer.per_host or context.per_host)
-    config = TranscoderTrainingConfig(cfg.transcoder, cfg.optim, trainer, cfg.task)
+    config = TranscoderTrainingConfig(cfg.transcoder, cfg.optim, cfg.trainer, cfg.task)
     origin: dict[str, Any] = {}
-    if context.per_host is None or own_share().index == 0:  # only the main rank records it
+    if own_share().index == 0:  # only the main rank records it
         no_weight = ("micro_tokens", "license")  # settings on which no weight depends
         task = {key: value for key, value in asdict(cfg.task).items() if key not in no_weight}
         origin = model_origin(cfg) | data_origin(cfg) | flat("task", task) | {"seed": cfg.seed}
     unread = context.run_dir / "unread_picture.json"
-    if trainer.resume and unread.is_file() and cfg.data.path is not None and origin:
+    if cfg.trainer.resume and unread.is_file() and cfg.data.path is not None and origin:
         stopped = read_json(unread)
         if folder_digest(cfg.data.path, Path(stopped["picture"])) == stopped["others"]:
             origin |= {"data.files": stopped["data.files"]}  # unchanged except for the repaired picture
@@ -72,7 +71,9 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         return model_origin(cfg, weights=False) | data_origin(cfg)
 
     states = context.run_dir / "data_states.json"
-    vlm, source = batches_for(cfg.data, cfg.task, cfg.seed, lambda: load_model(cfg), states, mix_origin, trainer.resume)
+    vlm, source = batches_for(
+        cfg.data, cfg.task, cfg.seed, lambda: load_model(cfg), states, mix_origin, cfg.trainer.resume
+    )
     config = replace(config, data=source.settings)
     try:
         transcoders, metrics = train_transcoders(

@@ -70,26 +70,15 @@ def forward_arguments(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """MLP inputs and outputs at the valid tokens: layer -> ([N, d], [N, d]); `is_image` [N] bool.
-
-    If a batch is divided among hosts, these are the host's tokens: numbers `first`, `first + 1`, .. of the `joint`
-    tokens of the whole batch (None: all are here).
-    """
+    """MLP inputs and outputs at the valid tokens: layer -> ([N, d], [N, d]); `is_image` [N] bool."""
 
     by_layer: dict[int, tuple[Tensor, Tensor]]
     is_image: Tensor
-    first: int = 0
-    joint: int | None = None
 
     @property
     def n_tokens(self) -> int:
-        """N, the tokens here."""
+        """N, the tokens of the batch."""
         return self.is_image.shape[0]
-
-    @property
-    def joint_tokens(self) -> int:
-        """Tokens of the batch on all hosts."""
-        return self.n_tokens if self.joint is None else self.joint
 
     def rows(self, rows: Tensor) -> LayerActivations:
         """The tokens of some row numbers [n]."""

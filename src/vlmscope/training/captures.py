@@ -11,7 +11,6 @@ Shapes: n tokens of the batch on the rank's host, d model width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,17 +87,15 @@ class ActivationStream(IterableDataset[LayerActivations]):
 
     def _draw(self, pool: dict[int, LayerActivations], newest: int, step: int) -> LayerActivations:
         """As many tokens as the newest batch has, without repeats, from all batches of the pool."""
-        sizes = [batch.joint_tokens for batch in pool.values()]
+        sizes = [batch.n_tokens for batch in pool.values()]
         rng = generator(self.config.trainer.seed, "activation_pool", step)
-        chosen = torch.from_numpy(rng.choice(sum(sizes), pool[newest].joint_tokens, replace=False)).sort().values
+        chosen = torch.from_numpy(rng.choice(sum(sizes), pool[newest].n_tokens, replace=False)).sort().values
         parts, offset = [], 0
         for batch, size in zip(pool.values(), sizes, strict=True):
-            # The draw is over the tokens of all hosts; take those that are here.
-            first = offset + batch.first
-            rows = chosen[(chosen >= first) & (chosen < first + batch.n_tokens)] - first
+            rows = chosen[(chosen >= offset) & (chosen < offset + size)] - offset
             parts.append(batch.rows(rows.to(batch.is_image.device)))
             offset += size
-        return replace(joined_activations(parts), joint=len(chosen))
+        return joined_activations(parts)
 
 
 class Source(NamedTuple):

@@ -63,10 +63,9 @@ class OptimConfig:
 class TrainerConfig:
     """Length and manner of a training; the `_every` keys count optimiser steps, and 0 switches them off.
 
-    With several processes (docs/scaling.md), each `per_host` of them hold all layers together (null: those on one
-    machine); `rank_timeout` is how many minutes a process waits for another that does not answer. `precision` of
-    transcoders is "32", or "bf16-mixed", which computes the encoder's dense product, from which the active features are
-    chosen, in bfloat16; weights, moments, loss and the chosen activations stay float32.
+    With several processes (docs/scaling.md), `rank_timeout` is how many minutes a process waits for another that does
+    not answer. `precision` of transcoders is "32", or "bf16-mixed", which computes the encoder's dense product, from
+    which the active features are chosen, in bfloat16; weights, moments, loss and the chosen activations stay float32.
     """
 
     max_steps: int = 1000
@@ -77,12 +76,11 @@ class TrainerConfig:
     val_every: int = 500
     threads: int | None = None
     resume: bool = False
-    per_host: int | None = None
     rank_timeout: float = 30.0
 
     def __post_init__(self) -> None:
         check_choice("trainer.precision", self.precision, PRECISIONS)
-        check_least("trainer", self, max_steps=1, per_host=1)
+        check_least("trainer", self, max_steps=1)
         if not self.rank_timeout > 0:
             raise UserError(f"trainer.rank_timeout={self.rank_timeout}: it is minutes; choose a number above 0")
 

@@ -23,17 +23,11 @@ and 24 (0.079 and 27 without the scaling of W_dec, `_best_scale`). On one layer 
 random decoder (F = 2048, 300 steps of 2,048 tokens at 3e-3), FVU and dead features were 0.044 and 9 %; with the paper's
 start (W_dec = 0, W_enc uniform), 0.054 and 28 %.
 
-A process or a micro-batch may have only a part of a step's tokens. `Joint` says how the loss of the step is made then:
+A step may be taken in micro-batches. The terms of the loss that are not sums over tokens, which are the FVU's
+denominators and the mean that L0's penalty squares, are then computed of the whole step (`Step`) before the first
+micro-batch is differentiated, so that values and gradients add up to those of the step.
 
-None      All tokens are here.
-Total     One of several hosts. It turns a host's sum into the sum over all hosts, in value; its gradient is that of the
-          host's own part. So a loss made of totals has the joint value everywhere, and the gradients of the hosts add
-          up to the joint gradient exactly, even if the loss is not a sum over tokens.
-Part      A micro-batch. The terms that are not sums over tokens, which are the FVU's denominators and the mean that
-          L0's penalty squares, are computed before the first micro-batch is differentiated. Then values and gradients
-          add up to those of the step.
-
-Shapes: N tokens of this host's part of a step, d model width, F features, k slots for the active features of a token.
+Shapes: N tokens of a step or a micro-batch, d model width, F features, k slots for the active features of a token.
 """
 
 from __future__ import annotations
@@ -72,52 +66,36 @@ _WINDOW = 64  # steps of the running median of the loss
 _ENOUGH = 8  # losses before the median means anything
 _EXPLOSION = 1e3  # a layer stops when its loss is this many times its running median
 
-Total = Callable[[Tensor], Tensor]
-
 
 @dataclass(frozen=True)
-class Part:
-    """Figures of a whole step, over all hosts, that its micro-batches need; scalars without gradient.
+class Step:
+    """Figures of a whole step that its micro-batches need; scalars without gradient.
 
     `tokens` of the step; `deviations`, the FVU's denominator; `residual_deviations`, that of AuxK, nan without dead
     features; `mean_l0`, active features per token, nan unless a penalty needs it.
     """
 
-    tokens: Tensor
+    tokens: int
     deviations: Tensor
     residual_deviations: Tensor
     mean_l0: Tensor
 
 
-Joint = Total | Part | None
+def squared_deviations(target: Tensor) -> Tensor:
+    """The FVU's denominator: squared deviations of [N, d] from the mean, a scalar."""
+    return (target - target.mean(0)).square().sum()
 
 
-def joint_deviations(target: Tensor, total: Total | None) -> Tensor:
-    """The FVU's denominator from this host's [N, d]: squared deviations from the joint mean, a scalar."""
-    if total is None:
-        return (target - target.mean(0)).square().sum()
-    mean = total(target.sum(0)) / total(target.new_tensor(float(len(target))))
-    return total((target - mean).square().sum())
-
-
-def joint_fvu(target: Tensor, reconstruction: Tensor, joint: Joint) -> Tensor:
-    """FVU of the step's tokens from those here, [N, d], [N, d]; for a part, its summand."""
-    if joint is None:
+def step_fvu(target: Tensor, reconstruction: Tensor, step: Step | None) -> Tensor:
+    """FVU of [N, d], [N, d]; for a micro-batch of `step`, its summand."""
+    if step is None:
         return fvu(target, reconstruction)
-    unexplained = (target - reconstruction).square().sum()
-    if isinstance(joint, Part):
-        return unexplained / joint.deviations
-    deviations = joint_deviations(target, joint)
-    return joint(unexplained) / deviations
+    return (target - reconstruction).square().sum() / step.deviations
 
 
-def joint_mean(values: Tensor, joint: Joint) -> Tensor:
-    """Mean over the step's tokens of one number per token, [N]; for a part, its summand."""
-    if joint is None:
-        return values.mean()
-    if isinstance(joint, Part):
-        return values.sum() / joint.tokens
-    return joint(values.sum()) / joint(values.new_tensor(float(len(values))))
+def step_mean(values: Tensor, step: Step | None) -> Tensor:
+    """Mean over tokens of one number per token, [N]; for a micro-batch of `step`, its summand."""
+    return values.mean() if step is None else values.sum() / step.tokens
 
 
 def dead_features(silent: Tensor, after_tokens: int) -> Tensor:
@@ -126,7 +104,7 @@ def dead_features(silent: Tensor, after_tokens: int) -> Tensor:
 
 
 def aux_k(
-    transcoder: Transcoder, x: Tensor, residual: Tensor, pre: Tensor, dead: Tensor, count: int, joint: Joint = None
+    transcoder: Transcoder, x: Tensor, residual: Tensor, pre: Tensor, dead: Tensor, count: int, step: Step | None = None
 ) -> Tensor:
     """AuxK, which trains dead features: FVU of the residual, explained by each token's `count` strongest dead features.
 
@@ -136,8 +114,8 @@ def aux_k(
     strongest = pre[:, dead].topk(min(count, len(dead)), dim=-1).indices
     indices = dead[strongest]
     values = gather_pre_activations(pre, indices, x, transcoder.W_enc, transcoder.b_enc).relu()
-    joint = replace(joint, deviations=joint.residual_deviations) if isinstance(joint, Part) else joint
-    return joint_fvu(residual, sparse_decode(indices, values, transcoder.W_dec), joint)
+    step = None if step is None else replace(step, deviations=step.residual_deviations)
+    return step_fvu(residual, sparse_decode(indices, values, transcoder.W_dec), step)
 
 
 def prefix_sizes(fractions: Sequence[float], n_features: int) -> list[int]:
@@ -147,7 +125,7 @@ def prefix_sizes(fractions: Sequence[float], n_features: int) -> list[int]:
 
 
 def prefix_fvu(
-    transcoder: Transcoder, code: SparseCode, x: Tensor, y: Tensor, sizes: Sequence[int], joint: Joint = None
+    transcoder: Transcoder, code: SparseCode, x: Tensor, y: Tensor, sizes: Sequence[int], step: Step | None = None
 ) -> Tensor:
     """Mean FVU of `y` [N, d] over reconstructions from only the first features, one for each size, with the same code.
 
@@ -156,30 +134,30 @@ def prefix_fvu(
     terms = []
     for size in sizes:
         values = torch.where(code.indices < size, code.values, 0)
-        terms.append(joint_fvu(y, transcoder.decode(replace(code, values=values), x), joint))
+        terms.append(step_fvu(y, transcoder.decode(replace(code, values=values), x), step))
     return torch.stack(terms).mean()
 
 
-def l0_penalty(activation: JumpReLU, at_support: Tensor, indices: Tensor, k: int, joint: Joint = None) -> Tensor:
+def l0_penalty(activation: JumpReLU, at_support: Tensor, indices: Tensor, k: int, step: Step | None = None) -> Tensor:
     """`(L0 / k - 1)^2` from the pre-activations [N, m] at the support's indices [N, m], with a gradient to thresholds.
 
     The variant of arXiv 2407.14435, section 3, that aims at a number k of active features instead of weighing it.
     """
-    mean = joint_mean(activation.steps(at_support, indices).sum(-1), joint)
-    if not isinstance(joint, Part):
+    mean = step_mean(activation.steps(at_support, indices).sum(-1), step)
+    if step is None:
         return (mean / k - 1).square()
-    # The chain rule by hand: the slope of the square at the step's mean, and this part's share of the value.
-    excess = joint.mean_l0 / k - 1
-    share = len(indices) / joint.tokens
+    # The chain rule by hand: the slope of the square at the step's mean, and this micro-batch's share of the value.
+    excess = step.mean_l0 / k - 1
+    share = len(indices) / step.tokens
     return excess.square() * share + 2 * excess / k * (mean - mean.detach())
 
 
-def l1_penalty(values: Tensor, indices: Tensor, norms: Tensor, joint: Joint = None) -> Tensor:
+def l1_penalty(values: Tensor, indices: Tensor, norms: Tensor, step: Step | None = None) -> Tensor:
     """Mean over tokens of `sum_f a_f |W_dec[f]|`: values, indices [N, k], norms of decoder rows [F] -> scalar.
 
     With these weights no rescaling of activations and decoder can lower it (Conerly et al. 2024).
     """
-    return joint_mean((values * norms[indices]).sum(-1), joint)
+    return step_mean((values * norms[indices]).sum(-1), step)
 
 
 def start(transcoder: Transcoder, x: Tensor, targets: Sequence[Tensor], rng: np.random.Generator) -> None:
@@ -247,7 +225,7 @@ def _best_scale(transcoder: Transcoder, x: Tensor, y: Tensor) -> float:
 
 @dataclass(frozen=True)
 class LayerStep:
-    """Result of a layer's step: loss and FVU over all hosts; features that fired here [F] int64, tokens here."""
+    """Result of a layer's step: loss, FVU, features that fired [F] int64, tokens."""
 
     loss: float
     fvu: float
@@ -308,34 +286,34 @@ class LayerTrainer(nn.Module):
         start(self.transcoder, x, targets, rng)
 
     def loss(
-        self, x: Tensor, y: Tensor, joint: Joint = None, earlier: Tensor | None = None
+        self, x: Tensor, y: Tensor, step: Step | None = None, earlier: Tensor | None = None
     ) -> tuple[Tensor, Tensor, TranscoderOutput]:
         """Loss and FVU (scalars) of raw activations [N, d], and the output in standardised coordinates.
 
-        With `joint` the activations are a host's or a micro-batch's part of a step. `earlier` [N, d] is what features
-        of lower layers write here, in standardised coordinates (cross-layer sets).
+        With `step` the activations are a micro-batch of it. `earlier` [N, d] is what features of lower layers write
+        here, in standardised coordinates (cross-layer sets).
         """
         recipe, transcoder = self.recipe, self.transcoder
         x, y = self.standardised(x, y)
         out = transcoder(x)
         if earlier is not None:
             out = replace(out, reconstruction=out.reconstruction + earlier)
-        unexplained = joint_fvu(y, out.reconstruction, joint)
+        unexplained = step_fvu(y, out.reconstruction, step)
         loss = unexplained
         sizes = prefix_sizes(recipe.matryoshka, transcoder.config.n_features)
         if sizes:
-            prefixes = prefix_fvu(transcoder, out.code, x, y, sizes, joint)
+            prefixes = prefix_fvu(transcoder, out.code, x, y, sizes, step)
             loss = (loss + len(sizes) * prefixes) / (1 + len(sizes))
         dead = dead_features(self.silent, recipe.dead_after_tokens)
         if len(dead) and recipe.aux_coefficient:
             residual = (y - out.reconstruction).detach()
-            loss = loss + recipe.aux_coefficient * aux_k(transcoder, x, residual, out.pre, dead, recipe.aux_k, joint)
+            loss = loss + recipe.aux_coefficient * aux_k(transcoder, x, residual, out.pre, dead, recipe.aux_k, step)
         weight = recipe.sparsity_weight(transcoder.config.activation)
         match transcoder.activation:
             case JumpReLU() as jump if weight:
-                loss = loss + weight * l0_penalty(jump, out.at_support, out.code.indices, transcoder.config.k, joint)
+                loss = loss + weight * l0_penalty(jump, out.at_support, out.code.indices, transcoder.config.k, step)
             case ReLU() if weight:
-                loss = loss + weight * l1_penalty(out.code.values, out.code.indices, transcoder.write_norms(), joint)
+                loss = loss + weight * l1_penalty(out.code.values, out.code.indices, transcoder.write_norms(), step)
             case _:
                 pass
         return loss, unexplained, out
@@ -346,16 +324,9 @@ class LayerTrainer(nn.Module):
         fired[out.code.indices[out.code.values > 0]] = 1
         return fired
 
-    def note(
-        self, step: LayerStep, number: int, add_up: Callable[[Sequence[Tensor]], None] = lambda tensors: None
-    ) -> None:
-        """Add the step's tokens to every feature's silence, reset it for those that fired, and keep the loss.
-
-        `add_up` sums tensors over hosts if the batch is divided among them.
-        """
-        tokens = step.fired.new_tensor(step.n_tokens)
-        add_up([step.fired, tokens])
-        self.silent += tokens
+    def note(self, step: LayerStep, number: int) -> None:
+        """Add the step's tokens to every feature's silence, reset it for those that fired, and keep the loss."""
+        self.silent += step.n_tokens
         self.silent[step.fired > 0] = 0
         self.losses[number % _WINDOW] = step.loss
 
@@ -379,22 +350,19 @@ class LayerTrainer(nn.Module):
         return fold(self.transcoder, self.standard, later_scales).requires_grad_(False).eval()
 
 
-def differentiate(
-    trainer: LayerTrainer, x: Tensor, y: Tensor, total: Total | None, backward: Callable[[Tensor], None]
-) -> LayerStep:
+def differentiate(trainer: LayerTrainer, x: Tensor, y: Tensor, backward: Callable[[Tensor], None]) -> LayerStep:
     """Add the gradients of the loss of raw activations [N, d], [N, d] to the layer's parameters.
 
     With `micro_tokens`, in parts of that many tokens, which add up to the whole batch exactly although the loss is not
-    a mean over tokens (`Part`). Peak memory then holds [micro, F] twice instead of [N, F]. Hosts may have different
-    numbers of micro-batches, since nothing is sent during the loop over them.
+    a mean over tokens (`Step`). Peak memory then holds [micro, F] twice instead of [N, F].
     """
     micro = trainer.recipe.micro_tokens
     if micro is None:
-        loss, unexplained, out = trainer.loss(x, y, total)
+        loss, unexplained, out = trainer.loss(x, y)
         backward(loss)
         return LayerStep(float(loss.detach()), float(unexplained.detach()), trainer.fired(out), len(x))
     parts = list(zip(x.split(micro), y.split(micro), strict=True))
-    whole = _step_figures(trainer, parts, y, total)
+    whole = _step_figures(trainer, parts, y)
     sums = torch.zeros(2, dtype=torch.float64, device=y.device)
     fired = torch.zeros_like(trainer.silent)
     for x_part, y_part in parts:
@@ -402,12 +370,11 @@ def differentiate(
         backward(loss)
         sums += torch.stack([loss.detach(), unexplained.detach()])
         fired |= trainer.fired(out)
-    joint_loss, joint_unexplained = (total(sums) if total is not None else sums).tolist()
-    return LayerStep(joint_loss, joint_unexplained, fired, len(x))
+    return LayerStep(*sums.tolist(), fired, len(x))
 
 
 @torch.no_grad()
-def _step_figures(trainer: LayerTrainer, parts: list[tuple[Tensor, Tensor]], y: Tensor, total: Total | None) -> Part:
+def _step_figures(trainer: LayerTrainer, parts: list[tuple[Tensor, Tensor]], y: Tensor) -> Step:
     """The figures of the step that its micro-batches need.
 
     The FVU's denominator depends only on the targets. AuxK divides by the residual's deviations, and L0's penalty
@@ -425,18 +392,16 @@ def _step_figures(trainer: LayerTrainer, parts: list[tuple[Tensor, Tensor]], y: 
         out = trainer.transcoder(inputs)
         residuals.append(targets - out.reconstruction)
         active += out.code.active.sum()
-    everywhere = total if total is not None else lambda value: value
-    tokens = everywhere(target.new_tensor(float(len(y))))
-    return Part(
-        tokens,
-        joint_deviations(target, total),
-        joint_deviations(torch.cat(residuals), total) if revive else unknown,
-        everywhere(active) / tokens if jump else unknown,
+    return Step(
+        len(y),
+        squared_deviations(target),
+        squared_deviations(torch.cat(residuals)) if revive else unknown,
+        active / len(y) if jump else unknown,
     )
 
 
 def cross_layer_losses(
-    trainers: Mapping[int, LayerTrainer], by_layer: Mapping[int, tuple[Tensor, Tensor]], total: Total | None
+    trainers: Mapping[int, LayerTrainer], by_layer: Mapping[int, tuple[Tensor, Tensor]]
 ) -> dict[int, tuple[Tensor, Tensor, TranscoderOutput]]:
     """`LayerTrainer.loss` of each layer, from the codes of its own features and of those below."""
     transcoders = {layer: trainer.transcoder for layer, trainer in trainers.items()}
@@ -444,6 +409,6 @@ def cross_layer_losses(
     losses = {}
     for layer, trainer in sorted(trainers.items()):
         earlier = written_before(transcoders, layer, codes)
-        losses[layer] = trainer.loss(*by_layer[layer], total, earlier)
+        losses[layer] = trainer.loss(*by_layer[layer], earlier=earlier)
         codes[layer] = losses[layer][2].code
     return losses

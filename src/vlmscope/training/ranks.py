@@ -1,12 +1,8 @@
 """Layers and batches over several processes: layout, agreement, and the exchange of activations.
 
-Ranks (processes) are numbered host by host. Within a host each layer belongs to one rank, in contiguous runs whose
-sizes differ by at most one; every host has the same division. Ranks that own the same layers on different hosts are
-peers.
-
-Within a host each rank runs the frozen model on its share of the batch, whole rows in order, and sends every other rank
-the activations of the layers that it owns. Peers exchange sums for the loss, gradients, and which features fired. All
-messages are tensors, so nothing is pickled. A single process sends nothing.
+Ranks (processes) are on one machine. Each layer belongs to one rank, in contiguous runs whose sizes differ by at most
+one. Each rank runs the frozen model on its share of the batch, whole rows in order, and sends every other rank the
+activations of the layers that it owns. All messages are tensors, so nothing is pickled. A single process sends nothing.
 
 Next to the `torch.distributed` group the processes of a launch share its key-value store. There they agree on the run
 folder, and count failures: the first process to fail is the one that prints, and a thread in each other process ends it
@@ -40,7 +36,6 @@ from vlmscope.core.launch import Place
 from vlmscope.data.samples import WHOLE, Share
 from vlmscope.models.base import Stack
 from vlmscope.training.batches import ENDED, Batch, Forward, LayerActivations, OwnPart, collect, forwards, nothing
-from vlmscope.training.layer_trainer import Total
 
 _PICTURES = "pixel_values"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -54,50 +49,27 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 
 @dataclass(frozen=True)
 class Layout:
-    """`n_layers` layers over `world` ranks, of which `per_host` are on one host."""
+    """`n_layers` layers over `world` ranks."""
 
     n_layers: int
     world: int = 1
-    per_host: int = 1
 
     def __post_init__(self) -> None:
-        if self.per_host < 1 or self.world % self.per_host:
+        if self.world > self.n_layers:
             raise UserError(
-                f"{self.world} processes do not fill hosts of {self.per_host}; start equally many on each host"
+                f"{self.world} processes for {self.n_layers} layers: a layer is never divided; start {self.n_layers} "
+                "or fewer"
             )
-        if self.per_host > self.n_layers:
-            raise UserError(
-                f"{self.per_host} processes on a host for {self.n_layers} layers: a layer is never divided; "
-                f"start {self.n_layers} or fewer"
-            )
-
-    @property
-    def hosts(self) -> int:
-        """The number of hosts."""
-        return self.world // self.per_host
-
-    def host(self, rank: int) -> int:
-        """The host of a rank."""
-        return rank // self.per_host
 
     def layers(self, rank: int) -> list[int]:
-        """The layers that a rank owns, ascending; a remainder goes to the first ranks of a host, one layer each."""
-        each, remainder = divmod(self.n_layers, self.per_host)
-        local = rank % self.per_host
-        first = local * each + min(local, remainder)
-        return list(range(first, first + each + (local < remainder)))
+        """The layers that a rank owns, ascending; a remainder goes to the first ranks, one layer each."""
+        each, remainder = divmod(self.n_layers, self.world)
+        first = rank * each + min(rank, remainder)
+        return list(range(first, first + each + (rank < remainder)))
 
-    def members(self, host: int) -> list[int]:
-        """The ranks of a host."""
-        return list(range(host * self.per_host, (host + 1) * self.per_host))
-
-    def peers(self, rank: int) -> list[int]:
-        """The ranks that own the same layers, one on each host, `rank` included."""
-        return list(range(rank % self.per_host, self.world, self.per_host))
-
-    def owner(self, layer: int, host: int = 0) -> int:
-        """The rank of `host` that owns a layer."""
-        return next(rank for rank in self.members(host) if layer in self.layers(rank))
+    def owner(self, layer: int) -> int:
+        """The rank that owns a layer."""
+        return next(rank for rank in range(self.world) if layer in self.layers(rank))
 
 
 def share(batch: Batch, part: int, parts: int, soft_token: int | None) -> list[Forward]:
@@ -295,33 +267,12 @@ def joint_sum(values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
-class _Total(torch.autograd.Function):
-    """Sum over hosts in value; the gradient is that of this host's part."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
-        joint = value.detach().clone()
-        dist.all_reduce(joint, group=group)
-        return joint
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad_outputs[0], None
-
-
 class Ranks:
     """One process of a layout; tensors to be sent must be on `device`."""
 
     def __init__(self, layout: Layout, rank: int = 0, device: torch.device | str = "cpu") -> None:
         self.layout, self.rank, self.device = layout, rank, torch.device(device)
         self.layers = layout.layers(rank)
-        self._host_group: Any = None
-        self._peer_group: Any = None
-        if layout.world > 1:
-            # Every process must create every group, in the same order.
-            hosts = [dist.new_group(layout.members(host)) for host in range(layout.hosts)]
-            owners = [dist.new_group(layout.peers(local)) for local in range(layout.per_host)]
-            self._host_group, self._peer_group = hosts[layout.host(rank)], owners[rank % layout.per_host]
 
     @classmethod
     def single(cls, n_layers: int) -> Ranks:
@@ -329,39 +280,17 @@ class Ranks:
         return cls(Layout(n_layers))
 
     @classmethod
-    def current(cls, stack: Stack, per_host: int | None = None) -> Ranks:
-        """The open process group, or a single process; `per_host` None: all ranks are one host."""
+    def current(cls, stack: Stack) -> Ranks:
+        """The open process group, or a single process."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls.single(stack.n_layers)
-        world = dist.get_world_size()
         device = stack.device if stack.device.type == "cuda" else "cpu"
-        return cls(Layout(stack.n_layers, world, per_host or world), dist.get_rank(), device)
+        return cls(Layout(stack.n_layers, dist.get_world_size()), dist.get_rank(), device)
 
     @property
     def main(self) -> bool:
         """Whether this process writes and prints."""
         return self.rank == 0
-
-    @property
-    def writes(self) -> bool:
-        """Whether this process writes its layers, as those of the first host do."""
-        return self.layout.host(self.rank) == 0
-
-    @property
-    def total(self) -> Total | None:
-        """Sums over hosts, or None with one host."""
-        if self.layout.hosts == 1:
-            return None
-        return lambda value: _Total.apply(value, self._peer_group)  # pyright: ignore[reportReturnType]
-
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors, all of one dtype, by their sums over hosts, in one message."""
-        if self.layout.hosts == 1 or not tensors:
-            return
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat, group=self._peer_group)
-        for tensor, joint in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(joint.view_as(tensor))
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -369,17 +298,17 @@ class Ranks:
             dist.all_reduce(torch.zeros(1, device=self.device))
 
     def by_layer(self, values: Mapping[int, float]) -> dict[int, float]:
-        """Combine one number per layer from the layers' owners within a host, for all of its ranks."""
-        if self.layout.per_host == 1:
+        """Combine one number per layer from the layers' owners, for all ranks."""
+        if self.layout.world == 1:
             return dict(values)
         vector = torch.zeros(self.layout.n_layers, dtype=torch.float64, device=self.device)
         for layer, value in values.items():
             vector[layer] = value
-        dist.all_reduce(vector, group=self._host_group)
+        dist.all_reduce(vector)
         return dict(enumerate(vector.tolist()))
 
     def collect(self, stack: Stack, batch: Batch) -> LayerActivations:
-        """The activations of this rank's layers at all tokens of its host, from the joint batch or its own part."""
+        """The activations of this rank's layers at all tokens, from the joint batch or this rank's own part of it."""
         if self.layout.world == 1:
             return collect(stack, batch)
         is_part = isinstance(batch, OwnPart)
@@ -393,7 +322,7 @@ class Ranks:
         sizes = counts.tolist()
         if not any(sizes):
             raise UserError(f"no process has a token of this batch any more; {ENDED}")
-        members = self.layout.members(self.layout.host(self.rank))
+        members = range(self.layout.world)
         x, device = own.by_layer[0][0], own.is_image.device
         received: dict[int, Tensor] = {}
         images: dict[int, Tensor] = {}
@@ -415,25 +344,10 @@ class Ranks:
         del sent
         joined = torch.cat([received[rank] for rank in members], dim=2)
         by_layer = {layer: (joined[n, 0], joined[n, 1]) for n, layer in enumerate(self.layers)}
-        first = sum(sizes[: members[0]])
-        return LayerActivations(by_layer, torch.cat([images[rank] for rank in members]), first, sum(sizes))
-
-    def all_tokens(self, batch: LayerActivations) -> dict[int, tuple[Tensor, Tensor]]:
-        """The tokens of a batch from all hosts, in the order of the batch, for this rank's layers."""
-        if self.layout.hosts == 1:
-            return batch.by_layer
-        by_layer = {}
-        for layer, pair in batch.by_layer.items():
-            # Rows of other hosts stay zero here, so a sum gathers all rows exactly.
-            joint = [local.new_zeros(batch.joint_tokens, local.shape[1]) for local in pair]
-            for tensor, local in zip(joint, pair, strict=True):
-                tensor[batch.first : batch.first + batch.n_tokens] = local
-            self.add_up(joint)
-            by_layer[layer] = (joint[0], joint[1])
-        return by_layer
+        return LayerActivations(by_layer, torch.cat([images[rank] for rank in members]))
 
     def to_main(self, tensors: Mapping[str, Tensor], layer: int) -> None:
-        """Copy `tensors` of the layer's owner on the first host into those of rank 0."""
+        """Copy `tensors` of the layer's owner into those of rank 0."""
         owner = self.layout.owner(layer)
         if owner == 0 or self.rank not in (0, owner):
             return

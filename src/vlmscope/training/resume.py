@@ -123,11 +123,10 @@ class Checkpoints(pl.Callback):
         folder = self.folder / f"step_{module.steps_done:08d}"
         if self.saved_step == module.steps_done:  # not looked up on disk, where ranks may see different states
             return
-        if self.ranks.writes:
-            for name, part in module.parts().items():
-                state = part_state(part, module.optimizer)
-                with atomic_path(folder / f"{name}.safetensors") as temporary:
-                    save_file(state, temporary)
+        for name, part in module.parts().items():
+            state = part_state(part, module.optimizer)
+            with atomic_path(folder / f"{name}.safetensors") as temporary:
+                save_file(state, temporary)
         self.ranks.barrier()
         if self.ranks.main:
             counters = {name: getattr(module, name) for name in module.counters}

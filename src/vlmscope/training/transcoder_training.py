@@ -55,11 +55,7 @@ class TranscoderModule(pl.LightningModule):
         self.ranks = ranks if ranks is not None else Ranks.single(stack.n_layers)
         self.cross_layer = config.transcoder.cross_layer
         if self.cross_layer and len(self.ranks.layers) < stack.n_layers:
-            raise UserError(
-                "cross-layer transcoders couple all layers, so one process of a host trains them; start one"
-            )
-        if self.ranks.layout.hosts > 1 and config.transcoder.activation == "batchtopk":
-            raise UserError("batchtopk chooses among a whole batch, which lies on one host; take one host, or topk")
+            raise UserError("cross-layer transcoders couple all layers, so one process trains them; start one")
         self.automatic_optimization = False
         self.config, self.model_name = config, model_name
         self.steps_done, self.tokens_seen = 0, 0
@@ -116,12 +112,11 @@ class TranscoderModule(pl.LightningModule):
 
     def initialise(self, batches: list[LayerActivations]) -> None:
         """Set standardisation and starting point of every layer from the tokens of `batches`."""
-        joint = [self.ranks.all_tokens(batch) for batch in batches]
         for group in self.groups:
             targets: list[Tensor] = []  # of the layers from the current one upwards
             for layer in reversed(group):
                 trainer = self.layer(layer)
-                x, y = (torch.cat([by_layer[layer][side] for by_layer in joint]).float() for side in (0, 1))
+                x, y = (torch.cat([batch.by_layer[layer][side] for batch in batches]).float() for side in (0, 1))
                 trainer.standardise(x, y)
                 x, y = trainer.standard.apply(x, y)
                 # In a cross-layer set m + 1 layers write to layer m, each with an equal share at the start.
@@ -165,17 +160,17 @@ class TranscoderModule(pl.LightningModule):
                 trainer.zero_grad(set_to_none=True)  # the optimiser skips parameters without gradients
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
-        self._commit(steps, troubles, batch.joint_tokens)
-        return {"fvu": {layer: taken.fvu for layer, taken in steps.items()}, "tokens": batch.joint_tokens}
+        self._commit(steps, troubles, batch.n_tokens)
+        return {"fvu": {layer: taken.fvu for layer, taken in steps.items()}, "tokens": batch.n_tokens}
 
     def _differentiated(
         self, trainers: Mapping[int, LayerTrainer], by_layer: Mapping[int, tuple[Tensor, Tensor]]
     ) -> dict[int, LayerStep]:
         """Add the gradients of a group's loss to its layers' parameters, from raw activations ([N, d], [N, d])."""
-        total, backward = self.ranks.total, self.manual_backward
+        backward = self.manual_backward
         if not self.cross_layer:
-            return {n: differentiate(trainer, *by_layer[n], total, backward) for n, trainer in trainers.items()}
-        losses = cross_layer_losses(trainers, by_layer, total)
+            return {n: differentiate(trainer, *by_layer[n], backward) for n, trainer in trainers.items()}
+        losses = cross_layer_losses(trainers, by_layer)
         backward(torch.stack([loss for loss, _, _ in losses.values()]).sum())
         return {
             n: LayerStep(float(loss.detach()), float(fvu.detach()), trainers[n].fired(out), len(out.reconstruction))
@@ -183,10 +178,9 @@ class TranscoderModule(pl.LightningModule):
         }
 
     def _clipped(self, trainers: Mapping[int, LayerTrainer], steps: Mapping[int, LayerStep]) -> dict[int, str]:
-        """Sum gradients over hosts and clip them; returns what is wrong with a step, for the layers with a problem."""
+        """Clip gradients; returns what is wrong with a step, for the layers with a problem."""
         wrong: dict[int, str] = {}
         for layer, trainer in trainers.items():
-            self.ranks.add_up([p.grad for p in trainer.parameters() if p.grad is not None])
             norm = nn.utils.clip_grad_norm_(trainer.parameters(), self.config.recipe.clip)
             trouble = trainer.trouble(steps[layer].loss, float(norm))
             if trouble is not None:
@@ -200,14 +194,13 @@ class TranscoderModule(pl.LightningModule):
             assert not isinstance(optimizer, list)
             optimizer.step()
             for layer, taken in steps.items():
-                self.layer(layer).note(taken, self.steps_done, self.ranks.add_up)
+                self.layer(layer).note(taken, self.steps_done)
             for layer, trouble in troubles.items():
                 self.layer(layer).stopped.fill_(self.steps_done)
-                if self.ranks.writes:
-                    _LOG.warning(
-                        "layer %d stopped before step %d (%s); it keeps its weights, layers not named go on",
-                        layer, self.steps_done + 1, trouble,
-                    )  # fmt: skip
+                _LOG.warning(
+                    "layer %d stopped before step %d (%s); it keeps its weights, layers not named go on",
+                    layer, self.steps_done + 1, trouble,
+                )  # fmt: skip
             self.tokens_seen += tokens
             self.steps_done += 1
 
@@ -264,8 +257,8 @@ def train_transcoders(
 
     `train_batch` returns batch number 0, 1, ... of the data (`vlmscope.training.batches`), a pure function of the
     number, so that a resumed run sees the same data; `val_batches` are for the figures of
-    `vlmscope.training.evaluation`. Checkpoints go into `run_dir`. In an open `torch.distributed` group
-    `trainer.per_host` processes share a host (None: all). `data_figures` returns figures to log about the data drawn so
+    `vlmscope.training.evaluation`. Checkpoints go into `run_dir`. The processes of an open
+    `torch.distributed` group train together. `data_figures` returns figures to log about the data drawn so
     far, such as each source's share. `origin` names what decides the result besides `config`, and must be the same to
     resume (only the main rank's is compared); None: the model's weights and batch 0. `job` names the run on its
     progress bar.
@@ -278,7 +271,7 @@ def train_transcoders(
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
     stack, steps = stack_of(vlm.adapter, config.transcoder.site), config.trainer.max_steps
-    ranks = Ranks.current(stack, config.trainer.per_host)
+    ranks = Ranks.current(stack)
     name = model_name if model_name is not None else vlm.name
     module = TranscoderModule(stack, config, name, ranks).to(stack.device)
     if origin is None:

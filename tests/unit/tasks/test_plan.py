@@ -211,7 +211,7 @@ def test_the_pool_is_what_the_stream_keeps() -> None:
 
 
 def test_ranks_work_and_precision() -> None:
-    three = Layout(L, 3, 3)
+    three = Layout(L, 3)
     assert memory(three)["weights"] == 2 * memory(three, 2)["weights"] == memory()["weights"] / 2
     assert memory()["gathered"] == L * memory(three)["gathered"]
     half, kind = memory(encoder_dtype="bfloat16"), TranscoderArchConfig(4, 8)

@@ -108,7 +108,7 @@ def _steps(activation: str, micro: int | None, skip: bool) -> tuple[list[Tensor]
     for number in range(3):
         optimizer.zero_grad()
         assert len(dead_features(trainer.silent, 150)) > 0
-        noted.append(differentiate(trainer, x, y, None, Tensor.backward))
+        noted.append(differentiate(trainer, x, y, Tensor.backward))
         gradients += [p.grad.clone() for p in trainer.parameters() if p.grad is not None]
         nn.utils.clip_grad_norm_(trainer.parameters(), recipe.clip)
         optimizer.step()
@@ -190,7 +190,7 @@ def test_gradients_agree_with_float32(activation: str, same_features: bool) -> N
     else:
         for trainer in (half, full):
             trainer.silent[: FEATURES // 4] = 10  # AuxK works too
-    ours, theirs = (differentiate(one, x, y, None, Tensor.backward) for one in (half, full))
+    ours, theirs = (differentiate(one, x, y, Tensor.backward) for one in (half, full))
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-5 if same_features else 4 * UNIT)
     tolerance = 1e-4 if same_features else (8 * UNIT) ** 0.5
     for (name, one), (_, other) in zip(half.named_parameters(), full.named_parameters(), strict=True):
@@ -230,7 +230,7 @@ def test_losses_and_gradients_are_those_of_the_dense_formula(gemma: VLM, module:
     layers = range(gemma.adapter.n_layers)
     trainers = {layer: module.layer(layer) for layer in layers}
     by_layer = {layer: (x.double(), y.double()) for layer, (x, y) in activations.by_layer.items()}
-    found = cross_layer_losses(trainers, by_layer, None)
+    found = cross_layer_losses(trainers, by_layer)
     sum(loss for loss, _, _ in found.values()).backward()  # pyright: ignore[reportAttributeAccessIssue]
     gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
     module.zero_grad()

@@ -1,20 +1,26 @@
 """Graphs that begin at the patches: the identities with transcoders of the vision tower, on every family with one."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
 from tests.maths.maths_cases import PROMPT, config, dense
 
+import vlmscope
 from vlmscope.attribution.adjoint import Adjoint, TowerRows, total_effects
+from vlmscope.attribution.export import graph_to_json, load_graph, save_graph
+from vlmscope.attribution.influence import prune
 from vlmscope.attribution.targets import choose_logits
 from vlmscope.attribution.trace import attribute
 from vlmscope.conformance import IDENTITIES, Limits, Subject, completeness, direct_effects, make_subject
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
-from vlmscope.core.records import TOWER
+from vlmscope.core.records import TOWER, FeatureId
 from vlmscope.models.attention import FrozenVision
 from vlmscope.models.base import VisionStack, exact_float64
 from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
@@ -24,6 +30,7 @@ from vlmscope.transcoders.transcoder import random_set
 # Towers of all kinds: class tokens, windows, DeepStack, masked patches. The others repeat them.
 KINDS = ("gemma3", "llava", "idefics3", "qwen2_5_vl", "qwen3_vl")
 EVERY = [*KINDS, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in KINDS)]
+SCHEMA = Path(vlmscope.__file__).parent / "attribution" / "schema" / "neuronpedia-graph.schema.json"
 _CASES: dict[str, Subject] = {}
 
 
@@ -121,6 +128,27 @@ def test_soft_tokens_are_passed_through_and_the_graph_says_where_patches_are() -
         columns = graph.prompt_positions()[len(subject.inputs) :].reshape(4, 4)
         first = int(np.flatnonzero(subject.inputs.is_image)[0])
         assert (columns == first + np.kron([[0, 1], [2, 3]], np.ones((2, 2), int))).all()
+
+
+def test_the_viewers_file_is_valid_and_the_graph_comes_back(tmp_path: Path) -> None:
+    """Nodes of the tower have ids and layers of their own, stand at soft tokens, and know their part of the picture."""
+    with exact_float64():
+        subject = subject_of("gemma3")
+        pruned = prune(attribute(subject.replacement, config(), subject.scope.vlm.tokenizer), 1.0, 1.0)
+    body, n_tokens = graph_to_json(pruned, "slug", "scan"), len(subject.inputs)
+    jsonschema.validate(body, json.loads(SCHEMA.read_text()))
+    nodes = {node["node_id"]: node for node in body["nodes"]}
+    assert len(nodes) == len(body["nodes"]) and len(body["metadata"]["prompt_tokens"]) == n_tokens
+    assert {"P", "T0", "T1", "E", "0"} <= {node["layer"] for node in nodes.values()}
+    assert all(node["ctx_idx"] < n_tokens for node in nodes.values())
+    patch = nodes[f"PATCH_{n_tokens + 5}"]  # the second of the second row of four
+    assert patch["patch"] == body["vlmscope"]["tower"][5] == {"image": 0, "box": [0.25, 0.25, 0.5, 0.5]}
+    assert all(link["source"] in nodes and link["target"] in nodes for link in body["links"])
+    save_graph(tmp_path / "graph.safetensors", pruned)
+    again = load_graph(tmp_path / "graph.safetensors")
+    assert again.graph.n_patches == 16 and np.array_equal(again.graph.weights, pruned.graph.weights)
+    assert again.graph.nodes.feature_id(int(again.graph.nodes.of(NodeKind.FEATURE)[0])).layer == TOWER
+    assert str(FeatureId.parse("T1/12")) == "T1/12"
 
 
 def test_what_is_left_out_is_counted_by_layer_and_sums_stay() -> None:

@@ -169,13 +169,13 @@ class AttributionGraph:
     def prompt_positions(self) -> np.ndarray:
         """For each position the one of the prompt: a patch has that of the soft token whose box holds its centre."""
         count = len(self.tokens) - self.n_patches
-        soft = [p for p in range(count) if self.patch_boxes[p] is not None]
+        boxes = {position: box for position, box in enumerate(self.patch_boxes) if box is not None}
+        soft = [position for position in boxes if position < count]
         out = np.arange(len(self.tokens))
         for position in range(count, len(self.tokens)):
-            box = self.patch_boxes[position]
             mine = [p for p in soft if self.image_index[p] == self.image_index[position]] or soft
-            centre = None if box is None else box.centre
-            out[position] = next((p for p in mine if centre and self.patch_boxes[p].holds(*centre)), mine[0])
+            inside = [p for p in mine if position in boxes and boxes[p].holds(*boxes[position].centre)]
+            out[position] = (inside or mine)[0]
         return out
 
     def place(self, position: int) -> str:

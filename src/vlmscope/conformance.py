@@ -508,7 +508,8 @@ def generation(subject: Subject) -> float:
 @check("every weight is finite, no matrix is all zero", 0.0)
 def weights(subject: Subject) -> float:
     """The number of parameters that break this; vectors may be zero: an unused bias, a centred norm."""
-    parameters = [*subject.scope.vlm.model.parameters(), *subject.scope.transcoders.parameters()]
+    sets = [one for one in (subject.scope.transcoders, subject.scope.tower) if one is not None]
+    parameters = [*subject.scope.vlm.model.parameters(), *(p for one in sets for p in one.parameters())]
     return float(sum(not bool(torch.isfinite(p).all()) or (p.ndim > 1 and not bool(p.any())) for p in parameters))
 
 

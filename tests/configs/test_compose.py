@@ -200,7 +200,9 @@ def test_debug_lowers_what_an_experiment_says_and_not_what_the_command_line_says
     assert list(small.circuit.questions) == ["name", "colour"] and small.pairs is None
     own = ("circuit.pictures=7", "association.digits={pictures: 9}", "study.limit=null")
     given = composed("experiment=cross_modal_association", "circuit=mars_earth", "debug=fast", *own)
-    assert given.circuit is not None and given.circuit.pictures == 7 and given.circuit.per_layer == 3
+    assert (
+        given.circuit is not None and given.circuit.pictures == 7 and given.circuit.per_layer == {"image": 3, "last": 3}
+    )
     assert given.association["digits"].pictures == 9 and given.association["colours"].pictures == 4
     assert given.study.limit is None
     # 0 switches these off, in the experiment too; a number below the limit stays.

@@ -29,7 +29,7 @@ from vlmscope.config.schema import HeadlineConfig, numbers_of
 from vlmscope.core.records import FeatureId
 from vlmscope.core.results import CircuitFeature, Supernode
 from vlmscope.interventions import trials
-from vlmscope.interventions.edits import Gate, by_layer, donor_activations
+from vlmscope.interventions.edits import by_layer, donor_activations
 from vlmscope.interventions.run import base_run
 from vlmscope.interventions.trials import Cases, Operation, run_trials
 from vlmscope.metrics.claims import claims
@@ -275,7 +275,7 @@ def wrong_sign(made: Experiment, _: pytest.MonkeyPatch) -> Experiment:
 
 
 def ignored_gate(made: Experiment, patch: pytest.MonkeyPatch) -> Experiment:
-    patch.setattr(Gate, "openness", lambda self, current, *_: torch.ones_like(current[..., :1]))
+    patch.setattr(made, "exchange", lambda do=made.exchange: replace(do(), gate=None))
     return made
 
 

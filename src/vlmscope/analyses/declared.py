@@ -29,11 +29,12 @@ from vlmscope.circuits.config import CircuitConfig, TrialConfig
 from vlmscope.circuits.experiment import ALL, EACH, ConceptMaterial, Declared, PairSource, concept_operation, settle
 from vlmscope.circuits.page import described, draw_diagram
 from vlmscope.circuits.selectors import (
-    Influence,
+    RoleInfluence,
     concept_batches,
     concept_influence,
     concept_means,
     contrast_circuit,
+    place_levels,
 )
 from vlmscope.core.results import AnswerExample, Supernode
 from vlmscope.data.images import png_bytes
@@ -141,7 +142,7 @@ def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, Ro
     means = concept_means(bench.scope, batches)
     influence, traces, graphs = concept_influence(bench.scope, train, questions, config.graphs, bench.cfg.attribution)
     circuit, metrics = contrast_circuit(bench.transcoders, means, influence, config.per_layer, bench.vlm.name)
-    circuit, pruned = labelled(circuit, bench.labels), traces[0].pruned
+    circuit, pruned = labelled(place_levels(bench.scope, circuit, batches), bench.labels), traces[0].pruned
     save_circuit(circuit, folder / "circuits" / "_".join(config.concepts))
     save_graph(folder / "graph.safetensors", pruned)
     picture = train[config.concepts[0]][0]
@@ -164,7 +165,7 @@ def concept_baselines(
     bench: Bench,
     batches: Mapping[str, Mapping[str, InputBatch]],
     means: Mapping[str, Mapping[str, RoleMeans]],
-    influence: Mapping[str, Influence],
+    influence: Mapping[str, RoleInfluence],
 ) -> Baselines:
     """Baselines of circuits of concepts, from what these were chosen by."""
     config = bench.circuit_config
@@ -172,7 +173,8 @@ def concept_baselines(
     @cache
     def unconfirmed(*pair: str) -> Circuit:
         both = {concept: means[concept] for concept in pair}
-        return contrast_circuit(bench.transcoders, both, influence, config.per_layer, bench.vlm.name, False)[0]
+        circuit, _ = contrast_circuit(bench.transcoders, both, influence, config.per_layer, bench.vlm.name, False)
+        return place_levels(bench.scope, circuit, batches)
 
     material = ConceptMaterial(bench.scope, config, batches, lambda pair: unconfirmed(*sorted(pair)))
     return Baselines(bench.scope, material)
@@ -240,6 +242,7 @@ def from_matrix(bench: Bench) -> Declared:
     for pair in combinations(config.concepts, 2):
         both = {concept: means[concept] for concept in pair}
         circuit, _ = contrast_circuit(bench.transcoders, both, influence, config.per_layer, bench.vlm.name)
+        circuit = place_levels(bench.scope, circuit, batches)
         save_circuit(circuit, bench.run_dir / "circuits" / "_".join(pair))
         circuits[frozenset(pair)] = circuit
 

@@ -19,6 +19,7 @@ Legend: N nodes of a graph, T positions of a prompt, n features of a layer.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.core.records import FeatureId, PatchBox, Places, Positions
 from vlmscope.core.results import CircuitEdge, CircuitFeature, Supernode
-from vlmscope.interventions.edits import Gate, LayerEdit, Plan, features_at, merge, position_mask, set_features
+from vlmscope.interventions.edits import LayerEdit, Plan, features_at, merge, position_mask, set_features
 
 VERSION = 2
 READ = (1, VERSION)  # version 1 had neither positions nor edges
@@ -47,7 +48,8 @@ CIRCUIT, LEVELS = "circuit.yaml", "levels.safetensors"
 class Circuit:
     """Supernodes by name, and for each of them the mean activation of its features on its own concept.
 
-    `levels[name]["<question>:<role>"][layer]` [n] goes with `indices(name)[layer]` [n]; names may be missing.
+    `levels[name]["<question>:<role>"][layer]`, [n] or [P, n] (place by place), goes with `indices(name)[layer]` [n];
+    names may be missing.
     """
 
     supernodes: dict[str, Supernode]
@@ -75,16 +77,22 @@ class Circuit:
         layers = sorted({layer for table in tables for layer in table})
         return {layer: torch.cat([table[layer] for table in tables if layer in table]).unique() for layer in layers}
 
-    def level(self, name: str, role: str, layer: int, question: str | None = None) -> Tensor:
-        """Mean activations [n] of a supernode's features of a layer at a role: under one question, or over all of them.
+    def levels_at(self, name: str, roles: Sequence[str], layer: int, question: str | None = None) -> Tensor:
+        """Mean activations [T, n] of a supernode's features of a layer at positions of T roles in reading order: under
+        one question, or over all of them.
 
+        The i-th position of a role has the level of the i-th one in training, or the role's mean where that had fewer.
         A role that the training prompts did not have gives zeros; levels without a question hold under every one.
         """
-        tables, asked = self.levels[name], (f"{question}:{role}", f":{role}")
-        keys = [key for key in tables if (key.endswith(f":{role}") if question is None else key in asked)]
-        if not keys:
-            return torch.zeros(len(self.indices(name)[layer]))
-        return torch.stack([tables[key][layer] for key in keys]).mean(0)
+        tables, asked = self.levels[name], (f"{question}:", ":")
+        rows, seen = [], Counter[str]()
+        for role in roles:
+            keys = [k for k in tables if k.endswith(f":{role}") and (question is None or k.startswith(asked))]
+            each = [tables[key][layer] for key in keys]
+            place, seen[role] = seen[role], seen[role] + 1
+            here = [x if x.ndim == 1 else x[place] if place < len(x) else x.mean(0) for x in each]
+            rows.append(torch.stack(here).mean(0) if here else torch.zeros(len(self.indices(name)[layer])))
+        return torch.stack(rows)
 
     def size(self, *names: str) -> int:
         """Number of distinct features in these supernodes."""
@@ -199,12 +207,8 @@ def steer_plan(
     strength: float,
     question: str | None = None,
     limit: int | None = None,
-    gate: float | None = None,
 ) -> dict[int, LayerEdit]:
     """Set one supernode's features to zero and the other's to `strength` times their level on their own concept.
-
-    With a gate the two are exchanged: each layer and position is edited only as far as the suppressed supernode is
-    active there, so that prompts which do not have it stay as they are.
 
     Args:
         circuit: with levels by role.
@@ -214,36 +218,20 @@ def steer_plan(
         strength: 1 is the mean activation on the raised concept.
         question: whose levels are taken; the mean over all questions when None.
         limit: most features per layer and supernode.
-        gate: the share of the suppressed supernode's level at which the edit acts in full; None acts everywhere.
     """
-    roles = places.roles.tolist()
+    roles = [*places.roles.tolist(), "last"]  # generated tokens continue the last position
     everywhere = position_mask(places.roles, "all")
-
-    def levels(name: str, layer: int, n: int) -> tuple[Tensor, Tensor]:
-        """[T, n] of the prompt, [n] of generated tokens."""
-        table = {role: circuit.level(name, role, layer, question)[:n] for role in {*roles, "last"}}
-        return torch.stack([table[role] for role in roles]), table["last"]
-
-    suppressed = circuit.indices(suppress, limit)
     off = {
         layer: set_features(features, torch.zeros(len(features)), everywhere, torch.zeros(len(features)))
-        for layer, features in suppressed.items()
+        for layer, features in circuit.indices(suppress, limit).items()
     }
     on: dict[int, LayerEdit] = {}
     for layer, features in circuit.indices(raised, limit).items():
-        value, generated = levels(raised, layer, len(features))
-        on[layer] = set_features(features, value * strength, everywhere, generated * strength)
-    plan = merge(
+        value = strength * circuit.levels_at(raised, roles, layer, question)[:, : len(features)]
+        on[layer] = set_features(features, value[:-1], everywhere, value[-1])
+    return merge(
         [at_supernodes(off, [circuit.node(suppress)], places), at_supernodes(on, [circuit.node(raised)], places)]
     )
-    if gate is None:
-        return plan
-    # A layer where nothing is suppressed has nothing to exchange.
-    return {
-        layer: replace(edit, gate=Gate(features, *levels(suppress, layer, len(features)), gate))
-        for layer, edit in plan.items()
-        if (features := suppressed.get(layer)) is not None
-    }
 
 
 def at_supernodes(plan: Plan, nodes: Iterable[Supernode], places: Places) -> dict[int, LayerEdit]:
@@ -269,9 +257,12 @@ def at_supernodes(plan: Plan, nodes: Iterable[Supernode], places: Places) -> dic
                 before, generated = masks.get(member.feature, (torch.zeros_like(where), False))
                 masks[member.feature] = (before | where, generated or node.positions.generated)
     edited = dict(plan)
+    alike: dict[tuple[int, bytes, bool], list[int]] = {}  # features of a layer that are edited at the same positions
     for (layer, index), (where, generated) in masks.items():
+        alike.setdefault((layer, where.numpy().tobytes(), generated), []).append(index)
+    for (layer, _, generated), indices in alike.items():
         if layer in edited:
-            edited[layer] = features_at(edited[layer], torch.tensor([index]), where, generated)
+            edited[layer] = features_at(edited[layer], torch.tensor(indices), masks[layer, indices[0]][0], generated)
     return edited
 
 

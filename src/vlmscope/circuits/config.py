@@ -50,7 +50,8 @@ class CircuitConfig:
     third: str | None = None  # belongs to neither: what does the donor's circuit do to it?
     pictures: int = 40  # training pictures per concept
     graphs: int = 1  # per concept and question; a feature counts only if it has influence in one
-    per_layer: int = 16  # features per layer and concept
+    # features per layer, concept and question at each position role; nothing is edited at the roles that have none
+    per_layer: dict[str, int] = field(default_factory=lambda: {"image": 64, "last": 24})
     least: int = 1  # rightly answered test pictures of a recipient; fewer are an error
     seed: int = 0  # of the pictures
 
@@ -70,7 +71,13 @@ class CircuitConfig:
                 )
         if self.third in self.concepts:
             raise UserError(f"circuit.third={self.third} is one of circuit.concepts; choose another, or null")
-        check_least("circuit", self, pictures=1, graphs=1, per_layer=1, least=1)
+        for role in self.per_layer:
+            check_choice("circuit.per_layer", role, ROLES)
+        if min(self.per_layer.values(), default=0) < 0 or not any(self.per_layer.values()):
+            raise UserError(
+                f"circuit.per_layer={dict(self.per_layer)}: give a role with features, such as {{last: 24}}"
+            )
+        check_least("circuit", self, pictures=1, graphs=1, least=1)
 
 
 @dataclass
@@ -114,7 +121,9 @@ class TrialConfig:
     features: str | None = None  # a question or supernode, "all", "each" in turn, or "own": the question's; null too
     strength: float | None = 1.0  # of what is raised or carried, in its own level; null takes what was settled
     settle: list[float] = field(default_factory=list)  # of these, the least with most hits on "validation" cases
-    gate: float | None = None  # act in full from this share of the suppressed level; null acts everywhere
+    # of exchange: act in full where the suppressed concept is so much more active than the raised one, in shares of
+    # their levels; of level: from this share of the suppressed level; null acts everywhere
+    gate: float | None = None
     pooled: bool = False  # of carry: soft tokens get the donor's mean
     last: bool = False  # of carry: last position to last position alone; the two may differ in length
     measure: str = "hit"  # what its rate counts

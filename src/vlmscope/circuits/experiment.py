@@ -133,6 +133,7 @@ def concept_operation(
 ) -> Callable[[TrialConfig, Cases, int | None], Operation]:
     """Operations between the two supernodes of a circuit found by contrast: `pair`, or the two concepts."""
     recipient, donor = pair or config.concepts
+    nodes = tuple(circuit.supernodes.values())
 
     def made(trial: TrialConfig, cases: Cases, limit: int | None) -> Operation:
         if trial.features is not None and trial.do != "ablate":
@@ -144,9 +145,10 @@ def concept_operation(
                 circuit, recipient, donor, trial.gate, limit, by_question=cases.question in config.questions
             )
         if trial.do == "carry":
-            return Carry(circuit.union(limit), trial.pooled, last=trial.last)
+            return Carry(circuit.union(limit), trial.pooled, nodes, last=trial.last)
         if trial.do == "ablate":
-            return Ablate(circuit.indices(trial.features or recipient, limit))
+            node = circuit.node(trial.features or recipient)
+            return Ablate(circuit.indices(node.name, limit), (node,))
         raise UserError(f"trials: do={trial.do} needs pairs; with two concepts choose exchange, carry or ablate")
 
     return made

@@ -169,7 +169,17 @@ class Level:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Suppress one supernode and raise another to `strength` times its own level, as far as the gate is open."""
+    """Suppress one supernode and raise another to `strength` times its own level, as far as the gate is open.
+
+    The gate reads the unedited prompts. With x[s, t], the sum of what the features of supernode s write at position t
+    (activation times norm) as a share of that at their level, the edit acts there by
+
+        g[t] = (x[suppress, t] - x[raised, t]) / gate, between 0 and 1.
+
+    The soft tokens where a supernode acts have one gate, of their means, since the pictures differ in where a thing is.
+    So prompts that have the suppressed concept no more than the raised one stay as they are. Conditional steering
+    (CAST, arXiv 2409.05907) with features as the condition, and without its hard threshold.
+    """
 
     circuit: Circuit
     suppress: str
@@ -182,6 +192,30 @@ class Exchange:
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
         """As `Operation.plan`."""
         question = cases.question if self.by_question else None
-        return steer_plan(
-            self.circuit, self.suppress, self.raised, cases.batch.places, strength, question, self.limit, self.gate
-        )
+        places = cases.batch.places
+        plan = steer_plan(self.circuit, self.suppress, self.raised, places, strength, question, self.limit)
+        if self.gate is None:
+            return plan
+        # A layer where nothing is suppressed has nothing to exchange.
+        shares = {name: self._shares(scope, cases, name, question) for name in (self.suppress, self.raised)}
+        return {
+            layer: replace(plan[layer], openness=((own - shares[self.raised].get(layer, 0.0)) / self.gate).clamp(0, 1))
+            for layer, own in shares[self.suppress].items()
+        }
+
+    def _shares(self, scope: Scope, cases: Cases, name: str, question: str | None) -> dict[int, Tensor]:
+        """Layer -> [B, T], what a supernode writes, relative to its level; 0 where that is 0."""
+        places, positions = cases.batch.places, self.circuit.node(name).positions
+        soft = torch.from_numpy(cases.batch.is_image & (True if positions is None else positions.mask(places)))
+        shares: dict[int, Tensor] = {}
+        for layer, chosen in self.circuit.indices(name, self.limit).items():
+            code, transcoder = cases.codes(scope)[layer], scope.transcoders[layer]
+            indices = chosen.to(code.indices.device)
+            norms = transcoder.write_norms()[indices]
+            written = code.select(indices, transcoder.config.n_features).to(norms) @ norms
+            level = self.circuit.levels_at(name, places.roles.tolist(), layer, question)[:, : len(chosen)].to(norms)
+            usual = level @ norms
+            if bool(soft.any()):
+                written[:, soft], usual[soft] = written[:, soft].mean(1, keepdim=True), usual[soft].mean()
+            shares[layer] = torch.where(usual > 0, written / usual.clamp_min(torch.finfo(usual.dtype).tiny), 0.0)
+        return shares

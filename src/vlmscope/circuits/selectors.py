@@ -4,20 +4,23 @@
 role and weighted by the norm of what it writes, since that is how far the feature moves the residual stream; a feature
 counts at its role of largest difference. Candidates may need influence on the answer in attribution graphs, too.
 
-A circuit of two concepts (`contrast_circuit`) contrasts them question by question: each question gives its own best
-features of each layer (a feature that writes `red` fires at the last position of one question only), and a supernode
-is their union. Declared supernodes (`by_contrast`) rank all layers together.
+A circuit of two concepts (`contrast_circuit`) contrasts them by question and position role: each gives its own best
+features of each layer (a feature that writes `red` fires at the last position of one question only; activations there
+are so large that without a number for each role no feature of the soft tokens would be taken), and a supernode is their
+union. Declared supernodes (`by_contrast`) rank all layers together.
 
 The `by_` functions return members best first; what they were chosen by is in `contrast` and `influence`.
-Legend: N nodes of a graph, F features of a layer, R roles.
+Legend: N nodes of a graph, B prompts, T positions, P those of one role, F features of a layer, n chosen ones, R roles.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from itertools import zip_longest
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,18 +35,21 @@ from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.config import LabelConfig, SupernodeConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.core.records import FeatureId, Places, Positions
+from vlmscope.core.records import ANSWER, FeatureId, Places, Positions
 from vlmscope.core.results import CircuitFeature, Supernode
 from vlmscope.features.labels import Labels
 from vlmscope.features.readouts import RoleMeans, role_means
 from vlmscope.features.search import stems
+from vlmscope.interventions.edits import donor_activations
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 Influence = Mapping[FeatureId, float]  # a feature's share of influence, mean over graphs
+Key = TypeVar("Key")
+RoleInfluence = Mapping[tuple[str, FeatureId], float]  # the same at a position role
 CONFIRMING = 0.98  # share of influence whose nodes confirm a feature of two concepts
-CONFIRMABLE = 4  # times the features of a layer: below these the contrast of two concepts says nothing
+CONFIRMABLE = 4  # times the features of a layer and role: below these the contrast of two concepts says nothing
 CANDIDATES = 8  # times `count`, of the largest differences of declared inputs
 ROUNDING = 1e-4  # a smaller difference, relative to the mean, is that of sums in another order
 
@@ -77,9 +83,9 @@ def feature_influence(
     return {f: (sum(by_role.values()), max(by_role, key=lambda role: by_role[role])) for f, by_role in parts.items()}
 
 
-def mean_shares(tables: Sequence[Influence]) -> dict[FeatureId, float]:
+def mean_shares(tables: Sequence[Mapping[Key, float]]) -> dict[Key, float]:
     """Mean share over graphs; absent counts as zero."""
-    sums: dict[FeatureId, float] = {}
+    sums: dict[Key, float] = {}
     for table in tables:
         for feature, share in table.items():
             sums[feature] = sums.get(feature, 0.0) + share / len(tables)
@@ -158,23 +164,6 @@ def _members(
     return members if node is None else [m for m in members if node.layer_range([m.feature.layer])][: node.count]
 
 
-def _contrast(
-    transcoders: TranscoderSet, layer: int, of: RoleMeans, against: RoleMeans, known: Influence
-) -> tuple[Tensor, Callable[[int], CircuitFeature]]:
-    """Scores [F] of a layer's features, difference times write norm at the role where that is largest; and a function
-    that makes a member of a feature's index, with its role and its difference there.
-    """
-    roles = [role for role in of.by_role if role in against.by_role]
-    gaps = torch.stack([of.by_role[role][layer] - against.by_role[role][layer] for role in roles])
-    score, best = (gaps * transcoders[layer].write_norms()).max(0)
-
-    def member(index: int) -> CircuitFeature:
-        feature, role = FeatureId(layer, index), int(best[index])
-        return CircuitFeature(feature, roles[role], float(gaps[role, index]), known.get(feature, 0.0))
-
-    return score, member
-
-
 def by_contrast(
     transcoders: TranscoderSet,
     of: RoleMeans,
@@ -191,14 +180,17 @@ def by_contrast(
     If `confirmed`, `CANDIDATES` times as many of the largest differences are ranked anew, by influence on the answer at
     the supernode's positions, and those without any are left out: what differs and matters to the answer.
     """
-    if not {*of.by_role} & {*against.by_role}:
+    roles = [role for role in of.by_role if role in against.by_role]
+    if not roles:
         raise UserError("the two sets of inputs have no position role in common; give both pictures, or neither")
     ranked: list[tuple[float, CircuitFeature]] = []
     for layer in node.layer_range(transcoders.layers):
-        score, member_of = _contrast(transcoders, layer, of, against, known)
-        score = score / transcoders[layer].write_norms().mean()
+        gaps = torch.stack([of.by_role[role][layer] - against.by_role[role][layer] for role in roles])
+        norms = transcoders[layer].write_norms()
+        score, best = (gaps * norms / norms.mean()).max(0)
         for index in score.topk(min(CANDIDATES * node.count, len(score))).indices.tolist():
-            member = member_of(index)
+            feature, role = FeatureId(layer, index), int(best[index])
+            member = CircuitFeature(feature, roles[role], float(gaps[role, index]), known.get(feature, 0.0))
             if score[index] > 0 and member.contrast > ROUNDING * float(of.by_role[member.role][layer][index]):
                 ranked.append((float(score[index]), member))
     ranked.sort(key=lambda row: (-row[0], row[1].feature))
@@ -212,23 +204,26 @@ def by_contrast(
 def contrast_circuit(
     transcoders: TranscoderSet,
     means: Mapping[str, Mapping[str, RoleMeans]],
-    influence: Mapping[str, Influence],
-    per_layer: int,
+    influence: Mapping[str, RoleInfluence],
+    per_layer: Mapping[str, int],
     model: str,
     confirmed: bool = True,
 ) -> tuple[Circuit, dict[str, float]]:
-    """A circuit of two supernodes, with levels by `<question>:<role>`, and metrics: its sizes, and the share of the
-    candidates that the graphs confirmed, `circuit/<concept>/confirmed_frac`.
+    """A circuit of two supernodes, which act at the roles of `per_layer`, with levels by `<question>:<role>`, and
+    metrics: its sizes, and the share of the candidates that the graphs confirmed, `circuit/<concept>/confirmed_frac`.
 
     Args:
         transcoders: whose features are compared.
         means: concept -> question -> role means on its training pictures; exactly two concepts, the same questions.
-        influence: concept -> influence of features in graphs of its pictures.
-        per_layer: features per layer, concept and question; questions may share them.
+        influence: concept -> influence of features at each role in graphs of its pictures.
+        per_layer: role -> features per layer, concept and question; questions and roles may share them.
         model: the model's name, by which a circuit of another one is refused.
-        confirmed: false takes as many features of each layer and question, but those of the largest differences.
+        confirmed: false takes as many features of each layer, question and role, but those of the largest differences.
     """
     first, second = means
+    counts = {role: count for role, count in per_layer.items() if count}
+    # Tokens of the answer continue the last position.
+    where = Positions((*counts, *([ANSWER] if "last" in counts else [])))
     supernodes: dict[str, Supernode] = {}
     metrics: dict[str, float] = {}
     for concept, other in ((first, second), (second, first)):
@@ -236,17 +231,24 @@ def contrast_circuit(
         taken = candidates = 0
         for layer in transcoders.layers:
             picks: list[list[CircuitFeature]] = []
+            norms = transcoders[layer].write_norms()
             for question, active in means[concept].items():
-                score, member_of = _contrast(transcoders, layer, active, means[other][question], influence[concept])
-                chosen, seen = _confirmed(score, member_of, per_layer)
-                if not confirmed:
-                    chosen = [member_of(index) for index in score.topk(len(chosen)).indices.tolist()]
-                picks.append(chosen)
-                taken, candidates = taken + len(chosen), candidates + seen
-            # Rank by rank over the questions, so that the first n of a layer serve all of them alike.
+                against = means[other][question].by_role
+                for role in [role for role in counts if role in active.by_role and role in against]:
+                    gap = active.by_role[role][layer] - against[role][layer]
+                    best = (gap * norms).argsort(descending=True)[: CONFIRMABLE * counts[role]]
+                    ranked = [FeatureId(layer, index) for index in best[gap[best] > 0].tolist()]
+                    members_of = [
+                        CircuitFeature(f, role, float(gap[f.index]), influence[concept].get((role, f), 0.0))
+                        for f in ranked
+                    ]
+                    chosen, seen = _confirmed(members_of, counts[role])
+                    picks.append(chosen if confirmed else members_of[: len(chosen)])
+                    taken, candidates = taken + len(chosen), candidates + seen
+            # Rank by rank over questions and roles, so that the first n of a layer serve all of them alike.
             for member in (member for rank in zip_longest(*picks) for member in rank if member is not None):
                 members.setdefault(member.feature, member)
-        supernodes[concept] = Supernode(concept, tuple(members.values()))
+        supernodes[concept] = Supernode(concept, tuple(members.values()), where)
         metrics[f"circuit/{concept}/features"] = float(len(members))
         metrics[f"circuit/{concept}/confirmed_frac"] = taken / max(candidates, 1)
     levels: dict[str, dict[str, dict[int, Tensor]]] = {}
@@ -257,18 +259,32 @@ def contrast_circuit(
     return Circuit(supernodes, levels, model=model, n_features=transcoders.widths), metrics
 
 
-def _confirmed(
-    score: Tensor, member_of: Callable[[int], CircuitFeature], count: int
-) -> tuple[list[CircuitFeature], int]:
-    """The best confirmed features of a layer, and how many candidates were looked at to find them."""
-    best = score.argsort(descending=True)[: CONFIRMABLE * count]
+def _confirmed(ranked: Sequence[CircuitFeature], count: int) -> tuple[list[CircuitFeature], int]:
+    """The first features with influence, and how many were looked at to find them."""
     chosen: list[CircuitFeature] = []
-    for seen, index in enumerate(best[score[best] > 0].tolist()):
+    for seen, member in enumerate(ranked):
         if len(chosen) == count:
             return chosen, seen
-        if (member := member_of(index)).influence > 0:
+        if member.influence > 0:
             chosen.append(member)
-    return chosen, int((score[best] > 0).sum())
+    return chosen, len(ranked)
+
+
+@torch.no_grad()
+def place_levels(scope: Scope, circuit: Circuit, train: Mapping[str, Mapping[str, InputBatch]]) -> Circuit:
+    """The circuit with levels place by place: what its features have, on average over a concept's pictures in the
+    batches of `concept_batches`, at the first, second, .. position of each role: [P, n] instead of [n].
+    """
+    levels: dict[str, dict[str, dict[int, Tensor]]] = {}
+    for name in circuit.supernodes:
+        levels[name] = {}
+        for question, batch in train[name].items():
+            active = donor_activations(scope, batch, circuit.indices(name))
+            means = {layer: values.float().mean(0).cpu() for layer, (_, values) in active.items()}  # [T, n]
+            for role in dict.fromkeys(batch.roles.tolist()):
+                there = torch.from_numpy(batch.roles == role)
+                levels[name][f"{question}:{role}"] = {layer: mean[there] for layer, mean in means.items()}
+    return replace(circuit, levels=levels)
 
 
 def mean_levels(members: Sequence[CircuitFeature], means: RoleMeans, question: str) -> dict[str, dict[int, Tensor]]:
@@ -308,11 +324,12 @@ def concept_influence(
     questions: Mapping[str, Question],
     graphs: int,
     attribution: AttributionConfig,
-) -> tuple[dict[str, dict[FeatureId, float]], list[Trace], list[dict[str, float]]]:
-    """Concept -> share of influence of features, mean over `graphs` pictures and all questions; the first trace alone,
-    since each holds a whole graph; and the metrics of each, `graph/seconds` being those of the whole trace.
+) -> tuple[dict[str, RoleInfluence], list[Trace], list[dict[str, float]]]:
+    """Concept -> share of influence of features at each role, mean over `graphs` pictures and all questions; the first
+    trace alone, since each holds a whole graph; and the metrics of each, `graph/seconds` being those of the whole
+    trace.
     """
-    influence: dict[str, dict[FeatureId, float]] = {}
+    influence: dict[str, RoleInfluence] = {}
     first: list[Trace] = []
     metrics: list[dict[str, float]] = []
     for concept, images in train.items():
@@ -328,16 +345,17 @@ def concept_influence(
     return influence, first, metrics
 
 
-def _confirming(traced: Trace) -> dict[FeatureId, float]:
-    """Share of all influence of each feature that belongs to the most influential nodes, summed over positions.
+def _confirming(traced: Trace) -> dict[tuple[str, FeatureId], float]:
+    """Share of all influence of each feature that belongs to the most influential nodes, summed over positions of a
+    role.
 
     The nodes that reach `CONFIRMING` of the influence count, more than the pruned graph keeps: that one is for reading.
     """
     nodes, pruned = traced.graph.nodes, traced.pruned
     total = float(pruned.influence.sum()) or 1.0
-    shares: dict[FeatureId, float] = {}
+    shares: dict[tuple[str, FeatureId], float] = {}
     for node in nodes.of(NodeKind.FEATURE).tolist():
         if pruned.influence[node] > 0 and pruned.cumulative[node] <= CONFIRMING:
-            feature = nodes.feature_id(node)
-            shares[feature] = shares.get(feature, 0.0) + float(pruned.influence[node]) / total
+            key = str(traced.graph.roles[nodes.position[node]]), nodes.feature_id(node)
+            shares[key] = shares.get(key, 0.0) + float(pruned.influence[node]) / total
     return shares

@@ -28,7 +28,7 @@ from vlmscope.transcoders.transcoder import SparseCode, TranscoderSet
 
 @dataclass(frozen=True)
 class Gate:
-    """Act only as far as some features are active, so that steering exchanges one concept for another where it is.
+    """Act only as far as some features are active in the edited run, so that one concept is exchanged where it is.
 
     `g = min(1, sum_f n_f a_f / (full sum_f n_f level_f))` at each position, n_f the norm of feature f's decoder row,
     a_f its activation in the edited run. Conditional steering (CAST, arXiv 2409.05907) with features as the condition,
@@ -63,6 +63,7 @@ class LayerEdit:
     gate: Gate | None = None  # how far to act at each position; None acts in full
     at: Tensor | None = None  # [T, n] bool, the positions of `where` at which each feature is edited; all when None
     at_generated: Tensor | None = None  # [n] bool, the same of generated tokens; it goes with `at`
+    openness: Tensor | None = None  # [B, T] in [0, 1], how far to act at each position; generated tokens as the last
     written_by: Tensor | None = None  # [n] int64, other features, which write the changes of these (a control)
 
     def to(self, device: torch.device) -> LayerEdit:
@@ -134,7 +135,7 @@ def merge(plans: Iterable[Plan]) -> dict[int, LayerEdit]:
 def _join(first: LayerEdit, second: LayerEdit, layer: int) -> LayerEdit:
     if not torch.equal(first.where, second.where):
         raise UserError(f"two edits of layer {layer} act on different positions: give them as two runs")
-    if first.gate is not None or second.gate is not None:
+    if any(edit.gate is not None or edit.openness is not None for edit in (first, second)):
         raise UserError(f"two edits of layer {layer}, one of them gated: merge them first and gate the result")
     if (first.generated is None) != (second.generated is None):
         raise UserError(f"two edits of layer {layer} disagree on generated tokens: set both or neither")

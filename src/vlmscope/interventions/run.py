@@ -318,7 +318,10 @@ def edit_changes(
             target = at_step(edit.generated, 2, step)
             local = replace(edit, value=target.unsqueeze(-2) if target.ndim > 1 else target, at=edit.at_generated)
             level = None if edit.gate is None else at_step(edit.gate.generated, 1, step)
-            written = _written(transcoder, edit, _deltas(transcoder, live, local, level))
+            deltas = _deltas(transcoder, live, local, level)
+            written = _written(
+                transcoder, edit, deltas if edit.openness is None else deltas * edit.openness[:, -1:, None]
+            )
         return [change.to(x.dtype) for change in written]
     assert offset == 0 and length == prompt, f"the edit is for {prompt} positions, the run has {offset} + {length}"
     if not bool(where.any()):
@@ -368,7 +371,8 @@ def prompt_deltas(transcoder: Transcoder, code: SparseCode, edit: LayerEdit) -> 
     where = edit.where
     value, scale = (v if v.ndim < 2 or v.shape[-2] == 1 else v[..., where, :] for v in (edit.value, edit.scale))
     local = replace(edit, value=value, scale=scale, at=None if edit.at is None else edit.at[where])
-    return _deltas(transcoder, code, local, None if edit.gate is None else edit.gate.level[where])
+    deltas = _deltas(transcoder, code, local, None if edit.gate is None else edit.gate.level[where])
+    return deltas if edit.openness is None else deltas * edit.openness[:, where, None]
 
 
 def _deltas(transcoder: Transcoder, code: SparseCode, edit: LayerEdit, level: Tensor | None) -> Tensor:

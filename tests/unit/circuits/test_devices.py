@@ -14,7 +14,7 @@ from vlmscope.circuits.discovery.edges import pair_edges, run_edges
 from vlmscope.circuits.discovery.nodes import CircuitSubject, changing_nodes, eap_ig, measure
 from vlmscope.circuits.operations import Ablate, Carry, Exchange, Toward
 from vlmscope.circuits.pairs import pair_effects, pair_subject
-from vlmscope.circuits.selectors import contrast_circuit
+from vlmscope.circuits.selectors import contrast_circuit, place_levels
 from vlmscope.core.records import FeatureId, Positions
 from vlmscope.core.results import CircuitFeature, Supernode
 from vlmscope.features.readouts import role_means
@@ -64,15 +64,17 @@ def test_circuits_are_found_steered_and_patched_there(there, tmp_path) -> None:
     with PretendDevice(), torch.no_grad():
         batches = [make_batch(adapter, side) for side in sides]
         means = {n: {"name": role_means(scope, [b])} for n, b in zip("ab", batches, strict=True)}
-        influence = {n: {FeatureId(k, i): 1.0 for k in range(4) for i in range(WIDTH)} for n in "ab"}
-        found, _ = contrast_circuit(scope.transcoders, means, influence, 2, scope.vlm.name)
+        features, per_layer = [FeatureId(k, i) for k in range(4) for i in range(WIDTH)], {"image": 2, "last": 2}
+        influence = {n: {(role, f): 1.0 for role in per_layer for f in features} for n in "ab"}
+        found, _ = contrast_circuit(scope.transcoders, means, influence, per_layer, scope.vlm.name)
+        found = place_levels(scope, found, {n: {"name": batch} for n, batch in zip("ab", batches, strict=True)})
         save_circuit(found, tmp_path)
         base, own = base_run(scope, batches[0], MODES), mark(torch.arange(3))
         cases = Cases("test", "name", batches[0], base, own, own + 3, ("a", "b", "c"), batches[1], base.logits)
         operations = [Carry(None)]
         for circuit in (found, load_circuit(tmp_path)):
             roles = batches[0].roles
-            steered = steer_plan(circuit, "a", "b", batches[0].places, 2.0, gate=0.5)
+            steered = steer_plan(circuit, "a", "b", batches[0].places, 2.0)
             patched = patch_plan(donor_activations(scope, batches[1], circuit.union()), roles, pooled=True)
             node = replace(circuit.node("a"), positions=Positions(("image",)))
             some = at_supernodes(patched, [node], batches[0].places)

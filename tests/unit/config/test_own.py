@@ -36,7 +36,7 @@ def test_a_file_starts_from_a_shipped_experiment_and_its_paths_are_its_own(
     file.write_text(MINE)
     monkeypatch.chdir(folder)
     cfg = composed(capsys, tmp_path, "experiment=./mars_earth_patch.yaml", "intervention.pictures=7")
-    assert cfg["circuit"]["concepts"] == ["jupiter", "saturn"] and cfg["circuit"]["per_layer"] > 0
+    assert cfg["circuit"]["concepts"] == ["jupiter", "saturn"] and cfg["circuit"]["per_layer"]["image"] > 0
     assert cfg["trials"]["steer"]["do"] == "exchange" and cfg["intervention"]["pictures"] == 7
     assert cfg["images"] == {
         "jupiter": [str(folder / "jupiter.png")],

@@ -51,7 +51,7 @@ class CircuitConfig:
     pictures: int = 40  # training pictures per concept
     graphs: int = 1  # per concept and question; a feature counts only if it has influence in one
     # features per layer, concept and question at each position role; nothing is edited at the roles that have none
-    per_layer: dict[str, int] = field(default_factory=lambda: {"image": 64, "last": 24})
+    per_layer: dict[str, int] = field(default_factory=lambda: {"image": 64, "last": 16})
     least: int = 1  # rightly answered test pictures of a recipient; fewer are an error
     seed: int = 0  # of the pictures
 

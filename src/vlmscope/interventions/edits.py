@@ -63,7 +63,8 @@ class LayerEdit:
     gate: Gate | None = None  # how far to act at each position; None acts in full
     at: Tensor | None = None  # [T, n] bool, the positions of `where` at which each feature is edited; all when None
     at_generated: Tensor | None = None  # [n] bool, the same of generated tokens; it goes with `at`
-    openness: Tensor | None = None  # [B, T] in [0, 1], how far to act at each position; generated tokens as the last
+    # [B, T] or [1, 1], how far to act at each position, 1 in full; at generated tokens as at the last one
+    openness: Tensor | None = None
     written_by: Tensor | None = None  # [n] int64, other features, which write the changes of these (a control)
 
     def to(self, device: torch.device) -> LayerEdit:
@@ -173,6 +174,12 @@ def set_features(features: Tensor, value: Tensor, where: Tensor, generated: Tens
 def at_positions(plan: Mapping[int, Edit], where: Tensor) -> dict[int, Edit]:
     """The same plan, restricted to positions `where` [T] bool."""
     return {layer: replace(edit, where=edit.where & where) for layer, edit in plan.items()}
+
+
+def scaled(plan: Mapping[int, LayerEdit], factor: float) -> dict[int, LayerEdit]:
+    """The same plan, whose changes of activation are `factor` times as large."""
+    one = torch.ones(1, 1)
+    return {n: replace(e, openness=factor * (one if e.openness is None else e.openness)) for n, e in plan.items()}
 
 
 def features_at(edit: LayerEdit, features: Tensor, where: Tensor, generated: bool) -> LayerEdit:

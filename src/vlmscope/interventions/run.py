@@ -372,7 +372,9 @@ def prompt_deltas(transcoder: Transcoder, code: SparseCode, edit: LayerEdit) -> 
     value, scale = (v if v.ndim < 2 or v.shape[-2] == 1 else v[..., where, :] for v in (edit.value, edit.scale))
     local = replace(edit, value=value, scale=scale, at=None if edit.at is None else edit.at[where])
     deltas = _deltas(transcoder, code, local, None if edit.gate is None else edit.gate.level[where])
-    return deltas if edit.openness is None else deltas * edit.openness[:, where, None]
+    if edit.openness is None:
+        return deltas
+    return deltas * edit.openness.expand(-1, len(where))[:, where, None]
 
 
 def _deltas(transcoder: Transcoder, code: SparseCode, edit: LayerEdit, level: Tensor | None) -> Tensor:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import ROLES, control_draws
 from vlmscope.interventions.controls import matched_plan, matched_pools
-from vlmscope.interventions.edits import AnyPlan, LayerEdit, at_positions, codes, position_mask
+from vlmscope.interventions.edits import AnyPlan, LayerEdit, at_positions, codes, position_mask, scaled
 from vlmscope.interventions.run import BaseRun, Norms, adding_random, editing, generate_batch, run_edited
 from vlmscope.metrics.rates import log_softmax
 from vlmscope.models.base import ModelInputs
@@ -36,6 +36,7 @@ from vlmscope.transcoders.transcoder import SparseCode
 Features = Mapping[int, Tensor]  # layer -> [n] int64
 ANSWER_TOKENS = 6  # longest answer in mode "generate"
 WEAK = 0.5  # a control that moves less than this share of what its trial moves is none: it edits next to nothing
+SLACK = 1.05  # further draws move a little less than the first
 FUTILE = 5  # after so many draws of matched features that are all refused no more are run
 COUNTED = 0.1  # of a trial's squared displacement: roles with less do not decide whether a control bites
 # Fields of a case set with one entry per case.
@@ -276,12 +277,18 @@ def _with_controls(
     draws = control_draws(seed, setting.matched if edits or not plan else 0)
     subject = scope, trial.do, few, setting.strength, edits
     pools = matched_pools(*subject) if len(draws) else {}
-    bites = 0
+    bites, scale = 0, 1.0
     for number, draw in enumerate(draws):
         if number == FUTILE and not bites:
             break
-        table = _run(scope, few, setting, [], matched_plan(*subject, pools, draw))
+        table = _run(scope, few, setting, [], scaled(matched_plan(*subject, pools, draw), scale))
         moved = share_moved(table, done)
+        if number == 0 and not trial.do.own_values and 0 < moved < WEAK:
+            # What features of one concept write adds up, what others write cancels: their changes are enlarged until
+            # the draws count.
+            scale = SLACK * WEAK / moved
+            table = _run(scope, few, setting, [], scaled(matched_plan(*subject, pools, draw), scale))
+            moved = share_moved(table, done)
         bites += moved >= WEAK
         yield table.assign(**labels, control="matched", draw=draw, moved=moved, weak=moved < WEAK)
     for draw in control_draws(seed, setting.random_direction):

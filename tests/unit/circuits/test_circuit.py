@@ -1,6 +1,7 @@
 """Circuits: found where they were planted, saved and loaded, and turned into plans that keep to their positions."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -384,3 +385,22 @@ QUESTION = QuestionConfig("what colour ?", {"neptune": "blue", "earth": "blue"})
 def test_what_makes_no_sense_is_refused(mistake: Callable[[Path], object], says: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=says):
         mistake(tmp_path)
+
+
+def test_controls_that_cancel_are_enlarged_until_they_count(bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six features that write one direction: their changes add up, those of any six others do not."""
+    scope, batch = bench
+    alike = deepcopy(scope.transcoders)
+    for layer in alike.layers:
+        alike[layer].W_dec[3:9] = alike[layer].W_dec[3]
+    alone = Scope(scope.vlm, alike)
+    nodes = {"off": node("off", "L1/2"), "on": node("on", *(f"L1/{i}" for i in range(3, 9)))}
+    levels = {"off": {":last": {1: torch.ones(1)}}, "on": {":last": {1: torch.full((6,), 9.0)}}}
+    trial = Trial(
+        "do", Exchange(Circuit(nodes, levels), "off", "on"), [plain_cases(alone, batch)], [Setting(matched=4)]
+    )
+    table = run_trials(alone, [trial])
+    draws = table[table.control == "matched"].groupby("draw").moved.first()
+    assert len(draws) == 4 and not table.weak.any() and draws.max() < 0.8
+    monkeypatch.setattr("vlmscope.interventions.trials.scaled", lambda plan, factor: plan)
+    assert run_trials(alone, [trial]).query("control == 'matched'").weak.all()

@@ -370,6 +370,9 @@ def batching(subject: Subject) -> float:
     first = 0
     for level in adjoint.columns.levels:
         mine = chosen[(chosen >= first) & (chosen < first + level.n_features)] - first
+        if not len(mine):  # a small sample may leave a layer out
+            first += level.n_features
+            continue
         shuffled = rng.permutation(len(mine))
         which = torch.from_numpy(mine).to(adjoint.replacement.errors.device)
         order = torch.from_numpy(shuffled).to(which.device)

@@ -63,7 +63,7 @@ def test_every_family_is_checked_and_traced_by_name(
 def test_orrery_is_checked_with_its_own_transcoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "task=check", *SMALL, "task.targets=60") == 0
     out = capsys.readouterr().out
-    assert "orrery2_transcoders; errors in float64" in out
+    assert "orrery2_transcoders; 2 layers of the vision tower too; errors in float64" in out
     assert "total_effects, text: skipped, it needs all 2,112 active features, 60 have a row" in out
 
 

@@ -34,6 +34,7 @@ LIMITED = (
     "mars_earth_curves",
 )
 LIMITED += ("linear_story", "where_in_the_picture", "hallucination_prediction", "visual_arithmetic", "counting")
+LIMITED += ("sixth_finger", "tower_carry")
 GROUPS = (
     "model",
     "data",

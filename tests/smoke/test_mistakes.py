@@ -114,7 +114,7 @@ MISTAKES = [
     ),
     ("run experiment=captioning analysis.swaps.mars_to_earth=[planet,mars,pink]", "no value 'pink'"),
     ("run experiment=captioning trials.steer.gate=0", "trials: gate=0"),
-    ("run experiment=mars_earth_patch circuit.per_layer={image:0,last:0}", "give a role features, as in {last: 24}"),
+    ("run experiment=mars_earth_patch circuit.per_layer={image:0,last:0}", "give a role with features"),
     ("run experiment=counting interchange.scenes=[36,5]", "at least 30 training and 30 held-out scenes"),
     ("run task=label", "study.path=FOLDER"),
     ("run task=serve task.root=/no/root", "no such folder"),

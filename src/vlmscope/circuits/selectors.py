@@ -35,7 +35,7 @@ from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.config import LabelConfig, SupernodeConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.core.records import ANSWER, FeatureId, Places, Positions
+from vlmscope.core.records import FeatureId, Places, Positions
 from vlmscope.core.results import CircuitFeature, Supernode
 from vlmscope.features.labels import Labels
 from vlmscope.features.readouts import RoleMeans, role_means
@@ -222,8 +222,8 @@ def contrast_circuit(
     """
     first, second = means
     counts = {role: count for role, count in per_layer.items() if count}
-    # Tokens of the answer continue the last position.
-    where = Positions((*counts, *([ANSWER] if "last" in counts else [])))
+    # Not at tokens of the answer: with what the prompt's last position has, a caption would repeat its first word.
+    where = Positions(tuple(counts))
     supernodes: dict[str, Supernode] = {}
     metrics: dict[str, float] = {}
     for concept, other in ((first, second), (second, first)):

@@ -96,8 +96,7 @@ def test_each_role_gives_features_of_its_own(bench) -> None:
         node = contrast_circuit(transcoders, both, influence, per_layer, "tiny")[0].supernodes["mars"]
         assert {m.feature.index for m in node.features} == expected
         roles = {role for role, count in per_layer.items() if count}
-        assert node.positions is not None and {*node.positions.roles} - {"answer"} == roles
-        assert node.positions.generated == ("last" in roles)
+        assert node.positions is not None and {*node.positions.roles} == roles and not node.positions.generated
     free, _ = contrast_circuit(transcoders, both, influence, {"image": 1, "last": 1}, "tiny", confirmed=False)
     assert {m.feature.index for m in free.supernodes["mars"].features} == {3, 5}
 

@@ -21,7 +21,7 @@ from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.heads import Place, score_parts, source_of
 from vlmscope.attribution.trace import Trace, trace, with_heads
 from vlmscope.core.graph import NodeKind
-from vlmscope.data.orrery.dataset import concept_scenes
+from vlmscope.data.orrery.dataset import concept_scenes, pictures
 from vlmscope.scope import Scope
 
 PROMPT = "what planet is this ?"
@@ -71,8 +71,8 @@ def measure_planets(scope: Scope, count: int) -> None:
     """Print a line per picture, then shares of heads and scores by kinds."""
     shares, blocks, right = [], defaultdict(list), 0
     for planet in PLANETS:
-        for scene in concept_scenes(planet, "test", count, seed=99):
-            inputs, config = scope.inputs(PROMPT, [Image.fromarray(scene.image)]), AttributionConfig()
+        for image in pictures(concept_scenes(planet, "test", count, seed=99)):
+            inputs, config = scope.inputs(PROMPT, [Image.fromarray(image)]), AttributionConfig()
             traced = with_heads(scope, trace(scope, inputs, config), config)
             right += traced.graph.logit_tokens[0] == planet
             share = to_the_answer(traced)

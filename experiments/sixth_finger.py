@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from vlmscope.data.orrery.dataset import scene_pairs
+from vlmscope.data.orrery.dataset import pictures, scene_pairs
 from vlmscope.data.orrery.scenes import NUMBERS
 from vlmscope.metrics.decoding import linear_prediction
 from vlmscope.metrics.rates import bootstrap_mean, share_rate
@@ -45,13 +45,13 @@ def analyse(bench: Bench) -> dict[str, float]:
     """Write fingers.parquet; metrics `tower/gap/<fingers>/<stage>`, `tower/more/...` and `tower/says/<fingers>`."""
     own, prompt = bench.analysis, "how many fingers are there ?"
     pairs = {low: scene_pairs("fingers", "test", own.tested, bench.cfg.seed, NUMBERS[low]) for low in (4, 5)}
-    train = [pair.original.image for low in range(1, 6)
-             for pair in scene_pairs("fingers", "train", own.hands, bench.cfg.seed, NUMBERS[low])]  # fmt: skip
+    train = pictures(pair.original for low in range(1, 6)
+                     for pair in scene_pairs("fingers", "train", own.hands, bench.cfg.seed, NUMBERS[low]))  # fmt: skip
     bench.recorded("train", "fingers train", train)
     seen, numbers = states(bench, train, prompt), np.repeat(np.arange(1.0, 6.0), own.hands)
     rows, metrics = [], {}
     for low, tested in pairs.items():
-        sides = [[getattr(pair, side).image for pair in tested] for side in ("original", "counterfactual")]
+        sides = [pictures(getattr(pair, side) for pair in tested) for side in ("original", "counterfactual")]
         bench.recorded("test", f"fingers {low} test", sides[0] + sides[1])
         first, second = (states(bench, images, prompt) for images in sides)
         for stage, (name, values) in enumerate(seen.items()):

@@ -72,6 +72,7 @@ def codes(bench: Bench, images: list[np.ndarray], prompt: str) -> list[Tensor]:
 def analyse(bench: Bench) -> dict[str, float]:
     """Write carried.parquet; metrics `tower/<edit>/<features>`: answers that follow, or for ablation, that are left."""
     own, tower, prompt = bench.analysis, bench.scope.tower, "what planet is this ?"
+    assert tower is not None
     rows, metrics, sides = [], {}, {}
     for split, count in (("train", own.chosen_on), ("test", own.tested)):
         pairs = scene_pairs("planet", split, count, bench.cfg.seed, "mars", "earth")

@@ -18,7 +18,7 @@ from vlmscope.attribution.adjoint import Adjoint, target_readers, total_effects
 from vlmscope.attribution.targets import choose_logits
 from vlmscope.attribution.vision import vision_path
 from vlmscope.core.records import generator
-from vlmscope.data.orrery.dataset import covered, object_mask
+from vlmscope.data.orrery.dataset import covered, object_mask, pictures
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.metrics.rates import bootstrap_mean
 from vlmscope.models.boxes import grid_boxes
@@ -44,7 +44,7 @@ def analyse(bench: Bench) -> dict[str, float]:
     own, rows, scope = bench.analysis, [], bench.scope
     for question, (kind, group, prompt) in own.questions.items():
         scenes = [make_scene("test", kind, number, bench.cfg.seed + 5) for number in range(own.test_scenes)]
-        images = bench.recorded("test", f"{question} test", [scene.image for scene in scenes])
+        images = bench.recorded("test", f"{question} test", pictures(scenes))
         for number, (scene, image, inputs) in enumerate(zip(scenes, images, bench.inputs(images, prompt), strict=True)):
             replacement = build_replacement(scope, inputs)
             targets = choose_logits(replacement, 0.01, 1)
@@ -72,7 +72,8 @@ def analyse(bench: Bench) -> dict[str, float]:
     for measure in ("pointing", "deletion"):
         wide = table.pivot(index=["question", "case"], columns="map", values=measure)
         for name in wide:
-            rate, less = bootstrap_mean(wide[name]), bootstrap_mean(wide[TOWER] - wide[name])
+            values, towers = wide[name].to_numpy(), wide[TOWER].to_numpy()
+            rate, less = bootstrap_mean(values), bootstrap_mean(towers - values)
             metrics |= rate.metrics(f"tower/{measure}/{str(name).replace(' ', '_')}")
             row = {
                 "measure": measure,
@@ -83,9 +84,9 @@ def analyse(bench: Bench) -> dict[str, float]:
                 "high": rate.ci_high,
             }
             found.append(row | {"tower_less": less.value, "less_low": less.ci_low, "less_high": less.ci_high})
-    by_question = table.groupby(["question", "map"])[["pointing", "deletion"]].mean().reset_index()
+    by_question = table.groupby(["question", "map"], as_index=False)[["pointing", "deletion"]].mean()
     bench.write_table("maps", pd.DataFrame(found))
-    bench.write_table("maps_by_question", by_question)
+    bench.write_table("maps_by_question", pd.DataFrame(by_question))
     return metrics
 
 

@@ -370,7 +370,7 @@ def differentiate(trainer: LayerTrainer, x: Tensor, y: Tensor, backward: Callabl
         backward(loss)
         sums += torch.stack([loss.detach(), unexplained.detach()])
         fired |= trainer.fired(out)
-    return LayerStep(*sums.tolist(), fired, len(x))
+    return LayerStep(float(sums[0]), float(sums[1]), fired, len(x))
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from vlmscope.data.orrery.scenes import NUMBERS, PICTURED, SIDE
 
 N = 24
 GROUPS = {
+    "left_planet": {"left", "left_colour", "left_cover"},
     "planet": {"name", "colour", "cover"},
     "first_digit": {"first", "sum"},
     "second_digit": {"second", "sum"},
@@ -79,7 +80,7 @@ def test_only_the_changed_fact_gets_another_answer(change: str) -> None:
         moved = {group for group, a, b in answers(pair) if a != b}
         # Two planets may share a colour, which is then no difference.
         assert moved <= GROUPS[change]
-        assert GROUPS[change] - moved <= {"colour"}
+        assert GROUPS[change] - moved <= {"colour", "left_colour"}
         questions = [(q.group, q.question) for q in pair.original.questions]
         assert questions == [(q.group, q.question) for q in pair.counterfactual.questions]
         assert differs(pair).any()
@@ -105,6 +106,12 @@ def test_nothing_differs_outside_the_things_themselves(change: str) -> None:
         assert pair.original.facts.get("box") == pair.counterfactual.facts.get("box")
         if change == "shape_colour":
             assert pair.original.facts["boxes"] == pair.counterfactual.facts["boxes"]
+
+
+def test_the_right_of_two_planets_stays_to_the_pixel() -> None:
+    for pair in scene_pairs("left_planet", "test", N):
+        assert not differs(pair)[:, SIDE // 2 :].any()
+        assert pair.original.facts["right"] == pair.counterfactual.facts["right"]
 
 
 @pytest.mark.parametrize(
@@ -292,7 +299,8 @@ def test_rows_ask_their_own_question_or_that_of_a_common_prompt(folder: Path) ->
 def test_orrerys_questions_are_of_test_scenes_and_of_text() -> None:
     asked = orrery_questions(9, PICTURED, text=True)
     assert {len(sides) for sides in asked.values()} == {9}
-    assert set(asked) == {name for names in GROUPS.values() for name in names} | {"second", "text_planet", "text_sum"}
+    of_one = {name for change, names in GROUPS.items() if change != "left_planet" for name in names}
+    assert set(asked) == of_one | {"second", "text_planet", "text_sum"}
     assert set(orrery_questions(2, (), text=True)) == {"text_planet", "text_sum"}
     assert asked["sum"][0].prompt == "what is the sum of the digits ?" and asked["text_sum"][0].images == ()
 

@@ -28,6 +28,7 @@ from vlmscope.data.orrery.rendering import (
     TILT,
     degrade,
     digit_scene,
+    duet_scene,
     hand_scene,
     make_scene,
     planet_scene,
@@ -171,6 +172,7 @@ class ScenePair:
 # from the stream, so no other planet matches it.
 CHANGES: dict[str, Sequence[str]] = {
     "planet": [name for name in PLANETS if name != "saturn"],
+    "left_planet": [name for name in PLANETS if name != "saturn"],  # of two
     "first_digit": DIGITS,
     "second_digit": DIGITS,
     "count": NUMBERS[1:7],
@@ -235,6 +237,10 @@ def _changed(
     """One scene of a pair: `stream` draws it, `rest` its shared arguments; `later` is True for the counterfactual."""
     if change == "planet":
         return planet_scene(stream, word)
+    if change == "left_planet":
+        scene = duet_scene(stream, word, str(rest.choice(CHANGES["planet"])))
+        # Which planet "present" asks for hangs on both.
+        return replace(scene, questions=tuple(q for q in scene.questions if q.group != "present"))
     if change == "first_digit":
         return digit_scene(stream, split, NUMBERS.index(word), int(rest.integers(10)))
     if change == "second_digit":

@@ -314,7 +314,7 @@ def test_a_row_group_that_no_memory_holds_is_not_read(
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("pipe", "no file"), ("large.png", "2,000 bytes"), ("none.png", "No such file"), ("/dev/zero", "no file")],
+    [("pipe", "not a file"), ("large.png", "2,000 bytes"), ("none.png", "No such file"), ("/dev/zero", "not a file")],
 )
 def test_pictures_that_are_no_files_or_too_large_are_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reason: str

@@ -49,7 +49,7 @@ MISTAKES = [
     ("plan task.tokens=0", "task.tokens=0: it must be at least 1"),
     ("plan model=path model.path=/no/model", "nothing is known here"),
     ("plan model=tiny model.family=qwen2_5_vl", "depends on its size here; say task.tokens="),
-    ("paper task.training.gpus=40", "40 processes on a host for 34 layers"),
+    ("paper task.training.gpus=40", "40 processes for 34 layers"),
     ("paper trainer.precision=64", "trainer.precision=64: no such choice"),
     ("paper task.training.tokens=0", "task.training.tokens=0: it must be at least 1"),
     ("plan model=gemma3_4b_it transcoder=path transcoder.path=/no/set", "no transcoder set in /no/set"),

@@ -301,7 +301,7 @@ def train_transcoders(
     if ranks.layout.world == 1:
         transcoders = transcoders.to(stack.device)  # Lightning leaves the module on the CPU
     if restored:  # an earlier session may have drawn the last batches, up to which the figures must count
-        captures(max(config.recipe.init_batches - 1, (steps - 1) // config.recipe.steps_per_batch))
+        captures((steps - 1) // config.recipe.steps_per_batch)
     drawn = data_figures()  # summed over ranks, so all must call it
     if not ranks.main:
         raise NotMainRank

@@ -151,4 +151,4 @@ def test_its_config_at_two_layers_keeps_every_identity() -> None:
     assert [report.case for report in reports] == ["text", "one_picture", "two_pictures"]
     assert not failures(reports)
     held = [check for report in reports for check in report.exact]
-    assert len(held) == 27 and sum(check.error is not None for check in held) >= 20
+    assert len(held) == 33 and sum(check.error is not None for check in held) >= 20

@@ -135,7 +135,9 @@ def test_the_console_says_the_answer_its_features_and_how_to_go_on(
     strongest = next(text for text in lines[line:] if "strongest there: " in text)
     assert "(picture, " in strongest
     assert lines[-1] == str(tmp_path / "a b")
-    page, steer, where = (shlex.split(text.removeprefix("next: vlmscope ")) for text in lines if text.startswith("next: "))
+    page, steer, where = (
+        shlex.split(text.removeprefix("next: vlmscope ")) for text in lines if text.startswith("next: ")
+    )
     assert main([*steer, "tracking=none", f"hydra.run.dir={tmp_path / 'steer'}", "task.controls=1"]) == 0
     assert (tmp_path / "steer" / "steer.json").is_file()
     assert page[:2] == ["task=export", f"task.run={tmp_path / 'a b'}"]

@@ -420,8 +420,9 @@ class ReplacementModel:
             pre.append(features.read(mlp_in) + features.encoder_bias)
             out = written(self.features[: layer + 1], activation[: layer + 1], mlp_in)
             stream = h + frozen.write_scale * (out + features.b_dec + self.errors[layer])
-            x = frozen.leave(stream, with_injection=False)
-            x = x + entered.injections[layer] if layer < len(entered.injections) else x
+            x = frozen.leave(stream, with_injection=self.tower is None)
+            if self.tower is not None and layer < len(entered.injections):  # those that its features write
+                x = x + entered.injections[layer]
         return Replay(torch.cat(pre), torch.cat([*self._tower_activations(below), *activation]), self._unembed(x))
 
     def direct(self, delta: FeatureChange) -> Replay:

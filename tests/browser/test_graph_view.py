@@ -258,6 +258,7 @@ def test_an_older_peers_file_with_attention_features_opens(opened: Callable[[str
     page = opened("mars")
     give(page, "attention.json", json.dumps(graph | {"qk_only_nodes": {"1_00042_0": pruned}}))
     expect(page.locator(".toasts")).to_contain_text("the id of another node: 1")
+    expect(page.locator(".toolbar .answer")).to_contain_text("Austin")  # the page of the file, not the one before
     page.keyboard.press("/")
     page.keyboard.type("L0/2")
     page.keyboard.press("Enter")

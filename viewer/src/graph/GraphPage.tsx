@@ -1,6 +1,6 @@
 import "./graph.css";
 import { signal, useSignal, useSignalEffect } from "@preact/signals";
-import { useEffect, useRef } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef } from "preact/hooks";
 import { api, embedded } from "../api";
 import { go, href, reason, replaceAddress, type Route, route as address, say } from "../state";
 import { Button, Segmented, Slider } from "../ui/controls";
@@ -189,7 +189,8 @@ function GraphView({ store, route }: { store: GraphStore; route: Route }) {
     const timer = setTimeout(() => embedded === null && here() && replaceAddress("graph", route.rest, query), 200);
     return () => clearTimeout(timer);
   });
-  useEffect(() => {
+  // Before the page is painted: a key pressed at once is not lost.
+  useLayoutEffect(() => {
     const pick = (node: number): void => {
       store.select(node);
       scene.current?.reveal(node);

@@ -18,6 +18,7 @@ DOCUMENTS = [
     *sorted(ROOT.glob("docs/**/*.md")),
     *sorted(ROOT.glob("experiments/*.md")),
     *sorted(ROOT.glob("notebooks/*.md")),
+    *sorted(ROOT.glob("benchmarks/results/*.md")),
 ]
 MARKDOWN = MarkdownIt("gfm-like", {"linkify": False})
 

@@ -2,7 +2,7 @@
 
 Makes the peer an environment of its own (PyPI), gives both sides the same model, transcoders and prompt, asserts that
 they find the same edges, and then measures them in turns. Each part keeps its result in WORK/results, so parts can be
-measured one by one; the tables are printed from what is there. `benchmarks/results/attribution.md` has figures and their setting.
+measured one by one; the tables are printed from what is there. Figures: `benchmarks/results/attribution.md`.
 """
 
 import argparse

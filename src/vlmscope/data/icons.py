@@ -1,0 +1,135 @@
+"""Pictures that others drew: icons of 363 concepts, split by artist (`assets/eyes_pictures`).
+
+The pictures are shipped as one Parquet file a split, with columns `image` (a 64 x 64 WebP with transparent ground, as
+`datasets` stores it), `label` (the concept), `kind`, `artist` (the icon set), `icon` and `licence`, which
+`data.sources.NAME.kind=hf_image_label` reads too. `concepts.yaml` beside them says which icon of which set is used.
+To render them again, `npm pack` the packages it names, unpack each into FOLDER/<its name without @, / as ->, and run
+
+    pip install resvg-py && python -m vlmscope.data.icons FOLDER
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from PIL import Image
+
+from vlmscope.core.artifacts import read_yaml, shipped
+from vlmscope.core.errors import UserError, check_choice
+from vlmscope.core.records import generator
+from vlmscope.data.orrery.rendering import planet_scene
+from vlmscope.data.orrery.scenes import PLANETS, SPLITS
+
+SIDE = 64
+PLANET_POSES = {"train": 12, "val": 3, "test": 6}  # of each planet: there are textures of one artist only
+COLUMNS = ["image", "label", "kind", "artist", "icon", "licence"]
+
+
+def pictures_folder() -> Path:
+    """The folder of the shipped pictures."""
+    return shipped("assets/eyes_pictures")
+
+
+def read_icons(split: str, kinds: Sequence[str] | None = None) -> pd.DataFrame:
+    """The pictures of a split, one a row, `image` as an RGBA picture; `kinds` restricts them."""
+    check_choice("split", split, SPLITS)
+    table = pd.read_parquet(pictures_folder() / f"{split}.parquet")
+    if kinds is not None:
+        for kind in kinds:
+            check_choice("kinds", kind, sorted(set(table.kind)))
+        table = table[table.kind.isin(kinds)].reset_index(drop=True)
+    images = [Image.open(io.BytesIO(image["bytes"])).convert("RGBA") for image in table.image]
+    return table.assign(image=images)
+
+
+def on_ground(picture: Image.Image, ground: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """A picture with transparency, on ground of one colour."""
+    return Image.alpha_composite(Image.new("RGBA", picture.size, (*ground, 255)), picture).convert("RGB")
+
+
+def render(concepts: dict[str, Any], packages: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of all splits, with `split`; an icon that a set lacks is left out."""
+    from resvg_py import svg_to_bytes
+
+    kinds = {kind: names for kind, names in concepts.items() if kind not in ("sets", "spelt")}
+    for artist, config in concepts["sets"].items():
+        folder = packages / re.sub(r"@[^@]*$", "", config["package"]).lstrip("@").replace("/", "-")
+        collection = json.loads((folder / "package" / "icons.json").read_text())
+        known = {_plain(name): name for name in (*collection.get("aliases", {}), *collection["icons"])}
+        for kind, names in kinds.items():
+            for label, icons in names.items():
+                if kind == "country":
+                    wanted = [flag.format(name=label, code=icons) for flag in config.get("flag", [])]
+                else:
+                    wanted = [] if config.get("flags_only") else (icons or label.replace(" ", "-")).split()
+                spelt = concepts["spelt"].get(artist, {})
+                for icon in filter(None, (known.get(_plain(spelt.get(name, name) or "")) for name in wanted)):
+                    picture = Image.open(io.BytesIO(svg_to_bytes(svg_string=_svg(collection, icon), width=4 * SIDE)))
+                    picture.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
+                    row = (_webp(picture), label, kind, artist, icon, config["licence"])
+                    yield {"split": config["split"], **dict(zip(COLUMNS, row, strict=True))}
+    for split, poses in PLANET_POSES.items():
+        for name in PLANETS:
+            for pose in range(poses):
+                scene = planet_scene(generator(0, "icons", split, name, pose), name)
+                assert scene.image is not None
+                label = name if name == "moon" else name.capitalize()
+                row = (
+                    _webp(Image.fromarray(scene.image)),
+                    label,
+                    "planet",
+                    "textures",
+                    f"{name}-{pose}",
+                    "CREDITS.md",
+                )
+                yield {"split": split, **dict(zip(COLUMNS, row, strict=True))}
+
+
+def _plain(name: str) -> str:
+    """The letters and digits of an icon's name, which sets join in different ways."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _svg(collection: dict[str, Any], icon: str) -> str:
+    """The SVG of an icon of an Iconify collection; aliases that turn or flip their parent are refused."""
+    alias = collection.get("aliases", {}).get(icon)
+    if alias is not None:
+        if alias.keys() - {"parent"}:
+            raise UserError(f"icon {icon} is a changed {alias['parent']}; name that in concepts.yaml")
+        return _svg(collection, alias["parent"])
+    found = {"left": 0, "top": 0, "width": 16, "height": 16} | {
+        key: value for key, value in collection.items() if key in ("left", "top", "width", "height")
+    }
+    found |= collection["icons"][icon]
+    box = " ".join(str(found[key]) for key in ("left", "top", "width", "height"))
+    size = f'width="{found["width"]}" height="{found["height"]}"'
+    space = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {space} {size} viewBox="{box}">{found["body"]}</svg>'
+
+
+def _webp(picture: Image.Image) -> dict[str, Any]:
+    """The picture in the middle of a transparent square, as `datasets` stores it."""
+    square = Image.new("RGBA", (SIDE, SIDE))
+    square.paste(picture, ((SIDE - picture.width) // 2, (SIDE - picture.height) // 2))
+    buffer = io.BytesIO()
+    square.save(buffer, "WEBP", lossless=True, method=6)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def main(packages: str) -> None:
+    """Write the splits' files from unpacked icon packages."""
+    table = pd.DataFrame(render(read_yaml(pictures_folder() / "concepts.yaml"), Path(packages)))
+    for split, rows in table.groupby("split"):
+        rows = rows[~rows.image.map(lambda image: image["bytes"]).duplicated()]  # sets repeat a drawing under two names
+        rows[COLUMNS].to_parquet(pictures_folder() / f"{split}.parquet", index=False, compression="zstd")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

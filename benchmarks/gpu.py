@@ -33,7 +33,7 @@ from unittest.mock import patch
 
 import torch
 from measured import measured
-from plan import copy_rate, product_rate, seconds, step_of, timed_once
+from plan import copy_rate, layer_work, product_rate, seconds, step_of, timed_once
 from random_model import random_model, random_prompt, random_scope
 from several import several
 from started import started
@@ -124,7 +124,7 @@ class Bench:
         float64 = product_rate(torch.float64, size // 2, repeat, self.device)
         float32, half = (product_rate(dtype, size, repeat, self.device) for dtype in (torch.float32, torch.bfloat16))
         moved = copy_rate(repeat, self.device, self.sizes.copied)
-        return plan.Machine("this device", float64, float32, half, moved, free_bytes(self.device) / GB, moved)
+        return plan.Machine("this device", float64, float32, half, moved, free_bytes(self.device) / GB)
 
     @cached_property
     def model(self) -> Adapter:
@@ -203,7 +203,7 @@ def training(bench: Bench) -> Iterator[Row]:
         for name, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
             trainer.transcoder.product_dtype = dtype
             found = seconds(step, sizes.repeat)
-            least = sum(plan.least_time(work, bench.machine)[0] for work in plan.layer_work(n, d, arch, name).values())
+            least = sum(plan.least_time(work, bench.machine)[0] for work in layer_work(n, d, arch, name).values())
             share = f"{least / found:.0%} of the roofline"
             yield Row(f"step, expansion {expansion}, {name}", n / found, "tokens/s", n / least, None, share)
         trainer.transcoder.product_dtype = None

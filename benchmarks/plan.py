@@ -1,8 +1,8 @@
 """The plan's least time of one layer's training step against the step itself, on this machine.
 
 `python benchmarks/plan.py [--repeat 7] [--threads 1]` measures the machine (a matrix product and a copy), then for
-several sizes each part of a step of `vlmscope.training.layer_trainer`, and prints both beside what
-`vlmscope.tasks.plan` says for the measured machine.
+several sizes each part of a step of `vlmscope.training.layer_trainer`, and prints both beside the roofline of the
+measured machine (`layer_work`, `vlmscope.tasks.plan.least_time`).
 """
 
 import argparse
@@ -14,7 +14,7 @@ import torch
 from started import started
 from torch import Tensor
 
-from vlmscope.tasks.plan import Machine, layer_work, least_time
+from vlmscope.tasks.plan import BYTES, Machine, Work, least_time, transcoder_numbers
 from vlmscope.training.config import TranscoderArchConfig
 from vlmscope.training.layer_trainer import LayerTrainer
 
@@ -25,6 +25,31 @@ GROUPS = {
     "rest of loss and gradient": "sparse",
     "clipping and AdamW": "optimiser",
 }
+
+
+_FLOAT = 4  # bytes; training's parameters, gradients, moments and standardised activations are float32
+
+
+def layer_work(n: int, d: int, arch: TranscoderArchConfig, encoder_dtype: str = "float32") -> dict[str, Work]:
+    """Work of one layer's transcoder in one step on n tokens; each tensor is read and written once.
+
+    The encoder's product is dense; what follows the choice of features touches k rows a token: a bag and a gradient of
+    the decoder, the gradient of the values, a gradient of the encoder, each gradient of [F, d] written whole.
+    """
+    f, k, skip, element = arch.expansion_factor * d, arch.k, arch.skip, BYTES[encoder_dtype]
+    pre, rows, weight = n * f * element, n * d * _FLOAT, f * d * _FLOAT
+    read, passes = weight + rows, 4
+    if element != _FLOAT:  # copies of the operands; the chosen values are computed anew
+        read, passes = read + 2 * element * (f * d + n * d), 5
+    # The bags; to cast, to standardise, bias, residual, FVU, and their gradients; the skip path.
+    loss = passes * n * k * d * _FLOAT + 2 * weight + 15 * rows + (4 * rows + 2 * d * d * _FLOAT) * skip
+    return {
+        "encoder": Work(2.0 * n * f * d, read + pre, encoder_dtype),
+        "choice": Work(0.0, pre + n * k * (8 + _FLOAT)),
+        "sparse": Work(passes * 2.0 * n * k * d + 4.0 * n * d * d * skip, loss),
+        # Clipping reads and writes gradients; AdamW reads them, and reads and writes the weight and two moments.
+        "optimiser": Work(0.0, 10 * _FLOAT * transcoder_numbers(d, f, skip, arch.activation)),
+    }
 
 
 def timed_once(work: Callable[[], object]) -> float:
@@ -59,7 +84,7 @@ def copy_rate(repeat: int, device: str = "cpu", numbers: int = 1 << 26) -> float
 def this_machine(repeat: int) -> Machine:
     """The rates of a product of 2048 x 2048 in float32 and of a copy."""
     rate, moved = product_rate(torch.float32, 2048, repeat), copy_rate(repeat)
-    return Machine("this machine", rate, rate, rate, moved, None, moved)
+    return Machine("this machine", rate, rate, rate, moved, None)
 
 
 def step_of(trainer: LayerTrainer, x: Tensor, y: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:

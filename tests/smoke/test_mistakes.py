@@ -18,7 +18,6 @@ BASES = {
     "check": "task=check model=tiny",
     "plan": "task=plan",
     "evaluate": "task=evaluate data=folder",
-    "paper": "task=plan model=gemma3_4b_it transcoder=arch transcoder.k=48",
     "trace": f"task=trace {ASKED}",
     "where": f"task=where {ASKED}",
     "steer": f"task=steer {EDIT}",
@@ -49,9 +48,7 @@ MISTAKES = [
     ("plan task.tokens=0", "task.tokens=0: it must be at least 1"),
     ("plan model=path model.path=/no/model", "nothing is known here"),
     ("plan model=tiny model.family=qwen2_5_vl", "depends on its size here; say task.tokens="),
-    ("paper task.training.gpus=40", "40 processes for 34 layers"),
-    ("paper trainer.precision=64", "trainer.precision=64: no such choice"),
-    ("paper task.training.tokens=0", "task.training.tokens=0: it must be at least 1"),
+    ("train trainer.precision=64", "trainer.precision=64: no such choice"),
     ("plan model=gemma3_4b_it transcoder=path transcoder.path=/no/set", "no transcoder set in /no/set"),
     ("trace image=/no/such.png", "no such file"),
     ("trace prompt='what planet is this zebra ?'", "zebra"),
@@ -175,5 +172,5 @@ def test_a_mistake_is_one_line_before_any_work(
     lines = capfd.readouterr().err.strip().splitlines()
     (error,) = [line for line in lines if line.startswith("error: ")]
     assert words in error
-    assert len(lines) == 1 or base not in ("plan", "paper")
+    assert len(lines) == 1 or base != "plan"
     assert not [path for path in (tmp_path / "run").rglob("*") if path.suffix not in (".yaml", ".log")]

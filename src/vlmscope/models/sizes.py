@@ -137,16 +137,14 @@ def state_elements(adapter: Adapter, n_tokens: int) -> dict[str, int]:
     }
 
 
-def forward_elements(adapter: Adapter, n_tokens: int, n_images: int, *, recorded: bool) -> int:
-    """An estimate of the elements alive at once inside one forward.
+def forward_elements(adapter: Adapter, n_tokens: int, n_images: int) -> int:
+    """An estimate of the elements alive at once inside one recorded forward.
 
-    A recorded forward holds scores, softmax (in float32) and pattern of all heads, and logits; the forward that feeds
-    training, and a vision tower's kernel, hold none of these.
+    It holds scores, softmax (in float32) and pattern of all heads, and logits; a vision tower's kernel holds none.
     """
     d, hidden = adapter.d_model, int(adapter.model.config.get_text_config().intermediate_size)
-    most = n_tokens * (4 * d + 3 * hidden)
-    if recorded:
-        most = max(most + 5 * adapter.n_heads * n_tokens**2, n_tokens * (adapter.vocab_size + d))
+    block = n_tokens * (4 * d + 3 * hidden) + 5 * adapter.n_heads * n_tokens**2
+    most = max(block, n_tokens * (adapter.vocab_size + d))
     patches = n_patches(adapter)
     if not patches:
         return most
@@ -155,16 +153,13 @@ def forward_elements(adapter: Adapter, n_tokens: int, n_images: int, *, recorded
     return max(most, n_images * patches * (6 * width + 2 * int(getattr(vision, "intermediate_size", 4 * width))))
 
 
-def forward_flops(adapter: Adapter, n_tokens: float, n_images: float, context: int | None = None) -> float:
-    """Operations of one forward with logits, or without logits over texts of `context` tokens each.
-
-    Two per weight and token, and those of unmasked attention; for pictures two per weight and patch.
+def forward_flops(adapter: Adapter, n_tokens: int, n_images: int) -> float:
+    """Operations of one forward: two per weight and token, and those of unmasked attention; for pictures two per weight
+    and patch.
     """
     parts, patches = parameters_by_part(adapter), n_patches(adapter)
-    flops = 2.0 * parts["decoder"] * n_tokens
-    flops += 4.0 * adapter.n_layers * attention_widths(adapter)[0] * n_tokens * (context or n_tokens)
-    if context is None:
-        flops += 2.0 * adapter.vocab_size * adapter.d_model * n_tokens
+    flops = 2.0 * parts["decoder"] * n_tokens + 2.0 * adapter.vocab_size * adapter.d_model * n_tokens
+    flops += 4.0 * adapter.n_layers * attention_widths(adapter)[0] * n_tokens**2
     if not patches:
         return flops
     vision = adapter.model.config.vision_config

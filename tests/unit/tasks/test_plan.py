@@ -1,15 +1,12 @@
-"""What `task=plan` counts, against models, graphs and training that were made."""
+"""What `task=plan` counts, against models and graphs that were made."""
 
 import dataclasses
 import tracemalloc
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from tests.unit.training.helpers import settings
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlmscope.activations import capture_state
@@ -21,7 +18,6 @@ from vlmscope.attribution.influence import prune
 from vlmscope.attribution.trace import attribute
 from vlmscope.config.catalog import asset
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import generator
 from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import load_vlm
 from vlmscope.models.sizes import (
@@ -33,23 +29,10 @@ from vlmscope.models.sizes import (
     soft_tokens,
     state_elements,
 )
-from vlmscope.models.tiny import FAMILIES, tiny_gemma3, tiny_image, tiny_vlm
+from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
 from vlmscope.replacement import build_replacement
 from vlmscope.scope import Scope
-from vlmscope.tasks.plan import (
-    Config,
-    Machine,
-    Work,
-    graph_sizes,
-    layer_work,
-    least_time,
-    rank_memory,
-    transcoder_numbers,
-)
-from vlmscope.training.captures import ActivationStream, Captures
-from vlmscope.training.config import TranscoderArchConfig
-from vlmscope.training.ranks import Layout
-from vlmscope.training.transcoder_training import TranscoderModule, train_transcoders
+from vlmscope.tasks.plan import Machine, Work, graph_sizes, least_time, transcoder_numbers
 from vlmscope.transcoders.config import ACTIVATIONS
 from vlmscope.transcoders.formats import load_set
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig
@@ -63,7 +46,7 @@ COUNTS = {
     "google/gemma-3-27b-it": 27_432_406_640,
     "google/medgemma-4b-it": 4_300_079_472,
 }
-D, L, ROWS, LENGTH = 24, 4, 6, 12
+D = 24
 
 
 def test_every_published_count_is_met() -> None:
@@ -150,21 +133,6 @@ def test_operations_are_those_that_torch_counts() -> None:
     assert flops == pytest.approx(counter.get_total_flops(), rel=0.3)
 
 
-def memory(layout: Layout | None = None, rank: int = 0, encoder_dtype: str = "float32", **arch: Any) -> dict[str, int]:
-    """Of a rank that trains on a tiny Gemma 3."""
-    plan = Config(tokens_per_batch=ROWS * LENGTH, pool_batches=2)
-    kind = TranscoderArchConfig(4, 8, **arch)
-    return rank_memory(layout or Layout(L), rank, D, kind, plan, "float32", encoder_dtype)
-
-
-def batch(step: int) -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.from_numpy(generator(5, "batch", step).integers(9, 20, (ROWS, LENGTH)))}
-
-
-def bytes_of(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_numbers_of_a_transcoder_are_exact(activation: str, skip: bool) -> None:
@@ -172,60 +140,10 @@ def test_numbers_of_a_transcoder_are_exact(activation: str, skip: bool) -> None:
     assert transcoder_numbers(D, 96, skip, activation) == sum(p.numel() for p in made.parameters())
 
 
-@pytest.mark.parametrize(("activation", "skip"), [("topk", False), ("batchtopk", False), ("jumprelu", True)])
-def test_memory_is_what_training_keeps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activation: str, skip: bool
-) -> None:
-    kept: list[TranscoderModule] = []
-    original = TranscoderModule.training_step
-
-    def watched(self: TranscoderModule, *arguments: Any) -> Any:
-        kept[:] = [self]
-        return original(self, *arguments)
-
-    monkeypatch.setattr(TranscoderModule, "training_step", watched)
-    config = settings(
-        expansion_factor=4, k=8, activation=activation, skip=skip, max_steps=2, init_batches=1, pool_batches=2,
-        checkpoint_every=0, val_every=0, log_every=0,
-    )  # fmt: skip
-    made, _ = train_transcoders(tiny_gemma3(0, text_only=True), batch, [], config, tmp_path / "run")
-    parts, parameters = memory(activation=activation, skip=skip), list(kept[0].parameters())
-    assert parts["weights"] == bytes_of(parameters)
-    assert parts["gradients"] == bytes_of(p.grad for p in parameters)
-    moments = [state[name] for state in kept[0].optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    assert parts["moments"] == bytes_of(moments)
-    assert parts["gathered"] == bytes_of(made.parameters())
-    written = [load_file(file) for file in tmp_path.rglob("layer_*.safetensors")]
-    state = parts["weights"] + parts["moments"]
-    assert state <= sum(bytes_of(layer.values()) for layer in written) < 1.2 * state  # clocks and coordinates besides
-
-
-def test_the_pool_is_what_the_stream_keeps() -> None:
-    vlm = tiny_gemma3(0, text_only=True)
-    config = settings(pool_batches=2, steps_per_batch=1, max_steps=3)
-    stream = iter(ActivationStream(Captures(vlm.adapter, batch), config, lambda: 0))
-    next(stream)
-    drawn = next(stream)
-    size = bytes_of([drawn.is_image, *(tensor for pair in drawn.by_layer.values() for tensor in pair)])
-    assert memory()["pool"] == 3 * size
-
-
-def test_ranks_work_and_precision() -> None:
-    three = Layout(L, 3)
-    assert memory(three)["weights"] == 2 * memory(three, 2)["weights"] == memory()["weights"] / 2
-    assert memory()["gathered"] == L * memory(three)["gathered"]
-    half, kind = memory(encoder_dtype="bfloat16"), TranscoderArchConfig(4, 8)
-    assert {part for part, size in half.items() if size != memory()[part]} == {"work"}
-    full, mixed = layer_work(72, D, kind), layer_work(72, D, kind, "bfloat16")
-    assert full["encoder"].flops == mixed["encoder"].flops == 2 * 72 * 4 * D * D
-    assert (mixed["encoder"].dtype, mixed["optimiser"]) == ("bfloat16", full["optimiser"])
-
-
 def test_what_bounds_a_part_is_named() -> None:
-    machine = Machine("a machine", 1e-11, 1e-11, 1e-11, 5e-9, None, 2e-9)
+    machine = Machine("a machine", 1e-11, 1e-11, 1e-11, 5e-9, None)
     for work, seconds, bound in (
         (Work(100, 10), 10, "arithmetic"),
         (Work(100, 100), 20, "memory"),
-        (Work(10, 10, linked=10), 5, "link"),
     ):
         assert least_time(work, machine) == (pytest.approx(seconds), bound)

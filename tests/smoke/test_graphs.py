@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 import vlmscope
 from vlmscope.app import main
-from vlmscope.attribution.export import load_graph, load_merged
-from vlmscope.core.graph import AggregateGraph, GraphComparison
+from vlmscope.attribution.export import load_graph
 from vlmscope.data.orrery.dataset import concept_scenes
 
 QUESTION = "what planet is this ?"
@@ -123,28 +123,29 @@ def test_two_runs_are_compared(run: Path, tmp_path: Path, capsys: pytest.Capture
     sides = [f"task.first={run / 'rows' / 'mars_0'}", f"task.second={run / 'rows' / 'earth_0' / 'graph.safetensors'}"]
     assert main(["task=compare", *sides, f"hydra.run.dir={tmp_path}", "tracking=none"]) == 0
     assert "GraphComparison of 'mars_0' and 'earth_0', nodes matched by position" in capsys.readouterr().out
-    found = load_merged(tmp_path / "comparison.safetensors")
-    assert isinstance(found, GraphComparison)
-    assert read(tmp_path / "metrics.json")["compare/nodes_both"] == found.kept.all(0).sum() > 10
+    kept_by = pd.read_csv(tmp_path / "nodes.csv").kept_by
+    assert read(tmp_path / "metrics.json")["compare/nodes_both"] == (kept_by == "both").sum() > 10
     for name in ("difference", "shares"):
         assert Image.open(tmp_path / "figures" / f"{name}.png").width > 900
 
 
-def test_a_question_as_text_and_as_picture_is_compared_on_the_spot(pictures: Path, tmp_path: Path) -> None:
+def test_a_question_as_text_and_as_picture_is_compared_on_the_spot(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["task=compare", f"image={pictures / 'mars_0.png'}", "prompt=what colour is this planet ?"]
     more = ["task.second_prompt=what colour is mars ?", "task.second_image=[]", "task.names=[picture,text]"]
     assert main([*command, *more, f"hydra.run.dir={tmp_path}", *QUICK]) == 0
-    found = load_merged(tmp_path / "comparison.safetensors")
-    assert found.match == "role"
-    assert found.prompts == ["what colour is this planet ?", "what colour is mars ?"]
+    assert "nodes matched by role" in capsys.readouterr().out
+    graphs = [load_graph(tmp_path / name / "graph.safetensors").graph for name in ("first", "second")]
+    assert [graph.prompt for graph in graphs] == ["what colour is this planet ?", "what colour is mars ?"]
     assert (tmp_path / "first" / "graph.json").is_file()
 
 
 def test_a_run_of_rows_is_aggregated(run: Path, tmp_path: Path) -> None:
     assert main(["task=compare", f"task.runs=[{run}]", f"hydra.run.dir={tmp_path}", "tracking=none"]) == 0
-    found = load_merged(tmp_path / "aggregate.safetensors")
-    assert isinstance(found, AggregateGraph) and found.n_graphs == 5
-    assert read(tmp_path / "metrics.json")["aggregate/nodes_in_all"] == (found.count == 5).sum() > 0
+    nodes = pd.read_csv(tmp_path / "nodes.csv")
+    assert set(nodes.graphs) == {5}
+    assert read(tmp_path / "metrics.json")["aggregate/nodes_in_all"] == (nodes.kept_in == 5).sum() > 0
     assert (tmp_path / "figures" / "aggregate.png").is_file()
 
 

@@ -20,18 +20,21 @@ the same positions, else `role`. A node made of several has the sum of their inf
 What counts is what pruning kept in at least one graph; its weights and shares are read from the whole graphs, so that a
 node which just missed the cut of one is not taken for absent there. Only the edges between nodes of the union are
 read, a block of rows at a time, so that graphs of many millions of edges need no second copy.
+
+Legend: N nodes of a graph, M matched nodes, E matched edges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from vlmscope.attribution.export import GRAPH_FILE, Merged, load_graph
+from vlmscope.attribution.export import GRAPH_FILE, load_graph
 from vlmscope.attribution.influence import (
     absolute_rows,
     counted,
@@ -43,28 +46,25 @@ from vlmscope.attribution.influence import (
 )
 from vlmscope.core.artifacts import write_text
 from vlmscope.core.errors import UserError
-from vlmscope.core.graph import AggregateGraph, AttributionGraph, GraphComparison, MatchedNodes, NodeKind, PrunedGraph
+from vlmscope.core.graph import (
+    ENDS,
+    AggregateGraph,
+    AttributionGraph,
+    GraphComparison,
+    MatchedNodes,
+    NodeKind,
+    PrunedGraph,
+)
 from vlmscope.core.records import FeatureId
 
 MATCHES = ("position", "from_end", "role", "feature")
 # The order of kinds within a layer, that of the node table of one graph.
-_RANK = [NodeKind[kind] for kind in ("TOKEN", "BIAS", "FEATURE", "ERROR", "LEFT_OUT", "LOGIT", "TARGET")]
+_ORDER = [NodeKind[kind] for kind in ("TOKEN", "BIAS", "FEATURE", "ERROR", "LEFT_OUT", "LOGIT", "TARGET")]
 _SHIFT = 32  # an edge is the integer `target << 32 | source`
-
-
-class NodeKey(NamedTuple):
-    """Key that equal nodes share; `place` is a position, a role, or None for a node without a position.
-
-    `token` is a feature's index or a token's id; `image` and `box` belong to a soft token, `name` to an end.
-    """
-
-    layer: int
-    kind: int
-    place: int | str | None
-    token: int = -1
-    image: int = -1
-    box: tuple[float, ...] = ()
-    name: str = ""
+# Columns in which equal nodes agree. `place` is a position, a role, or "" for a node without one; `token` a feature's
+# index or a token's id; picture and box belong to a soft token, `name` to an end.
+_BOX = ["top", "left", "right", "bottom"]
+KEY = ["layer", "kind", "place", "token", "image", *_BOX, "name"]
 
 
 def choose_match(match: str, graphs: Sequence[AttributionGraph]) -> str:
@@ -96,49 +96,51 @@ def _check_alike(first: PrunedGraph, second: PrunedGraph, names: Sequence[str]) 
 def places(graph: AttributionGraph, match: str) -> list[int | str]:
     """The place of each position under the rule `match`."""
     count = len(graph.tokens)
-    match match:
-        case "position":
-            return list(range(count))
-        case "from_end":
-            return list(range(-count, 0))
-        case "role":
-            return [str(role) for role in graph.roles]
-        case _:
-            return ["any position"] * count
+    if match == "role":
+        return graph.roles.tolist()
+    if match == "feature":
+        return ["any position"] * count
+    return list(range(count) if match == "position" else range(-count, 0))
 
 
-def node_keys(graph: AttributionGraph, match: str) -> list[NodeKey]:
-    """The key of every node, in order."""
-    nodes, place_of = graph.nodes, places(graph, match)
-    ends = nodes.ends()
-    names = dict(zip(ends.tolist(), graph.logit_tokens, strict=True))
-    spread = len(np.unique(nodes.position[ends])) > 1
-    keys = []
-    table = zip(nodes.kind.tolist(), nodes.layer.tolist(), nodes.position.tolist(), nodes.index.tolist(), strict=True)
-    for node, (kind, layer, position, index) in enumerate(table):
-        key = NodeKey(layer, kind, place_of[position] if position >= 0 else None)
-        match NodeKind(kind):
-            case NodeKind.TOKEN if (box := graph.patch_boxes[position]) is not None:
-                rounded = tuple(round(float(edge), 6) for edge in box)
-                key = key._replace(place=None, image=int(graph.image_index[position]), box=rounded)
-            case NodeKind.TOKEN | NodeKind.FEATURE:
-                key = key._replace(token=index)
-            case NodeKind.LOGIT:
-                key = key._replace(place=key.place if spread else None, token=index, name=names[node])
-            case NodeKind.TARGET:
-                # A feature's name says where it fires, which may differ between prompts.
-                key = key._replace(place=None, token=index, name=names[node] if index < 0 else "")
-        keys.append(key)
-    return keys
+def node_frame(graph: AttributionGraph, match: str) -> pd.DataFrame:
+    """The `KEY` of every node, in order, and the place of its `column`."""
+    nodes, kind, nowhere = graph.nodes, graph.nodes.kind, (np.nan,) * 4
+    column = np.array([*places(graph, match), ""], dtype=object)[nodes.position]  # without a position: the last
+    boxes = [nowhere if b is None else (b.top, b.left, b.right, b.bottom) for b in graph.patch_boxes]
+    box = np.array([*boxes, nowhere]).round(6)[nodes.position]
+    end, ends = np.isin(kind, ENDS), nodes.ends()
+    soft = (kind == NodeKind.TOKEN) & ~np.isnan(box[:, 0])
+    keyed = end | (kind == NodeKind.FEATURE) | ((kind == NodeKind.TOKEN) & ~soft)
+    placeless = soft | (kind == NodeKind.TARGET)
+    if len(np.unique(nodes.position[ends])) == 1:
+        placeless |= kind == NodeKind.LOGIT
+    # A feature's name says where it fires, which may differ between prompts.
+    named = (kind == NodeKind.LOGIT) | ((kind == NodeKind.TARGET) & (nodes.index < 0))
+    names = np.full(len(nodes), "", dtype=object)
+    names[ends] = graph.logit_tokens
+    frame = pd.DataFrame({"layer": nodes.layer, "kind": kind, "column": column})
+    frame["place"] = np.where(placeless, "", column)
+    frame["token"] = np.where(keyed, nodes.index, -1)
+    frame["image"] = np.where(soft, np.append(graph.image_index, -1)[nodes.position], -1)
+    frame[_BOX] = np.where(soft[:, None], box, np.nan)
+    frame["name"] = np.where(named, names, "")
+    return frame
+
+
+def numbers_of(frame: pd.DataFrame, union: pd.DataFrame) -> np.ndarray:
+    """[N] int64, for each row of a `node_frame` the row of the union with the same `KEY`, -1 without one."""
+    found: Any = frame[KEY].merge(union[KEY].reset_index(names="number"), "left", KEY)
+    return found.number.fillna(-1).to_numpy(np.int64)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The nodes and edges of a union; `numbers` gives a node's row, `edges [E]` the sorted edge integers."""
+    """The nodes and edges of a union."""
 
     match: str
-    numbers: dict[NodeKey, int]
-    edges: np.ndarray
+    frame: pd.DataFrame  # `KEY` of each node
+    edges: np.ndarray  # [E] int64, ascending
     nodes: MatchedNodes
     columns: list[str]
     column_is_image: np.ndarray
@@ -159,93 +161,68 @@ class Layout:
         }
 
 
-class Union:
-    """The kept nodes and edges of graphs that are added one after another, and how many graphs keep each.
+def unite(graphs: Iterable[PrunedGraph], match: str, least: int = 1) -> Layout:
+    """The nodes and edges that at least `least` graphs keep, sources before targets; an edge needs both ends.
 
-    A soft token or an end has the place and the label of the first graph that keeps it.
+    Graphs are read one after another. A soft token or an end has the column and the label of the first that keeps it.
     """
-
-    def __init__(self, match: str) -> None:
-        self.match = match
-        self._numbers: dict[NodeKey, int] = {}
-        self._drawn: list[tuple[int | str | None, str]] = []  # place and label of each number
-        self._counts: list[int] = []
-        self._edges = np.empty(0, np.int64)
-        self._edge_counts = np.empty(0, np.int64)
-        self._texts: dict[int | str, list[str]] = {}  # the tokens at each place
-        self._image: dict[int | str, bool] = {}  # whether only soft tokens do
-
-    def add(self, pruned: PrunedGraph) -> None:
-        """Add what pruning kept of a graph."""
-        graph = pruned.graph
-        place_of = places(graph, self.match)
-        for position, place in enumerate(place_of):
+    union, counts = pd.DataFrame(), np.empty(0, np.int64)
+    edges = pd.Series(dtype=np.int64)  # edge -> in how many graphs
+    texts: dict[int | str, dict[str, None]] = {}  # the tokens at each place
+    image: dict[int | str, bool] = {}  # whether only soft tokens are there
+    for pruned in graphs:
+        graph, mask = pruned.graph, pruned.node_mask
+        for position, place in enumerate(places(graph, match)):
             text = graph.tokens[position] if graph.patch_boxes[position] is None else _cell(graph, position)
-            texts = self._texts.setdefault(place, [])
-            if text not in texts:
-                texts.append(text)
-            self._image[place] = self._image.get(place, True) and bool(graph.is_image[position])
-        keys = node_keys(graph, self.match)
-        number = np.full(graph.n_nodes, -1, np.int64)
-        for node in np.flatnonzero(pruned.node_mask).tolist():
-            key = keys[node]
-            number[node] = self._numbers.setdefault(key, len(self._numbers))
-            if number[node] == len(self._drawn):
-                position = int(graph.nodes.position[node])
-                self._drawn.append((place_of[position] if position >= 0 else None, _label(graph, node, key)))
-                self._counts.append(0)
-        for kept_number in set(number[number >= 0].tolist()):  # several nodes of a graph may share a number
-            self._counts[kept_number] += 1
-        kept = np.flatnonzero(pruned.edge_mask)
-        new = np.unique(number[graph.targets_of(kept)] << _SHIFT | number[graph.indices[kept]])
-        edges, inverse = np.unique(np.concatenate([self._edges, new]), return_inverse=True)
-        counted = np.concatenate([self._edge_counts, np.ones(len(new), np.int64)])
-        self._edges, self._edge_counts = edges, np.bincount(inverse, counted, len(edges)).astype(np.int64)
-
-    def layout(self, min_count: int = 1) -> Layout:
-        """Nodes and edges that at least `min_count` graphs keep, sources before targets; an edge needs both ends."""
-        order = sorted(self._texts) if self.match in ("position", "from_end") else list(self._texts)
-        column = {place: number for number, place in enumerate(order)} | {None: -1}
-
-        def rank(key: NodeKey) -> tuple[Any, ...]:
-            left_top = (key.box[1], key.box[0]) if key.box else ()
-            place, _ = self._drawn[self._numbers[key]]
-            return key.layer, _RANK.index(NodeKind(key.kind)), column[place], key.token, key.image, left_top, key.name
-
-        chosen = sorted((key for key, number in self._numbers.items() if self._counts[number] >= min_count), key=rank)
-        old = np.array([self._numbers[key] for key in chosen], np.int64)
-        drawn = [self._drawn[number] for number in old]
-        nodes = MatchedNodes(
-            kind=np.array([key.kind for key in chosen], np.int8),
-            layer=np.array([key.layer for key in chosen], np.int16),
-            position=np.array([column[place] for place, _ in drawn], np.int32),
-            index=np.array([key.token for key in chosen], np.int64),
-            image=np.array([key.image for key in chosen], np.int64),
-            box=np.array([key.box or (np.nan,) * 4 for key in chosen], np.float64).reshape(-1, 4),
-            label=[label for _, label in drawn],
-        )
-        renamed = np.full(len(self._numbers), -1, np.int64)
-        renamed[old] = np.arange(len(old))
-        frequent = self._edges[self._edge_counts >= min_count]
-        targets, sources = renamed[frequent >> _SHIFT], renamed[frequent & ((1 << _SHIFT) - 1)]
-        inside = (targets >= 0) & (sources >= 0)
-        edges = np.sort(targets[inside] << _SHIFT | sources[inside])
-        numbers = {key: number for number, key in enumerate(chosen)}
-        columns = [" | ".join(self._texts[place]) if isinstance(place, int) else place for place in order]
-        return Layout(self.match, numbers, edges, nodes, columns, np.array([self._image[place] for place in order]))
+            texts.setdefault(place, {})[text] = None
+            image[place] = image.get(place, True) and bool(graph.is_image[position])
+        frame = node_frame(graph, match)
+        kept = frame[mask].assign(label=[_label(graph, node) for node in np.flatnonzero(mask).tolist()])
+        union = pd.concat([union, kept]).drop_duplicates(KEY, ignore_index=True)
+        number = numbers_of(frame, union)
+        counts = np.pad(counts, (0, len(union) - len(counts)))
+        counts[np.unique(number[mask])] += 1  # several nodes of a graph may share a number
+        kept_edges = np.flatnonzero(pruned.edge_mask)
+        new = np.unique(number[graph.targets_of(kept_edges)] << _SHIFT | number[graph.indices[kept_edges]])
+        edges = edges.add(pd.Series(1, new), fill_value=0)
+    order = sorted(texts) if match in ("position", "from_end") else list(texts)  # pyright: ignore[reportArgumentType]
+    rank = {kind: number for number, kind in enumerate(_ORDER)}
+    column = union.column.map({place: number for number, place in enumerate(order)}).fillna(-1).astype(np.int32)
+    union = union.assign(column=column, rank=union.kind.map(rank))
+    chosen = union[counts >= least].sort_values(["layer", "rank", "column", "token", "image", "top", "left", "name"])
+    renamed = np.full(len(union), -1, np.int64)
+    renamed[chosen.index] = np.arange(len(chosen))
+    frequent = edges.index.to_numpy(np.int64)[edges.to_numpy() >= least]
+    targets, sources = renamed[frequent >> _SHIFT], renamed[frequent & ((1 << _SHIFT) - 1)]
+    inside = (targets >= 0) & (sources >= 0)
+    nodes = MatchedNodes(
+        chosen.kind.to_numpy(np.int8),
+        chosen.layer.to_numpy(np.int16),
+        chosen.column.to_numpy(np.int32),
+        chosen.token.to_numpy(np.int64),
+        chosen.image.to_numpy(np.int64),
+        chosen[["left", "top", "right", "bottom"]].to_numpy(np.float64),
+        chosen.label.tolist(),
+    )
+    columns = [place if isinstance(place, str) else " | ".join(texts[place]) for place in order]
+    united = np.sort(targets[inside] << _SHIFT | sources[inside])
+    frame = chosen[KEY].reset_index(drop=True)
+    return Layout(match, frame, united, nodes, columns, np.array([image[place] for place in order]))
 
 
-def _label(graph: AttributionGraph, node: int, key: NodeKey) -> str:
-    match NodeKind(key.kind):
-        case NodeKind.TOKEN if key.box:
-            left, top, right, bottom = key.box
-            return f"picture {key.image + 1} at {(left + right) / 2:.0%}, {(top + bottom) / 2:.0%}"
+def _label(graph: AttributionGraph, node: int) -> str:
+    nodes = graph.nodes
+    kind, layer, position, index = (int(v[node]) for v in (nodes.kind, nodes.layer, nodes.position, nodes.index))
+    match NodeKind(kind):
+        case NodeKind.TOKEN if (box := graph.patch_boxes[position]) is not None:
+            x, y = box.centre
+            return f"picture {graph.image_index[position] + 1} at {x:.0%}, {y:.0%}"
         case NodeKind.TOKEN:
-            return f'"{graph.tokens[int(graph.nodes.position[node])]}"'
+            return f'"{graph.tokens[position]}"'
         case NodeKind.FEATURE:
-            return f"feature {key.token} of layer {key.layer}"
-        case NodeKind.ERROR | NodeKind.BIAS | NodeKind.LEFT_OUT as kind:
-            return f"{kind.name.lower().replace('_', ' ')} L{key.layer}"
+            return f"feature {index} of layer {layer}"
+        case NodeKind.ERROR | NodeKind.BIAS | NodeKind.LEFT_OUT as other:
+            return f"{other.name.lower().replace('_', ' ')} L{layer}"
         case _:
             return graph.logit_tokens[node - int(graph.nodes.ends()[0])]
 
@@ -268,7 +245,7 @@ def project(pruned: PrunedGraph, layout: Layout) -> dict[str, np.ndarray]:
     it and its pruning bool `present`, `kept` `[M]` and `edge_kept` `[E]`.
     """
     graph = pruned.graph
-    number = np.array([layout.numbers.get(key, -1) for key in node_keys(graph, layout.match)], np.int64)
+    number = numbers_of(node_frame(graph, layout.match), layout.frame)
     flow = influence(graph, logit_weights(graph), counted(graph, pruned.bias))
     total = flow.nodes.sum() or 1.0
     inside = np.flatnonzero(number >= 0)
@@ -313,10 +290,7 @@ def compare(
     """Match two graphs by a rule; the weights of the first count as positive in the difference."""
     graphs = [first.graph, second.graph]
     _check_alike(first, second, names)
-    union = Union(choose_match(match, graphs))
-    union.add(first)
-    union.add(second)
-    layout = union.layout()
+    layout = unite((first, second), choose_match(match, graphs))
     parts = project(first, layout), project(second, layout)
     both: dict[str, Any] = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
     return GraphComparison(**layout.common(first.graph, names, [graph.prompt for graph in graphs]), **both)
@@ -346,14 +320,17 @@ def aggregate(
     if names is None:
         numbered = enumerate(graphs, 1)
         names = [f"graph {n}" if isinstance(g, PrunedGraph) else graph_file(g).parent.name for n, g in numbered]
-    head = [loaded(graph) for graph in graphs[:2]]
-    union, prompts = Union(choose_match(match, [pruned.graph for pruned in head])), []
-    for pruned, name in zip(each(map(loaded, graphs)), names, strict=True):
-        _check_alike(head[0], pruned, (names[0], name))
-        union.add(pruned)
-        prompts.append(pruned.graph.prompt)
+    head, prompts = [loaded(graph) for graph in graphs[:2]], []
+
+    def checked() -> Iterator[PrunedGraph]:
+        for pruned, name in zip(each(map(loaded, graphs)), names, strict=True):
+            _check_alike(head[0], pruned, (names[0], name))
+            prompts.append(pruned.graph.prompt)
+            yield pruned
+
     # 0.07 * 100 is a little above 7 in floating point.
-    layout = union.layout(max(1, int(np.ceil(min_present * len(graphs) - 1e-9))))
+    least = max(1, int(np.ceil(min_present * len(graphs) - 1e-9)))
+    layout = unite(checked(), choose_match(match, [pruned.graph for pruned in head]), least)
     sums: dict[str, Any] = {}
     for pruned in each(map(loaded, graphs)):
         part = project(pruned, layout)
@@ -382,40 +359,36 @@ def graph_file(place: str | Path) -> Path:
     return file
 
 
-def kept_by(merged: GraphComparison, kept: np.ndarray) -> str:
-    """Which of the two graphs keeps a node or edge, from `kept [2]`."""
-    return "both" if kept.all() else merged.names[0] if kept[0] else merged.names[1] if kept[1] else "neither"
+def kept_by(merged: GraphComparison, kept: np.ndarray) -> np.ndarray:
+    """Which of the two graphs keeps each node or edge, from `kept` [2, n]."""
+    return np.select([kept.all(0), kept[0], kept[1]], ["both", *merged.names], "neither")
 
 
-def write_tables(folder: str | Path, merged: Merged, labels: Mapping[FeatureId, str] | None = None) -> None:
+def write_tables(
+    folder: str | Path, merged: GraphComparison | AggregateGraph, labels: Mapping[FeatureId, str] | None = None
+) -> None:
     """Write `nodes.csv` and `edges.csv`, the largest difference (of a comparison) or share (of a mean) first.
 
     With `labels` nodes have a last column `label`.
     """
-    import pandas as pd
-
-    table, where = merged.nodes, list(map(merged.where, range(len(merged.nodes))))
-    names = list(map(table.name, range(len(table))))
-    nodes: dict[str, Any] = {
-        "node": names,
-        "kind": [NodeKind(int(kind)).name.lower() for kind in table.kind],
-        "where": where,
-    }
+    table, where = merged.nodes, np.array([merged.where(node) for node in range(len(merged.nodes))], dtype=object)
+    names = np.array([table.name(node) for node in range(len(table))], dtype=object)
+    kinds = [NodeKind(kind).name.lower() for kind in table.kind.tolist()]
+    nodes: dict[str, Any] = {"node": names, "kind": kinds, "where": where}
     edges: dict[str, Any] = {
-        "source": [names[node] for node in merged.sources],
-        "source_where": [where[node] for node in merged.sources],
-        "target": [names[node] for node in merged.targets],
-        "target_where": [where[node] for node in merged.targets],
+        f"{end}{what}": values[numbers]
+        for end, numbers in (("source", merged.sources), ("target", merged.targets))
+        for what, values in (("", names), ("_where", where))
     }
     if isinstance(merged, GraphComparison):
         share, edge_share = merged.share[0] - merged.share[1], merged.edge_share[0] - merged.edge_share[1]
         nodes |= {"share_first": merged.share[0], "share_second": merged.share[1], "share_difference": share}
         nodes |= {"activation_first": merged.activation[0], "activation_second": merged.activation[1]}
-        nodes["kept_by"] = [kept_by(merged, kept) for kept in merged.kept.T]
+        nodes["kept_by"] = kept_by(merged, merged.kept)
         edges |= {"weight_first": merged.weights[0], "weight_second": merged.weights[1]}
         edges |= {"difference": merged.difference}
         edges |= {"share_first": merged.edge_share[0], "share_second": merged.edge_share[1]}
-        edges["kept_by"] = [kept_by(merged, kept) for kept in merged.edge_kept.T]
+        edges["kept_by"] = kept_by(merged, merged.edge_kept)
     else:
         share, edge_share, count = merged.share, merged.edge_share, merged.n_graphs
         nodes |= {"mean_share": share, "kept_in": merged.count, "present_in": merged.present, "graphs": count}

@@ -1,9 +1,8 @@
 """Files of graphs: exact ones in safetensors, and `graph.json` for viewers (docs/formats.md, docs/graphs.md).
 
-`graph.safetensors` holds a graph, whole and pruned, bit for bit; `comparison.safetensors` and `aggregate.safetensors`
-hold merged graphs. `graph.json` is valid against the schema of Neuronpedia's and circuit-tracer's viewers; what the
-schema lacks is in extra keys: `vlmscope` at the top (with the pictures), `modality` and `patch` at nodes. String ids
-exist only here.
+`graph.safetensors` holds a graph, whole and pruned, bit for bit. `graph.json` is valid against the schema of
+Neuronpedia's and circuit-tracer's viewers; what the schema lacks is in extra keys: `vlmscope` at the top (with the
+pictures), `modality` and `patch` at nodes. String ids exist only here.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,9 @@ from vlmscope.core.artifacts import built_from, load_tensors, read_json, save_te
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import (
     ENDS,
-    AggregateGraph,
     AttributionGraph,
     EdgeHeads,
-    GraphComparison,
     GraphScores,
-    MatchedNodes,
     NodeKind,
     NodeTable,
     PrunedGraph,
@@ -41,7 +37,6 @@ from vlmscope.data.images import embedded
 
 _LOG = logging.getLogger(__name__)
 
-Merged = GraphComparison | AggregateGraph
 Labels = Mapping[FeatureId, str] | None
 
 GRAPH_FILE, GRAPH_JSON = "graph.safetensors", "graph.json"
@@ -49,8 +44,6 @@ FORMAT, VERSION = "vlmscope.graph", "3"
 # Version 1 had no target weights: they were the probabilities. Before 3, biases were always nodes, and scores without
 # them were not kept.
 _READ = ("1", "2", VERSION)
-_MERGED_FORMATS = {"vlmscope.comparison": GraphComparison, "vlmscope.aggregate": AggregateGraph}
-_MERGED_VERSION = "1"
 SCHEMA_VERSION = 2
 UPLOAD_MB = 100.0  # Neuronpedia takes no larger file
 
@@ -92,13 +85,21 @@ def save_graph(path: str | Path, pruned: PrunedGraph) -> None:
         arrays |= {f"head_{name}": getattr(pruned.heads, name) for name in _HEAD_ARRAYS}
         found = [vars(one) for one in pruned.heads.query_keys]
         words["heads"] = {"query_keys": found, "seconds": pruned.heads.seconds}
-    _save(path, arrays, words, FORMAT, VERSION)
+    # Python writes floats with as many digits as bring the same bits back.
+    metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in words.items()}
+    save_tensors(path, arrays, {"format": FORMAT, "version": VERSION, **metadata})
 
 
 def load_graph(path: str | Path) -> PrunedGraph:
     """Read what `save_graph` wrote."""
-    _, arrays, words = _load(path, (FORMAT,), _READ, "attribution graph that task=trace wrote")
+    arrays, metadata = load_tensors(path)
+    form, version = metadata.pop("format", ""), metadata.pop("version", "")
+    if form != FORMAT:
+        raise UserError(f"{path} is no attribution graph that task=trace wrote; give another file")
+    if version not in _READ:
+        raise UserError(f"{path} has layout {version}, this program reads {', '.join(_READ)}; create it again")
     with built_from(path, "attribution graph", "trace again"):
+        words = {name: json.loads(text) for name, text in metadata.items()}
         graph = AttributionGraph(
             nodes=NodeTable(**{name: arrays[f"node_{name}"] for name in _NODE_FIELDS}),
             **{name: arrays[name] for name in _GRAPH_ARRAYS},
@@ -146,47 +147,6 @@ def _check_lengths(pruned: PrunedGraph) -> None:
         raise ValueError(f"indptr does not divide {e} edges")
     if e and not 0 <= graph.indices.min() <= graph.indices.max() < n:
         raise ValueError(f"an edge comes from a node that is none of {n}")
-
-
-def save_merged(path: str | Path, merged: Merged) -> None:
-    """Write a comparison or an aggregate, atomically."""
-    values = {f"node_{name}": value for name, value in vars(merged.nodes).items()}
-    values |= {name: value for name, value in vars(merged).items() if name != "nodes"}
-    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-    words = {name: value for name, value in values.items() if name not in arrays}
-    form = next(name for name, kind in _MERGED_FORMATS.items() if isinstance(merged, kind))
-    _save(path, arrays, words, form, _MERGED_VERSION)
-
-
-def load_merged(path: str | Path) -> Merged:
-    """Read what `save_merged` wrote."""
-    form, arrays, words = _load(path, _MERGED_FORMATS, (_MERGED_VERSION,), "comparison or aggregate of graphs")
-    with built_from(path, "comparison or aggregate", "make it again"):
-        values: dict[str, Any] = {**arrays, **words}
-        names = [field.name for field in dataclasses.fields(MatchedNodes)]
-        return _MERGED_FORMATS[form](
-            nodes=MatchedNodes(**{name: values.pop(f"node_{name}") for name in names}), **values
-        )
-
-
-def _save(path: str | Path, arrays: dict[str, np.ndarray], words: dict[str, Any], form: str, version: str) -> None:
-    # Python writes floats with as many digits as bring the same bits back.
-    metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in words.items()}
-    save_tensors(path, arrays, {"format": form, "version": version, **metadata})
-
-
-def _load(
-    path: str | Path, forms: Collection[str], versions: Collection[str], what: str
-) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
-    """The format, the arrays and the words of a file that `_save` wrote."""
-    arrays, metadata = load_tensors(path)
-    form, version = metadata.pop("format", ""), metadata.pop("version", "")
-    if form not in forms:
-        raise UserError(f"{path} is no {what}; give another file")
-    if version not in versions:
-        raise UserError(f"{path} has layout {version}, this program reads {', '.join(versions)}; create it again")
-    with built_from(path, what, "create it again"):
-        return form, arrays, {name: json.loads(text) for name, text in metadata.items()}
 
 
 def node_id(graph: AttributionGraph, node: int) -> str:

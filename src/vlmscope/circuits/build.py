@@ -38,7 +38,6 @@ from vlmscope.data.inputs import Pair, Side, load_pairs
 from vlmscope.data.orrery.dataset import concept_scenes, pictures
 from vlmscope.features.labels import Labels, check_same, short_label
 from vlmscope.features.readouts import RoleMeans, role_means, top_and_bottom_logits
-from vlmscope.features.structure import cluster_names
 from vlmscope.features.study_files import StudyFolder
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch
@@ -264,9 +263,6 @@ def _auto_name(scope: Scope, sources: Sources, members: Sequence[CircuitFeature]
     texts: dict[FeatureId, str] = {}
     for labels in sources.labels.values():
         texts |= {feature: label.text for feature, label in labels.trusted().items()}
-    words = {i: texts[member.feature] for i, member in enumerate(members) if member.feature in texts}
-    if not words:
-        tops = (top_and_bottom_logits(scope, member.feature, 1)[0] for member in members)
-        words = {i: top[0][0].strip() for i, top in enumerate(tops)}
-    short = {i: short_label(word) for i, word in words.items()}
-    return cluster_names({0: list(range(len(members)))}, {}, {}, short, 1)[0]
+    words = [texts[member.feature] for member in members if member.feature in texts]
+    words = words or [top_and_bottom_logits(scope, member.feature, 1)[0][0][0].strip() for member in members]
+    return Counter(map(short_label, words)).most_common(1)[0][0]

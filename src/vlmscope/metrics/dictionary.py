@@ -1,4 +1,4 @@
-"""Quality of a dictionary of features: reconstruction, duplicates, monosemanticity, modality, co-activation, clusters.
+"""Quality of a dictionary of features: reconstruction, duplicates, monosemanticity, modality.
 
 *FVU* = sum ||y - y_hat||^2 / sum ||y - mean(y)||^2, the mean taken over the tokens that are counted: a reconstruction
 that only knows the mean of a subset (image tokens, say) has an FVU of 1 there. One that only knows which token stands
@@ -27,15 +27,7 @@ Given c = c_v + c_t, two Poisson counts leave c_v binomial with q = m V / (m V +
 ends. Firings inside one input are correlated: the interval counts each input as one firing, which makes it too wide
 rather than too narrow.
 
-*Co-activation*: for features f and g that fire in n_f and n_g of N cases and together in n_fg, phi is the correlation
-of the two yes/no series:
-
-    phi = (N n_fg - n_f n_g) / sqrt(n_f (N - n_f) n_g (N - n_g))
-
-Only a block of features against all is ever dense, and of it only each feature's nearest are kept: memory is
-O(entries + F neighbours + block F), whatever the number of cases.
-
-Legend: N tokens, pictures or cases, d width, k slots for active features, F features.
+Legend: N tokens or pictures, d width, k slots for active features, F features.
 """
 
 from __future__ import annotations
@@ -51,7 +43,6 @@ from scipy import sparse
 from torch import Tensor
 from torch.nn import functional
 
-from vlmscope.core.records import generator
 from vlmscope.metrics.rates import wilson_interval
 
 
@@ -155,38 +146,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 COSINE = 0.8  # from here on two directions count as one
-_SAMPLE = 2048  # features of a layer that are compared with all of the other layers
-
-
-@torch.no_grad()
-def duplicated_fraction(
-    directions: Mapping[int, Tensor],
-    alive: Mapping[int, Tensor],
-    cosine: float = COSINE,
-    sample: int = _SAMPLE,
-    device: torch.device | str = "cpu",
-) -> dict[int, float]:
-    """Layer -> share of its live features with a near-parallel live feature in some other layer.
-
-    Args:
-        directions: layer -> [F, d]; widths F may differ.
-        alive: layer -> [F] bool; features that never fire count neither way; a layer without a live one is left out.
-        cosine: least cosine of a pair, counted with its sign.
-        sample: at most so many features of a layer, the first ones, are looked at; they are compared with all.
-        device: where it is computed, a whole layer at a time.
-    """
-
-    def units(layer: int, most: int | None = None) -> Tensor:
-        return functional.normalize(directions[layer][alive[layer]][:most].to(device).float(), dim=1)
-
-    mine = {layer: units(layer, sample) for layer in directions}
-    best = {layer: rows.new_full((len(rows),), -1.0) for layer, rows in mine.items()}
-    for other in directions:
-        theirs = units(other)
-        for layer, rows in mine.items():
-            if other != layer and len(theirs):
-                best[layer] = torch.maximum(best[layer], (rows @ theirs.T).amax(1))
-    return {layer: float((cosines >= cosine).double().mean()) for layer, cosines in best.items() if len(cosines)}
+_SAMPLE = 2048  # features of a layer that are compared with one other layer at a time
 
 
 @torch.no_grad()
@@ -195,38 +155,52 @@ def nearest_cosines(
     alive: Mapping[int, Tensor],
     own_layer: bool,
     device: torch.device | str = "cpu",
+    sample: int | None = None,
     block: int = _SAMPLE,
 ) -> dict[int, Tensor]:
-    """Layer -> [F] float32, the cosine of each live feature and its nearest live partner; -1 without one.
+    """Layer -> [n] float32, the cosine of each of its n live features and the nearest live partner; -1 without one.
 
     Args:
         directions: layer -> one or several [F, d]; with several (what a feature writes, what it reads) a pair is as
-            parallel as the least of its cosines.
+            parallel as the least of its cosines. Widths F may differ.
         alive: layer -> [F] bool.
         own_layer: look for partners in the feature's own layer alone; else in all the other layers.
-        device: where it is computed.
+        device: where it is computed, a whole layer at a time.
+        sample: at most so many features of a layer, the first ones, are looked at; they are compared with all.
         block: features of a layer that are compared with one other layer at a time.
     """
-    units = {
-        layer: [functional.normalize(rows.to(device).float(), dim=1) for rows in tables]
-        for layer, tables in directions.items()
-    }
-    nearest: dict[int, Tensor] = {}
-    for layer, mine in units.items():
-        best = mine[0].new_full((len(mine[0]),), -1.0)
-        for other in [layer] if own_layer else [key for key in units if key != layer]:
-            dead = ~alive[other].to(device)
+
+    def units(layer: int, most: int | None = None) -> list[Tensor]:
+        return [functional.normalize(r[alive[layer]][:most].to(device).float(), dim=1) for r in directions[layer]]
+
+    mine = {layer: units(layer, sample) for layer in directions}
+    nearest = {layer: tables[0].new_full((len(tables[0]),), -1.0) for layer, tables in mine.items()}
+    for other in directions:
+        theirs = units(other)
+        for layer, best in nearest.items() if len(theirs[0]) else ():
+            if (layer == other) != own_layer:
+                continue
             for start in range(0, len(best), block):
                 rows = slice(start, start + block)
-                pairs = [a[rows] @ b.T for a, b in zip(mine, units[other], strict=True)]
-                cosines = torch.stack(pairs).amin(0)
-                cosines[:, dead] = -1.0
+                cosines = torch.stack([a[rows] @ b.T for a, b in zip(mine[layer], theirs, strict=True)]).amin(0)
                 if own_layer:  # a feature is no partner of itself
                     cosines[torch.arange(len(cosines)), torch.arange(start, start + len(cosines))] = -1.0
                 best[rows] = torch.maximum(best[rows], cosines.amax(1))
-        best[~alive[layer].to(device)] = -1.0
-        nearest[layer] = best.cpu()
-    return nearest
+    return {layer: best.cpu() for layer, best in nearest.items()}
+
+
+def duplicated_fraction(
+    directions: Mapping[int, Tensor],
+    alive: Mapping[int, Tensor],
+    cosine: float = COSINE,
+    device: torch.device | str = "cpu",
+) -> dict[int, float]:
+    """Layer -> share of its (first 2,048) live features with a live feature of at least this `cosine` in some other
+    layer; a layer without a live one is left out. `directions`: layer -> [F, d].
+    """
+    tables = {layer: [rows] for layer, rows in directions.items()}
+    nearest = nearest_cosines(tables, alive, False, device, _SAMPLE)
+    return {layer: float((best >= cosine).double().mean()) for layer, best in nearest.items() if len(best)}
 
 
 def unit_embeddings(embeddings: np.ndarray, centre: bool = True) -> np.ndarray:
@@ -327,132 +301,3 @@ def modality(
     kind[inputs < least] = "rare"
     kind[~fires] = "dead"
     return Modality(index(share), low, high, kind)
-
-
-BLOCK = 256  # features against all at a time
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """For every feature those that are nearest, strongest first.
-
-    Attributes:
-        index: [F, m] int64, -1 where there are fewer.
-        score: [F, m] float64, 0 there.
-    """
-
-    index: np.ndarray
-    score: np.ndarray
-
-    def graph(self, least: float) -> sparse.csr_array:
-        """[F, F], the score of each pair at or above `least` of which one names the other, symmetric, no diagonal."""
-        rows, columns = np.nonzero((self.index >= 0) & (self.score >= least))
-        shape = (len(self.index), len(self.index))
-        one_way: Any = sparse.csr_array((self.score[rows, columns], (rows, self.index[rows, columns])), shape=shape)
-        return one_way.maximum(one_way.T).tocsr()
-
-
-def phi(together: np.ndarray, first: np.ndarray, second: np.ndarray, n: int) -> np.ndarray:
-    """Phi of pairs, from counts that broadcast; 0 where one of the two always or never fires."""
-    together, first, second = (np.asarray(count, np.float64) for count in (together, first, second))
-    spread = np.sqrt(first * (n - first) * second * (n - second))
-    shape = np.broadcast_shapes(together.shape, spread.shape)
-    return np.divide(n * together - first * second, spread, out=np.zeros(shape), where=spread > 0)
-
-
-def coactive(active: Any, neighbours: int = 10, least: int = 5, block: int = BLOCK) -> Neighbours:
-    """The `neighbours` features of largest phi for each feature, from `active` [N, F] sparse, non-zero where a
-    feature fires. A feature that fires in fewer than `least` cases has none and is none.
-    """
-    table: Any = sparse.csc_array(active, dtype=np.float32)
-    table.eliminate_zeros()
-    table.data[:] = 1.0
-    n, count = table.shape
-    fired = np.diff(table.indptr)
-    transposed = table.T.tocsr()
-    width = min(neighbours, max(count - 1, 0))
-    index, score = np.full((count, width), -1), np.zeros((count, width))
-    chosen = np.flatnonzero(fired >= least)
-    for start in range(0, len(chosen) if width else 0, block):
-        features = chosen[start : start + block]
-        values = phi((transposed[features] @ table).toarray(), fired[features, None], fired, n)
-        values[:, fired < least] = 0.0
-        values[np.arange(len(features)), features] = 0.0
-        near = np.argpartition(-values, width - 1, axis=1)[:, :width]
-        near = np.take_along_axis(near, np.argsort(-np.take_along_axis(values, near, 1), axis=1, kind="stable"), 1)
-        best = np.take_along_axis(values, near, 1)
-        index[features] = np.where(best > 0, near, -1)
-        score[features] = np.maximum(best, 0.0)
-    return Neighbours(index, score)
-
-
-_ROUNDS = 50  # passes over all nodes before a level is left; it settles in a few
-
-
-def louvain(graph: Any, seed: int = 0, resolution: float = 1.0) -> np.ndarray:
-    """Clusters [N] of a graph [N, N] (sparse, symmetric, weights >= 0) by modularity (Louvain: Blondel et al. 2008).
-
-    Each node in turn goes to the neighbouring cluster where modularity gains most, until none moves; then clusters
-    become the nodes of a smaller graph, and so on. The order is drawn from `seed`. Above 1, `resolution` gives more and
-    smaller clusters. The largest is 0, the next 1 and so on; of equal ones that of the earliest node first. A node
-    without an edge is a cluster of its own.
-    """
-    table: Any = sparse.csr_array(graph, dtype=np.float64)
-    if table.nnz and (table.data.min() < 0 or abs(table - table.T).max() > 1e-9 * abs(table).max()):
-        raise ValueError("the graph must be symmetric, with weights of 0 or more")
-    clusters = np.arange(table.shape[0])
-    level = 0
-    while True:
-        assigned = _move(table, generator(seed, "louvain", level).permutation(table.shape[0]), resolution)
-        _, assigned = np.unique(assigned, return_inverse=True)
-        clusters = assigned[clusters]
-        count = int(assigned.max()) + 1 if len(assigned) else 0
-        if count == table.shape[0]:
-            return _by_size(clusters)
-        member = sparse.csr_array(
-            (np.ones(len(assigned)), (np.arange(len(assigned)), assigned)), shape=(len(assigned), count)
-        )
-        table = (member.T @ table @ member).tocsr()
-        level += 1
-
-
-def _move(table: Any, order: np.ndarray, resolution: float) -> np.ndarray:
-    """One level: [n] the cluster of each node, numbered as nodes."""
-    n = table.shape[0]
-    degree = np.asarray(table.sum(1)).ravel().tolist()
-    total = sum(degree)
-    cluster, weight = list(range(n)), list(degree)
-    if not total:
-        return np.array(cluster)
-    starts, columns, values = table.indptr.tolist(), table.indices.tolist(), table.data.tolist()
-    for _ in range(_ROUNDS):
-        moved = False
-        for node in order.tolist():
-            home = cluster[node]
-            links: dict[int, float] = {home: 0.0}
-            for entry in range(starts[node], starts[node + 1]):
-                if columns[entry] != node:
-                    other = cluster[columns[entry]]
-                    links[other] = links.get(other, 0.0) + values[entry]
-            weight[home] -= degree[node]
-            pull = resolution * degree[node] / total
-            best, most = home, links[home] - pull * weight[home]
-            for other, link in links.items():
-                gain = link - pull * weight[other]
-                if gain > most + 1e-12 * total:
-                    best, most = other, gain
-            weight[best] += degree[node]
-            cluster[node] = best
-            moved |= best != home
-        if not moved:
-            break
-    return np.array(cluster)
-
-
-def _by_size(clusters: np.ndarray) -> np.ndarray:
-    sizes = np.bincount(clusters)
-    first = np.full(len(sizes), len(clusters))
-    np.minimum.at(first, clusters, np.arange(len(clusters)))
-    rank = np.empty(len(sizes), np.int64)
-    rank[np.lexsort((first, -sizes))] = np.arange(len(sizes))
-    return rank[clusters]

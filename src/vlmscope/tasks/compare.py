@@ -53,9 +53,8 @@ class _Side(NamedTuple):
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
-    """Write comparison.safetensors, nodes.csv, edges.csv and the figures."""
+    """Write nodes.csv, edges.csv and the figures."""
     from vlmscope.attribution.compare import compare, write_tables
-    from vlmscope.attribution.export import save_merged
     from vlmscope.config.wiring import look_for_labels
     from vlmscope.report.graph_figure import difference_graph, share_bars
 
@@ -66,7 +65,6 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     names = _names(cfg.task.names, *sides)
     (first, second), labels = _graphs(cfg, context, sides)
     comparison = compare(first, second, names, cfg.task.match or "auto")
-    save_merged(context.run_dir / "comparison.safetensors", comparison)
     write_tables(context.run_dir, comparison, labels)
     if cfg.task.figure and len(comparison.sources):
         difference_graph(comparison, context.run_dir / "figures" / "difference.png", labels=labels)
@@ -76,11 +74,10 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 
 def _average(cfg: AppConfig, context: RunContext) -> dict[str, float]:
-    """Write aggregate.safetensors, nodes.csv, edges.csv and the figure of the mean of many graphs."""
+    """Write nodes.csv, edges.csv and the figure of the mean of many graphs."""
     from tqdm import tqdm
 
     from vlmscope.attribution.compare import aggregate, write_tables
-    from vlmscope.attribution.export import save_merged
     from vlmscope.attribution.trace import graph_files
     from vlmscope.config.wiring import feature_labels
     from vlmscope.report.graph_figure import aggregate_graph
@@ -92,7 +89,6 @@ def _average(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         return iter(tqdm(graphs, desc=next(passes), total=len(files), unit="graph"))
 
     merged = aggregate(files, [file.parent.name for file in files], task.match or "role", task.min_present, bar)
-    save_merged(context.run_dir / "aggregate.safetensors", merged)
     labels = feature_labels(cfg, merged.model, graphs=files)
     write_tables(context.run_dir, merged, labels)
     if task.figure and len(merged.sources):

@@ -1,4 +1,4 @@
-"""Comparisons and aggregates against sums made edge by edge; files reload exactly; what viewers rely on."""
+"""Comparisons and aggregates against sums made edge by edge; what viewers rely on."""
 
 import dataclasses
 import logging
@@ -13,17 +13,11 @@ from tests.random_graphs import random_graph
 
 from vlmscope.attribution import export
 from vlmscope.attribution.compare import aggregate, compare, write_tables
-from vlmscope.attribution.export import (
-    graph_to_json,
-    load_merged,
-    node_id,
-    save_graph,
-    save_merged,
-)
+from vlmscope.attribution.export import graph_to_json, node_id, save_graph
 from vlmscope.attribution.influence import edge_strengths, influence, logit_weights, prune
 from vlmscope.attribution.storage import smallest_set
 from vlmscope.core.errors import UserError
-from vlmscope.core.graph import AggregateGraph, GraphComparison, NodeKind, PrunedGraph
+from vlmscope.core.graph import NodeKind, PrunedGraph
 from vlmscope.core.records import PatchBox
 
 
@@ -216,29 +210,6 @@ def test_files_are_read_twice_and_named_by_their_folders(tmp_path: Path) -> None
     direct = aggregate([traced(0), traced(1)])
     assert found.names == ["row 0", "row 1"]
     assert np.array_equal(found.weight, direct.weight)
-
-
-@pytest.mark.parametrize("kind", [GraphComparison, AggregateGraph])
-def test_merged_files_reload_exactly(kind: type, tmp_path: Path) -> None:
-    graphs = [traced(0), traced(1)]
-    merged = compare(*graphs) if kind is GraphComparison else aggregate(graphs)
-    save_merged(tmp_path / "x.safetensors", merged)
-    again = load_merged(tmp_path / "x.safetensors")
-    assert type(again) is kind
-    for one, other in ((merged, again), (merged.nodes, again.nodes)):
-        for field in dataclasses.fields(one):
-            before, after = getattr(one, field.name), getattr(other, field.name)
-            if isinstance(before, np.ndarray):
-                assert before.dtype == after.dtype
-                assert np.array_equal(before, after, equal_nan=before.dtype.kind == "f")
-            elif field.name != "nodes":
-                assert before == after
-
-
-def test_a_graph_is_no_merged_file(tmp_path: Path) -> None:
-    save_graph(tmp_path / "graph.safetensors", traced(0))
-    with pytest.raises(UserError, match="is no comparison or aggregate of graphs"):
-        load_merged(tmp_path / "graph.safetensors")
 
 
 def test_tables_begin_with_what_differs_most(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The pass of task=structure against plain loops; directions, names and modality tables."""
+"""Peaks and embeddings of pictures against plain loops; directions and modality tables."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +10,11 @@ import torch
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.study import IMAGE, TEXT
-from vlmscope.features.item_facts import words_of
 from vlmscope.features.structure import (
     GROUPS,
-    StructurePass,
-    cluster_names,
     modality_parts,
     modality_table,
+    pictures_seen,
     read_directions,
     write_directions,
 )
@@ -40,35 +38,17 @@ def bench():
 
 
 @pytest.mark.parametrize("forward_tokens", [1, 10_000])
-def test_peaks_embeddings_and_firing_are_those_of_a_plain_loop(bench, forward_tokens: int) -> None:
+def test_peaks_and_embeddings_are_those_of_a_plain_loop(bench, forward_tokens: int) -> None:
     scope, prepared, items = bench
-    found = StructurePass(scope, per_item=1000)
-    found.add(items, forward_tokens)
-    counts, peaks, means = 0, [], []
-    for i in sum(by_shape([item.tensors for item in items]), []):
+    found, embeddings = pictures_seen(scope, items, forward_tokens)
+    peaks, means = [], []
+    for i in (i for i in sum(by_shape([item.tensors for item in items]), []) if i % 3):
         batch = scope.batch([prepared[i]])
         dense = [scope.transcoders[n].encode(x[0]).dense(F) for n, x in scope.capture(batch).items()]
-        acts = torch.cat(dense, -1).numpy()
-        counts += (acts[1:] > 0).sum(0)  # the first position is left out
-        if i % 3:
-            peaks.append(acts.max(0))
-            means.append(batch.tensors["inputs_embeds"][0, batch.is_image].mean(0).numpy())
-    active = found.active().toarray()
-    np.testing.assert_array_equal(active.sum(0), counts)
-    assert set(np.unique(active)) == {0.0, 1.0}
-    np.testing.assert_allclose(found.embeddings(), means, atol=1e-5)
-    np.testing.assert_allclose(found.peaks().toarray(), peaks, rtol=1e-3, atol=1e-4)
-
-
-def test_positions_are_bounded_and_do_not_depend_on_the_batch(bench) -> None:
-    scope, _, items = bench
-    whole, parts = (StructurePass(scope, per_item=3, seed=2) for _ in range(2))
-    whole.add(items, 10_000)
-    for item in reversed(items):
-        parts.add([item], 10_000)
-    assert whole.active().shape == parts.active().shape == (27, F * scope.adapter.n_layers)
-    np.testing.assert_array_equal(whole.active().sum(0), parts.active().sum(0))
-    assert whole.active().sum() == 27 * 6 * scope.adapter.n_layers
+        peaks.append(torch.cat(dense, -1).numpy().max(0))
+        means.append(batch.tensors["inputs_embeds"][0, batch.is_image].mean(0).numpy())
+    np.testing.assert_allclose(embeddings, means, atol=1e-5)
+    np.testing.assert_allclose(found.toarray(), peaks, rtol=1e-3, atol=1e-4)
 
 
 def test_directions_are_what_norms_let_through(bench) -> None:
@@ -83,16 +63,6 @@ def test_directions_are_what_norms_let_through(bench) -> None:
     through = post(row[None, None])[0, 0] if post is not None else row
     cosine = torch.nn.functional.cosine_similarity(through, write_directions(scope)[1][4], dim=0)
     assert float(cosine) == pytest.approx(1.0, abs=1e-5)
-
-
-def test_names_are_words_that_stand_out_or_given_labels() -> None:
-    texts = ["Mars is red", "mars is dusty", "earth is blue", "earth, is wet", "the sum is two", "the sum is six"]
-    words = {i: frozenset(words_of(text)) for i, text in enumerate(texts)}
-    members, items = {0: [10, 11], 1: [12], 2: [13]}, {10: [0], 11: [1, 0], 12: [2, 3]}
-    names = cluster_names(members, items, words, count=2)
-    assert set(names[0].split()) == {"mars", "red"}
-    assert names[1].split()[0] == "earth" and names[2] == ""
-    assert cluster_names(members, items, words, {10: "red planet", 11: "red planet", 12: "blue"})[0] == "red planet"
 
 
 def study(positions: dict[str, int]) -> Any:

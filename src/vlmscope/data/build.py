@@ -2,15 +2,12 @@
 
 Each source is cut into parts, each part into chunks of `shard_size` rows. Other processes read the parts; only this
 process removes duplicates, writes the training and validation tars of a chunk, and then the index. A chunk counts once
-it is in the index, so whatever a kill leaves behind is written again. A damaged chunk is rewritten on its own: its rows
-are read from its mark, and it keeps the samples that it had.
+it is in the index, so whatever a kill leaves behind is written again; so are a part's chunks from a damaged one on.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -25,13 +22,11 @@ from vlmscope.core.artifacts import atomic_path, folder_digest, refuse_other, wr
 from vlmscope.core.errors import UserError
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.mixing import fingerprint, open_source
-from vlmscope.data.samples import DIGEST_BYTES, WHOLE, Mark, Share, Source, held_out
+from vlmscope.data.samples import DIGEST_BYTES, Mark, Share, held_out
 from vlmscope.data.shards import INDEX, damaged_shards, open_index, write_tar
 
 TRAIN, VAL = "train", "val"
 VERSION = 1  # raise when the layout of shards or index changes: old folders are then refused
-PROBES = 32  # samples from which the mean size is estimated
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,21 +51,16 @@ class Part:
     share: Share
     mark: Mark = None  # the reader's position before the first chunk to read
     chunk: int = 0  # number of that chunk
-    alone: bool = False  # read this chunk only, since its files are damaged
 
     @property
     def key(self) -> str:
         """Name of the part in the index and in file names."""
         return f"{self.name}-{self.role or 'all'}-{self.share.index:03d}"
 
-    def open(self) -> Source:
-        return open_source(self.name, self.config, self.split)
-
 
 class Chunk(NamedTuple):
-    """Consecutive rows of a part, with the reader's marks before and after them."""
+    """Consecutive rows of a part, with the reader's mark after them."""
 
-    start: Mark
     stop: Mark
     rows: int
     samples: list[tuple[bytes, str, dict[str, Any]]]  # of usable rows: digest, split, WebDataset sample
@@ -78,12 +68,9 @@ class Chunk(NamedTuple):
 
 def chunks_of(part: Part) -> Iterator[Chunk]:
     """Read a part chunk by chunk; raise `UserError` when no row of a chunk can be used."""
-    reader, number = part.open().open(part.share, part.mark), part.chunk
-    while True:
-        start = reader.mark()
-        rows = list(islice(reader, part.settings.shard_size))
-        if not rows and not part.alone:  # a damaged chunk without rows is yielded, for `Builder._replace` to refuse
-            return
+    reader = open_source(part.name, part.config, part.split).open(part.share, part.mark)
+    number = part.chunk
+    while rows := list(islice(reader, part.settings.shard_size)):
         samples, error = [], None
         for position, row in enumerate(rows):
             try:
@@ -94,9 +81,7 @@ def chunks_of(part: Part) -> Iterator[Chunk]:
                 error = unusable
         if error is not None and not samples:
             raise UserError(f"none of {len(rows)} rows of data.sources.{part.name} can be used; the last: {error}")
-        yield Chunk(start, reader.mark(), len(rows), samples)
-        if part.alone:
-            return
+        yield Chunk(reader.mark(), len(rows), samples)
         number += 1
 
 
@@ -148,7 +133,7 @@ class Builder:
     """The index of a build, and the digests of all samples in it by which duplicates are recognised."""
 
     def __init__(self, sources: Mapping[str, SourceConfig], settings: BuildSettings) -> None:
-        """Open the folder and find damaged chunks; refuse a folder of other sources, files or settings."""
+        """Open the folder and forget damaged chunks; refuse a folder of other sources, files or settings."""
         self.sources, self.settings = dict(sources), settings
         meta = {
             "dataset": "mix", "version": VERSION, "sources": fingerprint(self.sources), "parts": settings.parts,
@@ -163,17 +148,20 @@ class Builder:
         refuse_other(str(settings.folder / INDEX), known, files, "choose another data.path")
         self.parts: dict[str, dict[str, Any]] = self.index.setdefault("parts", {})
         self.seen: set[bytes] = set()
-        self.damaged: dict[tuple[str, int], set[bytes]] = {}  # (part, chunk) -> digests of its samples, where known
         sound = self.index["shards"].keys() - damaged_shards(settings.folder, self.index["shards"])
         for key, part in self.parts.items():
-            for number, chunk in enumerate(part["chunks"]):
+            chunks = part["chunks"]
+            for number, chunk in enumerate(chunks):
                 digests = self._read_digests(key, number, chunk)
-                self.seen |= digests or set()
                 if digests is None or not sound.issuperset(chunk["shards"]):
-                    self.damaged[key, number] = digests or set()
+                    for name in (name for lost in chunks[number:] for name in lost["shards"]):
+                        self.index["shards"].pop(name, None)
+                    part |= {"done": False, "chunks": chunks[:number]}
+                    break
+                self.seen |= digests
 
     def left(self) -> list[Part]:
-        """The parts, and single damaged chunks, that are still to be read."""
+        """The parts that are still to be read."""
         left = []
         for name, config in self.sources.items():
             separate = [(config.split, TRAIN), (config.val_split, VAL)]
@@ -182,8 +170,6 @@ class Builder:
                     part = Part(self.settings, name, config, split, role, Share(index, self.settings.parts))
                     known = self.parts.setdefault(part.key, {"done": False, "chunks": []})
                     chunks = known["chunks"]
-                    damaged = [number for key, number in self.damaged if key == part.key]
-                    left += [replace(part, mark=chunks[n]["start"], chunk=n, alone=True) for n in damaged]
                     if not known["done"]:
                         left.append(replace(part, mark=chunks[-1]["stop"] if chunks else None, chunk=len(chunks)))
         return left
@@ -191,54 +177,34 @@ class Builder:
     def write(self, part: Part, chunk: Chunk) -> int:
         """Write the new samples of a chunk and enter it in the index; return the number of shards written."""
         chunks = self.parts[part.key]["chunks"]
-        number = part.chunk if part.alone else len(chunks)
-        # A damaged chunk's samples have been seen, in the chunk itself: each counts as new once.
-        rewritten = self.damaged.get((part.key, number), set()).copy() if part.alone else set()
-        kept = []
+        number, kept = len(chunks), []
         for sample in chunk.samples:
-            digest = sample[0]
-            if digest in rewritten or digest not in self.seen:
+            if sample[0] not in self.seen:
                 kept.append(sample)
-            rewritten.discard(digest)
-            self.seen.add(digest)
+                self.seen.add(sample[0])
         shards = {}
         for split in (TRAIN, VAL):
             if bodies := [body for _, sample_split, body in kept if sample_split == split]:
                 name = f"{split}-{part.key}-{number:05d}.tar"
                 entry = {"split": split, "kind": part.name}
                 shards[name] = entry | write_tar(self.settings.folder / name, bodies)
-        if part.alone:
-            self._replace(part, chunks[number], chunk, shards)
         digests = b"".join(digest for digest, _, _ in kept)
         with atomic_path(self._digests(part.key, number)) as temporary:
             temporary.write_bytes(digests)
         record = {
-            "start": chunk.start, "stop": chunk.stop, "rows": chunk.rows,
+            "stop": chunk.stop, "rows": chunk.rows,
             "duplicates": len(chunk.samples) - len(kept), "unusable": chunk.rows - len(chunk.samples),
             "shards": list(shards), "digests": hashlib.sha256(digests).hexdigest(),
         }  # fmt: skip
-        chunks[number : number + 1] = [record]  # replaces a damaged chunk, else appends
+        chunks.append(record)
         self.index["shards"] |= shards  # after the files, so that a kill leaves no entry without its file
         self._save()
         return len(shards)
 
-    def _replace(self, part: Part, old: dict[str, Any], new: Chunk, shards: dict[str, dict[str, Any]]) -> None:
-        """Remove a damaged chunk's shards from the index; refuse a source whose number of rows has changed."""
-        if new.rows != old["rows"]:
-            raise UserError(
-                f"data.sources.{part.name} gives {new.rows} rows where it gave {old['rows']} when "
-                f"{self.settings.folder} was built, so its damaged shards cannot be mended; choose another folder"
-            )
-        removed = {name: self.index["shards"].pop(name, {}) for name in {*old["shards"], *shards}}
-        for name, entry in removed.items():
-            if entry.get("sha256") != shards.get(name, {}).get("sha256"):
-                _LOG.warning("%s differs from what was written first: data.sources.%s has changed", name, part.name)
-
     def finish(self, part: Part) -> None:
         """Record that a part has been read completely."""
-        if not part.alone:
-            self.parts[part.key]["done"] = True
-            self._save()
+        self.parts[part.key]["done"] = True
+        self._save()
 
     def total(self, count: str) -> int:
         """Sum of a count ("rows", "duplicates" or "unusable") over all chunks."""
@@ -263,7 +229,7 @@ class Builder:
 
 
 def build_mix(sources: Mapping[str, SourceConfig], settings: BuildSettings, processes: int = 1) -> dict[str, float]:
-    """Write the shards that `settings.folder` lacks and rewrite damaged ones; the sources' weights are not used.
+    """Write the shards that `settings.folder` lacks; the sources' weights are not used.
 
     Returns `data/shards`, `data/samples`, `data/bytes`, `data/rows`, `data/duplicates`, `data/unusable`, and
     `data/shards_written` by this call. Chunks that were finished before an error stay.
@@ -271,16 +237,14 @@ def build_mix(sources: Mapping[str, SourceConfig], settings: BuildSettings, proc
     if settings.shard_size < 1 or settings.parts < 1 or processes < 1:
         raise UserError("task.shard_size, task.parts and task.workers must be at least 1; correct them")
     builder = Builder(sources, settings)
-    left = builder.left()
-    check_disk(left, settings.folder, sum(shard["bytes"] for shard in builder.index["shards"].values()))
     written = 0
     with tqdm(initial=builder.total("rows"), unit="row", desc="shards") as bar:
-        for part, chunk in read_parts(left, processes):
+        for part, chunk in read_parts(builder.left(), processes):
             if chunk is None:
                 builder.finish(part)
                 continue
             written += builder.write(part, chunk)
-            bar.update(0 if part.alone else chunk.rows)
+            bar.update(chunk.rows)
     shards = builder.index["shards"].values()
     figures = {
         "shards": len(shards), "samples": sum(shard["samples"] for shard in shards),
@@ -288,33 +252,3 @@ def build_mix(sources: Mapping[str, SourceConfig], settings: BuildSettings, proc
     }  # fmt: skip
     figures |= {count: builder.total(count) for count in ("rows", "duplicates", "unusable")}
     return {f"data/{name}": float(value) for name, value in figures.items()}
-
-
-def check_disk(parts: list[Part], folder: Path, written: int) -> None:
-    """Refuse a build that does not fit the disk, estimated from the mean size of each source's first samples.
-
-    `written` is the number of bytes already there. A source of unknown size counts as nothing.
-    """
-    need = 0.0
-    for part in {(part.name, part.split): part for part in parts}.values():
-        source = part.open()
-        need += (source.size or 0) * mean_size(source)
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(parent).free
-    if need - written > free:
-        raise UserError(
-            f"the shards need about {(need - written) / 1e9:.3g} GB, {parent} has {free / 1e9:.3g} GB free; choose "
-            "another folder with data.path=, or set data.sources.NAME.limit"
-        )
-
-
-def mean_size(source: Source) -> float:
-    """Estimated bytes of a sample in a shard; in a tar each file has a 512-byte header and is padded to 512 bytes."""
-    sizes = []
-    for row in islice(source.open(WHOLE), PROBES):
-        try:
-            files = row().to_shard("").values()
-        except UserError:
-            continue  # the build counts it as unusable
-        sizes.append(sum(512 + -(-len(content) // 512) * 512 for content in files if isinstance(content, bytes)))
-    return sum(sizes) / max(1, len(sizes))

@@ -22,13 +22,14 @@ import pandas as pd
 from PIL import Image
 
 from vlmscope.core.artifacts import read_yaml, shipped
-from vlmscope.core.errors import UserError, check_choice
+from vlmscope.core.errors import check_choice
 from vlmscope.core.records import generator
 from vlmscope.data.orrery.rendering import planet_scene
 from vlmscope.data.orrery.scenes import PLANETS, SPLITS
 
 SIDE = 64
 PLANET_POSES = {"train": 12, "val": 3, "test": 6}  # of each planet: there are textures of one artist only
+NOT_KINDS = ("sets", "called", "ambiguous", "spelt")  # of the keys of concepts.yaml
 COLUMNS = ["image", "label", "kind", "artist", "icon", "licence"]
 
 
@@ -58,20 +59,16 @@ def render(concepts: dict[str, Any], packages: Path) -> Iterator[dict[str, Any]]
     """Yield the rows of all splits, with `split`; an icon that a set lacks is left out."""
     from resvg_py import svg_to_bytes
 
-    kinds = {kind: names for kind, names in concepts.items() if kind not in ("sets", "spelt")}
+    kinds = {kind: names for kind, names in concepts.items() if kind not in NOT_KINDS}
     for artist, config in concepts["sets"].items():
-        folder = packages / re.sub(r"@[^@]*$", "", config["package"]).lstrip("@").replace("/", "-")
-        collection = json.loads((folder / "package" / "icons.json").read_text())
-        known = {_plain(name): name for name in (*collection.get("aliases", {}), *collection["icons"])}
+        drawings = _drawings(packages, config)
         for kind, names in kinds.items():
             for label, icons in names.items():
-                if kind == "country":
-                    wanted = [flag.format(name=label, code=icons) for flag in config.get("flag", [])]
-                else:
-                    wanted = [] if config.get("flags_only") else (icons or label.replace(" ", "-")).split()
-                spelt = concepts["spelt"].get(artist, {})
-                for icon in filter(None, (known.get(_plain(spelt.get(name, name) or "")) for name in wanted)):
-                    picture = Image.open(io.BytesIO(svg_to_bytes(svg_string=_svg(collection, icon), width=4 * SIDE)))
+                for name in _names(concepts, artist, config, kind, label, icons):
+                    if name not in drawings:
+                        continue
+                    icon, svg = drawings[name]
+                    picture = Image.open(io.BytesIO(svg_to_bytes(svg_string=svg, width=4 * SIDE)))
                     picture.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
                     row = (_webp(picture), label, kind, artist, icon, config["licence"])
                     yield {"split": config["split"], **dict(zip(COLUMNS, row, strict=True))}
@@ -92,26 +89,47 @@ def render(concepts: dict[str, Any], packages: Path) -> Iterator[dict[str, Any]]
                 yield {"split": split, **dict(zip(COLUMNS, row, strict=True))}
 
 
+def _names(
+    concepts: dict[str, Any], artist: str, config: dict[str, Any], kind: str, label: str, icons: str | None
+) -> list[str]:
+    """The plain names of a set's icons that may show a concept."""
+    if kind == "country":
+        wanted = [flag.format(name=label, code=icons) for flag in config.get("flag", [])]
+    elif forms := config.get("forms"):
+        words = [label, *(icons or "").split(), *concepts["called"].get(label, "").split()]
+        wanted = [] if label in concepts["ambiguous"] else [form.format(name=w) for form in forms for w in words]
+    else:
+        wanted = [] if config.get("flags_only") else icons.split() if icons else [label]
+    spelt = concepts["spelt"].get(artist, {})
+    return list(dict.fromkeys(_plain(spelt.get(name, name) or "") for name in wanted))
+
+
 def _plain(name: str) -> str:
     """The letters and digits of an icon's name, which sets join in different ways."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _svg(collection: dict[str, Any], icon: str) -> str:
-    """The SVG of an icon of an Iconify collection; aliases that turn or flip their parent are refused."""
-    alias = collection.get("aliases", {}).get(icon)
-    if alias is not None:
-        if alias.keys() - {"parent"}:
-            raise UserError(f"icon {icon} is a changed {alias['parent']}; name that in concepts.yaml")
-        return _svg(collection, alias["parent"])
-    found = {"left": 0, "top": 0, "width": 16, "height": 16} | {
-        key: value for key, value in collection.items() if key in ("left", "top", "width", "height")
+def _drawings(packages: Path, config: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Plain name -> name and SVG of every icon of a set: an Iconify collection, or a folder `svg` of files."""
+    folder = packages / re.sub(r"(?<=.)@[^@]*$", "", config["package"]).lstrip("@").replace("/", "-") / "package"
+    if "svg" in config:
+        return {_plain(path.stem): (path.stem, path.read_text()) for path in (folder / config["svg"]).glob("*.svg")}
+    collection = json.loads((folder / "icons.json").read_text())
+    shape = {"left": 0, "top": 0, "width": 16, "height": 16}
+    shape |= {key: collection[key] for key in shape if key in collection}
+    named = collection["icons"] | {
+        name: collection["icons"].get(alias["parent"])
+        for name, alias in collection.get("aliases", {}).items()
+        if alias.keys() == {"parent"}  # the others turn or flip their parent
     }
-    found |= collection["icons"][icon]
-    box = " ".join(str(found[key]) for key in ("left", "top", "width", "height"))
-    size = f'width="{found["width"]}" height="{found["height"]}"'
     space = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return f'<svg {space} {size} viewBox="{box}">{found["body"]}</svg>'
+    drawings = {}
+    for name, icon in named.items():
+        if icon is not None:
+            left, top, width, height = ((shape | icon)[key] for key in shape)
+            size = f'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}"'
+            drawings[_plain(name)] = name, f"<svg {space} {size}>{icon['body']}</svg>"
+    return drawings
 
 
 def _webp(picture: Image.Image) -> dict[str, Any]:

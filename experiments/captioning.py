@@ -89,6 +89,6 @@ def analyse(bench: Bench) -> dict[str, float]:
     steered: Any = pd.read_parquet(bench.run_dir / "trials.parquet").query("setting == 'main'")
     metrics: dict[str, float] = {}
     for swap, row in rates(steered, ["question"], "log_likelihood").iterrows():
-        names = {"steered": row.value, "matched": row.matched, "random_direction": row.random_direction}
-        metrics |= {f"log_likelihood/{swap}/{name}": value for name, value in names.items()}
+        conditions = row.rename({"value": "steered"}).reindex(["steered", "matched", "random_direction"]).dropna()
+        metrics |= {f"log_likelihood/{swap}/{name}": float(value) for name, value in conditions.items()}
     return metrics

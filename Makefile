@@ -46,6 +46,8 @@ study: $(STAMP) ## Make the study and the labels that come with Orrery 2 again, 
 	$(BIN)/python run.py task=evaluate task.save=true tracking=none hydra.run.dir=outputs/shipped_evaluation
 	$(BIN)/python run.py task=study study.samples=60 task.labels=true task.keep=6 tracking=none trainer.resume=true hydra.run.dir=outputs/shipped_study
 	rm -rf assets/orrery2_study && cp -r outputs/shipped_study/small assets/orrery2_study
+	$(BIN)/python run.py task=study transcoder=orrery2_tower study.samples=60 task.labels=true task.keep=6 tracking=none trainer.resume=true hydra.run.dir=outputs/shipped_tower_study
+	rm -rf assets/orrery2_tower_study && cp -r outputs/shipped_tower_study/small assets/orrery2_tower_study
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

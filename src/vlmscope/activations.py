@@ -184,15 +184,15 @@ def capture_state(model: Adapter | HasAdapter, inputs: ModelInputs) -> ForwardSt
 
 
 @contextmanager
-def watching_mlp_inputs(adapter: Adapter, layers: Sequence[int], take: Callable[[int, Tensor], None]) -> Iterator[None]:
+def watching_mlp_inputs(stack: Stack, layers: Sequence[int], take: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Pass each layer's MLP input [B, T, d] to `take(layer, x)` while the model runs, layer after layer."""
 
     def hook(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda _module, args: take(layer, args[0])
 
-    with ExitStack() as stack:
+    with ExitStack() as opened:
         for layer in layers:
-            stack.callback(adapter.mlp(layer).register_forward_pre_hook(hook(layer)).remove)
+            opened.callback(stack.mlp(layer).register_forward_pre_hook(hook(layer)).remove)
         yield
 
 

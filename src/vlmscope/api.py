@@ -14,6 +14,7 @@ changed = vlmscope.steer(scope, "what planet is this ?", "mars.png", {"L3/1242":
 changed.before, changed.after, changed.controls           # answers and next tokens, next to what chance would do
 vlmscope.where(scope, "what planet is this ?", "mars.png", ["L3/1242"]).plot()       # maps over the picture
 vlmscope.study(scope, "what planet is this ?", pictures, ["L3/1242"]).plot()         # where the feature fires most
+below = vlmscope.load("orrery2", tower="orrery2_tower")   # graphs from the patches on, with features such as T0/1380
 
 Pictures are paths, PIL images or uint8 arrays, one or a list of them. All results show themselves in a notebook.
 """
@@ -37,7 +38,7 @@ from vlmscope.attention import WhereMaps
 from vlmscope.attribution.config import AttributionConfig, WhereConfig
 from vlmscope.attribution.trace import Trace
 from vlmscope.core.errors import UserError, check_choice
-from vlmscope.core.records import FeatureId
+from vlmscope.core.records import TOWER, FeatureId
 from vlmscope.core.results import MODES, FeatureExample, html_table, text_table
 from vlmscope.features.config import StudyConfig
 from vlmscope.scope import Pictures, Scope, opened, picture_list
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from vlmscope.core.graph import AggregateGraph, GraphComparison, PrunedGraph
     from vlmscope.core.maps import PictureMap
     from vlmscope.features.study_files import StudyFolder
+    from vlmscope.transcoders.transcoder import TranscoderSet
 
 Graph: TypeAlias = "Trace | PrunedGraph | str | Path"  # a path is a run folder or a graph.safetensors
 Feature: TypeAlias = str | FeatureId  # "L3/1242"
@@ -93,13 +95,18 @@ def _feature(name: Feature) -> FeatureId:
     return name if isinstance(name, FeatureId) else FeatureId.parse(name)
 
 
-def _labels(scope: Scope, study: str | None = None) -> dict[FeatureId, str]:
-    """Labels of features, of a labelled study or of the one that is shipped with model and transcoders."""
+def _labels(scope: Scope, study: str | None = None, tower_study: str | None = None) -> dict[FeatureId, str]:
+    """Labels of features, of labelled studies or of those that are shipped with model and transcoders."""
     from vlmscope.config.wiring import NO_LABELS
     from vlmscope.features.labels import labels_for
 
-    named = study or scope.study
-    return {} if named in (None, NO_LABELS) else labels_for(named, scope.vlm.name, scope.transcoders.widths).texts()
+    labels: dict[FeatureId, str] = {}
+    sides = [(scope, study)] + ([(scope.at(TOWER), tower_study)] if scope.tower is not None else [])
+    for side, given in sides:
+        named = given or side.study
+        if named is not None and NO_LABELS not in (named, study):
+            labels |= labels_for(named, scope.vlm.name, side.widths).texts()
+    return labels
 
 
 def _picture(draw: Callable[[Path], object], path: str | Path | None) -> Image.Image:
@@ -136,8 +143,11 @@ def load(
     revision: str | None = None,
     transcoder_revision: str | None = None,
     check: bool = True,
+    tower: str | Path | None = None,
 ) -> Scope:
     """Load a model and a transcoder set, each a folder, a hub id or a name of `task=list`; by default Orrery 2's.
+
+    `tower` is a set of the vision tower, such as "orrery2_tower": then graphs begin at the patches.
 
     A hub id needs its commit, 40 hexadecimal digits, in `revision` or `transcoder_revision`. `device` is cpu, cuda,
     cuda:N or mps; `offload` is the place of the model's weights: "none" (on the device), "cpu" or "disk". `check` runs
@@ -149,9 +159,10 @@ def load(
     """
     from vlmscope.config.catalog import option
     from vlmscope.features.shipped import shipped_study
+    from vlmscope.models.base import stack_of
     from vlmscope.models.loading import load_named
     from vlmscope.training.evaluation import check_hooks, warn_on_load
-    from vlmscope.transcoders.formats import Choice, load_set
+    from vlmscope.transcoders.formats import Choice, load_set, open_set
     from vlmscope.transcoders.hub import set_folder
 
     named = _named("model", model)
@@ -159,13 +170,20 @@ def load(
     vlm = load_named(named["path"], named.get("hub"), revision, dtype, device, offload)
     if transcoders is None and option("transcoder", str(model)):  # orrery: those of its name
         transcoders = model
-    adapter, chosen = vlm.adapter, _named("transcoder", transcoders)
-    transcoder_revision = transcoder_revision or chosen.get("revision")
-    choice = Choice(*(chosen.get(key) for key in ("width", "l0", "affine")))
-    folder = set_folder(chosen["path"], transcoder_revision, choice=choice)
-    loaded = load_set(folder, adapter.n_layers, adapter.d_model, choice=choice)
-    loaded = loaded.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)
-    scope = Scope(vlm, loaded, shipped_study(vlm.path or "", folder, choice=choice))
+    adapter = vlm.adapter
+
+    def read(name: str | Path | None, revision: str | None) -> tuple[TranscoderSet, Path | None]:
+        """A set that fits the model, and its labelled study."""
+        chosen = _named("transcoder", name)
+        choice = Choice(*(chosen.get(key) for key in ("width", "l0", "affine")))
+        folder = set_folder(chosen["path"], revision or chosen.get("revision"), choice=choice)
+        stack = stack_of(adapter, open_set(folder, choice=choice).config.site)
+        loaded = load_set(folder, stack.n_layers, stack.d_model, choice=choice)
+        loaded = loaded.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)
+        return loaded, shipped_study(vlm.path or "", folder, choice=choice)
+
+    below = (None, None) if tower is None else read(tower, None)
+    scope = Scope(vlm, *read(transcoders, transcoder_revision), *below)
     check_hooks(scope)
     if check:
         warn_on_load(scope)
@@ -304,7 +322,7 @@ def trace(scope: Scope, prompt: str, images: Pictures = (), **settings: Any) -> 
     pictures = tuple(map(opened, picture_list(images)))
     if config.patches and not pictures:
         raise UserError("patches=True needs a picture; give images=[path or PIL image]")
-    labels = _labels(scope, config.labels)
+    labels = _labels(scope, config.labels, config.tower_labels)
     inputs = scope.inputs(prompt, pictures)
     warn_if_strange(scope, [inputs.tensors])
     traced = with_heads(scope, run(scope, inputs, config), config)
@@ -565,9 +583,16 @@ def study(scope: Scope, prompt: str, images: Pictures, features: Sequence[Featur
         for picture, name in zip(map(opened, given), names, strict=True)  # one large picture at a time
     ]
     warn_if_strange(scope, [item.inputs.tensors for item in items])
-    chosen = by_layer(scope.transcoders, map(_feature, features))
-    ids = [FeatureId(layer, index) for layer, indices in chosen.items() for index in indices.tolist()]
-    found = {str(feature): examples for feature, examples in top_examples(scope, ids, items, count).items()}
+    found: dict[str, tuple[FeatureExample, ...]] = {}
+    for tower in (False, True):
+        mine = [feature for feature in map(_feature, features) if (feature.layer < 0) == tower]
+        if not mine:
+            continue
+        side = scope.at(mine[0].layer)
+        below = side.first_layer
+        chosen = by_layer(side.transcoders, [FeatureId(layer - below, index) for layer, index in mine])
+        ids = [FeatureId(below + layer, index) for layer, indices in chosen.items() for index in indices.tolist()]
+        found |= {str(feature): examples for feature, examples in top_examples(side, ids, items, count).items()}
     return StudyResult(found, {str(feature): label for feature, label in _labels(scope).items()})
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from vlmscope.activations import mlp_inputs
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import as_rgb
+from vlmscope.core.records import TOWER, as_rgb, layer_name
 from vlmscope.data.images import open_image
 from vlmscope.models.base import Adapter, ModelInputs, Stack, stack_of
 from vlmscope.models.batching import InputBatch, make_batch
 from vlmscope.models.loading import VLM
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 
 Picture: TypeAlias = str | Path | Image.Image | np.ndarray  # an array: uint8, [H, W] grey or [H, W, 3 or 4]
 Pictures: TypeAlias = Picture | Sequence[Picture] | None
@@ -35,6 +35,7 @@ class Scope:
     transcoders: TranscoderSet
     study: Path | None = None  # the labelled study that is shipped with both
     tower: TranscoderSet | None = None  # transcoders of the vision tower, for graphs that begin at the patches
+    tower_study: Path | None = None  # the labelled study that is shipped with those
 
     @property
     def adapter(self) -> Adapter:
@@ -45,6 +46,33 @@ class Scope:
     def stack(self) -> Stack:
         """The layers that the transcoders belong to."""
         return stack_of(self.adapter, self.transcoders.site)
+
+    @property
+    def first_layer(self) -> int:
+        """The number of layer 0 in ids of features: 0 in the decoder, `TOWER` in the vision tower."""
+        return TOWER if self.transcoders.site == "tower" else 0
+
+    @property
+    def layers(self) -> dict[int, Transcoder]:
+        """The transcoders by the layers of their features' ids, ascending."""
+        return {self.first_layer + layer: one for layer, one in self.transcoders.transcoders.items()}
+
+    @property
+    def widths(self) -> dict[int, int]:
+        """How many features each of `layers` has."""
+        return {layer: one.config.n_features for layer, one in self.layers.items()}
+
+    def at(self, layer: int) -> Scope:
+        """The model with the set that a layer of a feature's id belongs to: the tower's below 0.
+
+        Raises:
+            UserError: there are no transcoders of the tower.
+        """
+        if layer >= 0 or self.transcoders.site == "tower":
+            return self
+        if self.tower is None:
+            raise UserError(f"{layer_name(layer)}: no transcoders of the vision tower are loaded")
+        return Scope(self.vlm, self.tower, self.tower_study)
 
     def inputs(self, prompt: str, images: Pictures = ()) -> ModelInputs:
         """One user turn, ready for the model; pictures are paths, PIL images or arrays, one or a list."""

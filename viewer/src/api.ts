@@ -47,11 +47,11 @@ export interface FvuRow {
 }
 
 export interface Study {
-  id: string; // its path relative to the root; "shipped" for the one that comes with the package
+  id: string; // its path relative to the root; "shipped" and "shipped_tower" for those that come with the package
   name: string;
   model: string;
   items: number;
-  layers: { layer: number; features: number }[];
+  layers: { layer: number; name: string; features: number }[]; // below 0: of the vision tower, T0 ..
   labels: string[]; // names of label sets
 }
 

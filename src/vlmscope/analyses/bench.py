@@ -82,7 +82,7 @@ class Bench:
     @cached_property
     def labels(self) -> dict[FeatureId, str]:
         """Names of features; empty without `attribution.labels`."""
-        return feature_labels(self.cfg, self.vlm.name, self.transcoders)
+        return feature_labels(self.cfg, self.vlm.name, self.scope)
 
     @property
     def circuit_config(self) -> CircuitConfig:

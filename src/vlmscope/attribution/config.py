@@ -104,6 +104,7 @@ class AttributionConfig:
     # the run folder of a study whose labels (docs/labels.md) name the features in graphs, figures, tables and reports;
     # by default the study that is shipped with model and transcoders, "none": no labels
     labels: str | None = None
+    tower_labels: str | None = None  # the same for features of the vision tower
 
     def check(self) -> None:
         """Raise a `UserError` that names the first setting that makes no sense."""

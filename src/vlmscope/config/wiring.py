@@ -17,6 +17,7 @@ from vlmscope.config.schema import RandomTranscodersConfig, TranscoderSetConfig
 from vlmscope.core.artifacts import files_digest, flat, folder_digest
 from vlmscope.core.errors import UserError
 from vlmscope.core.launch import LARGE_MODULES, import_quickly, program
+from vlmscope.core.records import TOWER
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from vlmscope.core.records import FeatureId
     from vlmscope.data.config import SourceConfig
     from vlmscope.features.study_files import StudyFolder
-    from vlmscope.models.base import Stack
+    from vlmscope.models.base import Adapter, Stack
     from vlmscope.models.loading import VLM
     from vlmscope.scope import Scope
     from vlmscope.transcoders.formats import Choice
@@ -129,7 +130,7 @@ def load_scope(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("transcoder
 
     def trained() -> TranscoderSet:
         device, itemsize = str(adapter.device), adapter.dtype.itemsize
-        loaded = trained_transcoders(cfg, adapter.n_layers, adapter.d_model, device, itemsize)
+        loaded = trained_transcoders(cfg, adapter, device, itemsize)
         return loaded.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)
 
     scope = Scope(vlm, _kept("transcoders", (cfg.model, cfg.transcoder), trained), tower=_trained_tower(cfg, vlm))
@@ -140,7 +141,11 @@ def load_scope(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("transcoder
 def _check_own_set(cfg: AppConfig, vlm: VLM) -> None:
     """Refuse the transcoders of one shipped model for another, which has the same sizes."""
     own, chosen = Path(f"{vlm.path}_transcoders"), Path(str(getattr(cfg.transcoder, "path", "")))
-    if own != chosen and own.is_dir() and own.parent == chosen.parent == Path(asset("")):
+    if (
+        chosen not in (own, Path(f"{vlm.path}_tower_transcoders"))
+        and own.is_dir()
+        and own.parent == chosen.parent == Path(asset(""))
+    ):
         name = Path(str(vlm.path)).name
         raise UserError(f"{chosen.name} are not the transcoders of {name}: choose transcoder={name}")
 
@@ -171,25 +176,27 @@ def random_scope(config: RandomTranscodersConfig, vlm: VLM, tower: bool = False)
 
 
 def trained_transcoders(
-    cfg: AppConfig, n_layers: int | None = None, d_model: int | None = None, device: str = "cpu", itemsize: int = 4
+    cfg: AppConfig, adapter: Adapter | None = None, device: str = "cpu", itemsize: int = 4
 ) -> TranscoderSet:
     """Load the set of `transcoder=` in float32 into CPU memory.
 
     Args:
         cfg: the run's configuration.
-        n_layers: layers of the model that the set must fit, if any; `d_model` likewise.
-        d_model: width of that model.
+        adapter: the model whose decoder or vision tower the set must fit, if any.
         device: device that the set will be moved to, which must have room.
         itemsize: bytes per number on that device.
 
     Raises:
         UserError: the group names no set, or the set is missing, too large, or not for this model.
     """
-    from vlmscope.transcoders.formats import load_set
+    from vlmscope.models.base import stack_of
+    from vlmscope.transcoders.formats import load_set, open_set
 
     folder, form, choice = chosen_set(cfg)
     _check_set_fits(folder, form, choice, device, itemsize)
-    return load_set(folder, n_layers, d_model, format=form, choice=choice)
+    stack = None if adapter is None else stack_of(adapter, open_set(folder, form, choice).config.site)
+    sizes = () if stack is None else (stack.n_layers, stack.d_model)
+    return load_set(folder, *sizes, format=form, choice=choice)
 
 
 def chosen_set(cfg: AppConfig) -> tuple[Path, str, Choice]:
@@ -343,14 +350,20 @@ def study_sources(cfg: AppConfig) -> dict[str, SourceConfig]:
     return studied
 
 
-def shipped_study(cfg: AppConfig) -> Path | None:
-    """Folder of the labelled study that is shipped with exactly this model and these transcoders; None without one."""
+def shipped_study(cfg: AppConfig, tower: bool = False) -> Path | None:
+    """Folder of the labelled study that is shipped with exactly this model and these transcoders; None without one.
+
+    With `tower` that of the transcoders below the soft tokens, `transcoder.tower`.
+    """
     from vlmscope.features.shipped import shipped_study as find
     from vlmscope.models.checkpoint import model_folder
 
     if cfg.model.family is not None or not isinstance(cfg.transcoder, TranscoderSetConfig):
         return None
-    return find(model_folder(cfg.model.path, cfg.model.hub, cfg.model.revision), *chosen_set(cfg))
+    model = model_folder(cfg.model.path, cfg.model.hub, cfg.model.revision)
+    if tower:
+        return None if cfg.transcoder.tower is None else find(model, cfg.transcoder.tower)
+    return find(model, *chosen_set(cfg))
 
 
 def needed_study(cfg: AppConfig, shipped: bool = False) -> Path:
@@ -383,28 +396,41 @@ def made_study(cfg: AppConfig, scope: Scope, folder: Path) -> StudyFolder:
 
 
 def look_for_labels(cfg: AppConfig) -> None:
-    """Raise `UserError` if `attribution.labels` is neither a finished study nor `none`, before heavy imports."""
+    """Raise `UserError` if `attribution.labels`, or `tower_labels`, is neither a finished study nor `none`, before
+    heavy imports.
+    """
     from vlmscope.core.study import study_folder
 
-    if cfg.attribution.labels not in (None, NO_LABELS):
-        study_folder(cfg.attribution.labels)
+    for named in (cfg.attribution.labels, cfg.attribution.tower_labels):
+        if named not in (None, NO_LABELS):
+            study_folder(named)
 
 
-def labels_folder(cfg: AppConfig) -> Path | None:
-    """The study that names features: that of `attribution.labels`, else the one that is shipped with these."""
-    named = cfg.attribution.labels
-    return shipped_study(cfg) if named is None else None if named == NO_LABELS else Path(named)
+def labels_folder(cfg: AppConfig, tower: bool = False) -> Path | None:
+    """The study that names features: that of `attribution.labels`, else the one that is shipped with these.
+
+    With `tower` that of the vision tower's features, of graphs that have any.
+    """
+    named = cfg.attribution.tower_labels if tower else cfg.attribution.labels
+    if NO_LABELS in (named, cfg.attribution.labels) or (tower and not cfg.attribution.tower):
+        return None
+    return shipped_study(cfg, tower) if named is None else Path(named)
+
+
+def label_folders(cfg: AppConfig) -> list[Path]:
+    """Both studies that name features, as far as there are any."""
+    return [folder for tower in (False, True) if (folder := labels_folder(cfg, tower)) is not None]
 
 
 def feature_labels(
-    cfg: AppConfig, model: str, transcoders: TranscoderSet | None = None, graphs: Sequence[Path] = ()
+    cfg: AppConfig, model: str, scope: Scope | None = None, graphs: Sequence[Path] = ()
 ) -> dict[FeatureId, str]:
     """Labels with scores by feature, except those no better than chance; empty without a study (`labels_folder`).
 
     Args:
         cfg: the run's configuration.
         model: name of the model, which must be that of the study.
-        transcoders: the features' transcoders; None if only graph files are available, which do not name theirs.
+        scope: the features' transcoders; None if only graph files are available, which do not name theirs.
         graphs: files of earlier traces; unless `attribution.labels` is set, they keep the labels that they were given.
     """
     named, labels = cfg.attribution.labels, {}
@@ -412,9 +438,11 @@ def feature_labels(
         from vlmscope.attribution.export import saved_labels
 
         labels = saved_labels(graphs)
-    folder = None if named is None and transcoders is None else labels_folder(cfg)
-    if folder is not None:
-        from vlmscope.features.labels import labels_for
+    for tower in (False, True):
+        folder = None if named is None and scope is None else labels_folder(cfg, tower)
+        if folder is not None:
+            from vlmscope.features.labels import labels_for
 
-        labels |= labels_for(folder, model, None if transcoders is None else transcoders.widths).texts()
+            widths = None if scope is None else scope.at(TOWER if tower else 0).widths
+            labels |= labels_for(folder, model, widths).texts()
     return labels

@@ -28,6 +28,11 @@ def layer_name(layer: int) -> str:
     return f"L{layer}" if layer >= 0 else f"T{layer - TOWER}"
 
 
+def layer_key(layer: int) -> str:
+    """`layer_03` of the decoder, `tower_00` of the vision tower, as in names of files and metrics."""
+    return f"layer_{layer:02d}" if layer >= 0 else f"tower_{layer - TOWER:02d}"
+
+
 class FeatureId(NamedTuple):
     """One latent of one layer's transcoder; sorts by layer, then index; prints as `L3/512`, in the tower `T0/512`."""
 

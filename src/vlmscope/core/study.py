@@ -21,7 +21,8 @@ BINS = 64  # of histograms, two per octave
 LOWEST_OCTAVE = -16  # the first bin starts at 2^-16
 PICTURE = "[picture]"  # replaces soft tokens in text
 LEVELS = 255  # the level of an example's peak
-SHIPPED_STUDY = "assets/orrery2_study"  # of the default model
+# Of the default model, by their ids in the workbench: of its decoder, and of its vision tower.
+SHIPPED_STUDIES = {"shipped": "assets/orrery2_study", "shipped_tower": "assets/orrery2_tower_study"}
 MANIFEST = "study.json"  # head of a study folder, written last: its presence means that the study is finished
 
 Words = tuple[tuple[str, float], ...]

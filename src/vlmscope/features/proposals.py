@@ -43,7 +43,7 @@ from vlmscope.features.labels import (
     detection,
     discoveries,
 )
-from vlmscope.features.study_files import FEATURE_TABLE, FEATURES, StudyFolder, StudyItems, read_table
+from vlmscope.features.study_files import FEATURE_TABLE, FEATURES, StudyFolder, StudyItems, layer_table, read_table
 from vlmscope.metrics.rates import wilson_interval
 
 GAIN = 0.05  # in contrast, that another value or part must bring
@@ -318,7 +318,7 @@ def label_layer(
 
 def _written(study: StudyFolder, layer: int) -> list[str]:
     """The word that each feature raises clearly more than any other token; "" where there is none."""
-    table = read_table(study.path / FEATURES.format(layer), FEATURE_TABLE)
+    table = read_table(study.path / layer_table(FEATURES, layer), FEATURE_TABLE)
     rows = zip(table["top_tokens"].to_pylist(), table["top_logits"].to_pylist(), strict=True)
     return [
         words[0].strip().lower() if len(raised) > 1 and raised[0] > _CLEAR * max(raised[1], 0) else ""

@@ -62,9 +62,9 @@ def small_copy(study: StudyFolder, place: Path, keep: int) -> StudyFolder:
         for layer in study.layers:
             examples = _kept(study.examples(layer), keep)
             used.update(examples["item"].to_pylist())
-            write_table(folder / files.EXAMPLES.format(layer), examples, _ROWS)
-            features = read_table(study.path / files.FEATURES.format(layer), files.FEATURE_TABLE)
-            write_table(folder / files.FEATURES.format(layer), _with_logits(features, keep))
+            write_table(folder / files.layer_table(files.EXAMPLES, layer), examples, _ROWS)
+            features = read_table(study.path / files.layer_table(files.FEATURES, layer), files.FEATURE_TABLE)
+            write_table(folder / files.layer_table(files.FEATURES, layer), _with_logits(features, keep))
         items = study.items.table
         write_table(folder / files.ITEMS, items.filter(np.isin(study.items.ids, sorted(used))), _ROWS)
         for name in (files.GEOMETRY, files.VOCABULARY):

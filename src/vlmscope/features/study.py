@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -67,6 +67,7 @@ _GATHERED = 64 << 20  # bytes of activations of all layers that wait at most, be
 _EXAMPLES_PER_GROUP = 2048  # what some dozens of features have, so that one feature is read quickly
 _ITEMS_PER_GROUP = 1024
 _STATE = "state.json"
+_CLASS, CLASS_TOKEN = -1, "[class]"  # id and word of a vision tower's class tokens
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,38 @@ class StudyInput:
     tensors: dict[str, Tensor]  # arguments of the model's forward, batch size 1
     kinds: np.ndarray  # `[T]` uint8 of `core.study.KINDS`
     record: dict[str, Any]  # its row of the table of items
+    # `[T]`, of a vision tower: which of the tokens that these inputs give it are the item's positions; None: all
+    tokens: np.ndarray | None = None
+
+
+class TowerPositions(NamedTuple):
+    """The positions of pictures in a vision tower: picture by picture, row by row, class tokens before their tile."""
+
+    tokens: np.ndarray  # `[T]` int64, of each the number among all tokens of a forward of the tower
+    kinds: np.ndarray  # `[T]` uint8, `IMAGE`, or `TEXT` for class tokens
+    boxes: list[list[PatchBox]]  # of each picture's patches
+
+
+def tower_positions(vlm: VLM, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]]) -> TowerPositions:
+    """The positions of the pictures of one prompt, at least one."""
+    pictures = [one.tiles for one in vlm.adapter.picture_patches(tensors, sizes, vlm.processor.image_processor)]
+    tiles = [tile for picture in pictures for tile in picture]
+    kinds = [np.repeat([TEXT, IMAGE], (tile.n_class, len(tile.boxes))) for tile in tiles]
+    boxes = [[box for tile in picture for box in tile.boxes] for picture in pictures]
+    tokens = np.concatenate([tile.tokens for tile in tiles])
+    return TowerPositions(tokens, np.concatenate(kinds).astype(np.uint8), boxes)
 
 
 class InputMaker:
-    """Makes inputs of rows, counts unusable rows, and collects the geometries of soft tokens."""
+    """Makes inputs of rows, counts unusable rows, and collects the geometries of soft tokens.
 
-    def __init__(self, vlm: VLM, max_tokens: int, max_skipped: int) -> None:
+    For a vision tower (`site`) an item is the pictures of a row with all words about them: its positions are the
+    patches, picture by picture and row by row, and class tokens; rows without a picture are none.
+    """
+
+    def __init__(self, vlm: VLM, max_tokens: int, max_skipped: int, site: str = "decoder") -> None:
         """Cut inputs off at `max_tokens`; allow `max_skipped` unusable rows."""
-        self.vlm, self.max_tokens, self.max_skipped = vlm, max_tokens, max_skipped
+        self.vlm, self.max_tokens, self.max_skipped, self.site = vlm, max_tokens, max_skipped, site
         self.geometries: list[dict[str, Any]] = []  # new rows of the table
         self.known: set[str] = set()  # keys of all geometries so far
         self.skipped: Counter[str] = Counter()  # by source
@@ -111,6 +136,8 @@ class InputMaker:
         sample = raw.opened()
         sizes = [] if isinstance(sample, Document) else [picture.size for picture in sample.images]
         forwards = encode(self.vlm, sample, self.max_tokens)
+        if self.site == "tower":
+            forwards = forwards[: len(sizes) > 0]  # several exchanges are about the same pictures
         if len(forwards) > PARTS:
             raise UserError(f"{raw.origin}: {len(forwards)} inputs of one row, at most {PARTS}; divide it")
         return [self._input(row, part, raw, sizes, forward) for part, forward in enumerate(forwards)]
@@ -119,13 +146,17 @@ class InputMaker:
         self, row: NumberedRow, part: int, raw: RawSample, sizes: Sequence[tuple[int, int]], forward: dict[str, Tensor]
     ) -> StudyInput:
         adapter = self.vlm.adapter
-        ids = forward["input_ids"][0].numpy(force=True)
-        kinds = np.full(len(ids), TEXT, dtype=np.uint8)
-        if raw.exchanges:
-            kinds[forward[LOSS_MASK][0].numpy(force=True)] = ANSWER
-        kinds[ids == adapter.soft_token_id()] = IMAGE
+        ids, tokens = forward["input_ids"][0].numpy(force=True), None
         tensors = {name: tensor for name, tensor in forward.items() if name != LOSS_MASK}
-        boxes = adapter.soft_token_boxes(tensors, sizes, getattr(self.vlm.processor, "image_processor", None))
+        if self.site == "tower":
+            tokens, kinds, boxes = tower_positions(self.vlm, tensors, sizes)
+            ids = np.where(kinds == IMAGE, adapter.soft_token_id(), _CLASS)
+        else:
+            kinds = np.full(len(ids), TEXT, dtype=np.uint8)
+            if raw.exchanges:
+                kinds[forward[LOSS_MASK][0].numpy(force=True)] = ANSWER
+            kinds[ids == adapter.soft_token_id()] = IMAGE
+            boxes = adapter.soft_token_boxes(tensors, sizes, getattr(self.vlm.processor, "image_processor", None))
         soft, expected = int((kinds == IMAGE).sum()), sum(map(len, boxes))
         if soft != expected:
             raise UserError(
@@ -148,7 +179,7 @@ class InputMaker:
             "kinds": kinds,
             "geometry": self._geometry(boxes),
         }
-        return StudyInput(number, tensors, kinds, record)
+        return StudyInput(number, tensors, kinds, record, tokens)
 
     def _geometry(self, boxes: list[list[PatchBox]]) -> str:
         # The number of boxes of each picture too: two pictures may have the boxes of one.
@@ -166,9 +197,10 @@ class StudyPass:
     def __init__(self, scope: Scope, n: int, m: int, window: int, only: Mapping[int, Tensor] | None = None) -> None:
         """Keep n strongest and m drawn items per feature; `only`: layer -> features [F'], all of them when None."""
         self.scope = scope
-        selected = dict.fromkeys(scope.transcoders.layers) if only is None else dict(sorted(only.items()))
-        self.layers = {
-            layer: LayerStudy(scope.transcoders[layer].config.n_features, n, m, window, scope.adapter.device, features)
+        self.stack, self.transcoders = scope.stack, scope.layers
+        selected = dict.fromkeys(scope.layers) if only is None else dict(sorted(only.items()))
+        self.layers = {  # by the layers of features' ids
+            layer: LayerStudy(self.transcoders[layer].config.n_features, n, m, window, scope.adapter.device, features)
             for layer, features in selected.items()
         }
         self.positions = np.zeros(len(KINDS), dtype=np.int64)  # counted so far, as `items` are
@@ -181,10 +213,15 @@ class StudyPass:
         """Run the model on inputs; their activations are encoded when enough wait, and at the end."""
         for group in grouped(inputs, forward_tokens):
             tensors, kinds = joined([item.tensors for item in group]), np.stack([item.kinds for item in group])
-            mask = tensors.get("attention_mask")
+            mask = tensors.get("attention_mask") if group[0].tokens is None else None
             valid = np.ones(kinds.shape, dtype=bool) if mask is None else mask.bool().numpy(force=True)
-            with watching_mlp_inputs(self.scope.adapter, list(self.layers), partial(self._take, valid)):
-                self.scope.adapter.next_logits(tensors)
+            layers = [layer - self.scope.first_layer for layer in self.layers]
+            take = partial(self._take, valid, [item.tokens for item in group])
+            with watching_mlp_inputs(self.stack, layers, take):
+                if self.scope.transcoders.site == "tower":
+                    self.stack.run(tensors)
+                else:
+                    self.scope.adapter.next_logits(tensors)  # refuses logits that overflow
             self.forwards.append((np.array([item.id for item in group]), kinds, valid))
             self.positions += np.bincount(kinds[valid], minlength=len(KINDS))
             self.items += len(group)
@@ -192,9 +229,14 @@ class StudyPass:
                 self.settle()
         self.settle()
 
-    def _take(self, valid: np.ndarray, layer: int, x: Tensor) -> None:
-        x = x.detach()
-        self.waiting[layer].append(x.flatten(0, 1) if valid.all() else x[torch.from_numpy(valid).to(x.device)])
+    def _take(self, valid: np.ndarray, tokens: Sequence[np.ndarray | None], layer: int, x: Tensor) -> None:
+        rows = x.detach().flatten(0, -2)  # towers may join the pictures of a batch
+        keep = np.flatnonzero(valid)
+        if tokens[0] is not None:
+            each = len(rows) // len(tokens)
+            keep = np.concatenate([number * each + one for number, one in enumerate(tokens)])
+        whole = tokens[0] is None and len(keep) == len(rows)
+        self.waiting[self.scope.first_layer + layer].append(rows if whole else rows[keep])
 
     def settle(self) -> None:
         """Encode and count the activations that wait: batches of small forwards cost less than each one alone."""
@@ -207,18 +249,20 @@ class StudyPass:
         tokens = Tokens(ids, kinds, valid, self.scope.adapter.device)
         for layer, study in self.layers.items():
             x = self.waiting.pop(layer)
-            study.add(self.scope.transcoders[layer].encode(x[0] if len(x) == 1 else torch.cat(x)), tokens)
+            study.add(self.transcoders[layer].encode(x[0] if len(x) == 1 else torch.cat(x)), tokens)
             self.waiting[layer] = []
         self.forwards = []
         self.own_seconds += time.perf_counter() - start
 
 
 def grouped(inputs: Sequence[StudyInput], forward_tokens: int) -> Iterator[list[StudyInput]]:
-    """Inputs for one forward each: of one shape, at most `forward_tokens` tokens."""
+    """Inputs for one forward each: of one shape and number of positions, at most `forward_tokens` tokens."""
     for group in by_shape([item.tensors for item in inputs]):
-        size = max(1, forward_tokens // len(inputs[group[0]].kinds))
-        for start in range(0, len(group), size):
-            yield [inputs[i] for i in group[start : start + size]]
+        lengths = [len(inputs[i].kinds) for i in group]  # a tower's differ where pictures are padded
+        for length in dict.fromkeys(lengths):
+            alike, size = [i for i, one in zip(group, lengths, strict=True) if one == length], forward_tokens // length
+            for start in range(0, len(alike), max(1, size)):
+                yield [inputs[i] for i in alike[start : start + max(1, size)]]
 
 
 class StudyPart:
@@ -302,7 +346,7 @@ def run_part(
     """
     started, saving = time.perf_counter(), 0.0
     seen = StudyPass(scope, config.top, config.samples, config.window)
-    make = InputMaker(scope.vlm, config.max_tokens, config.max_skipped)
+    make = InputMaker(scope.vlm, config.max_tokens, config.max_skipped, scope.transcoders.site)
     if part.state is not None:
         part.load(seen)
         rows.load(part.state["rows"])
@@ -372,7 +416,7 @@ def finish(
     info = StudyInfo(
         model=vlm.name,
         transcoders={**kind, "cross_layer": scope.transcoders.cross_layer},
-        n_features=scope.transcoders.widths,
+        n_features=scope.widths,
         data={**data, "bad_shards": states[0]["bad_shards"]},
         settings=config.decisive(),
         items=sum(state["items"] for state in states),
@@ -383,15 +427,16 @@ def finish(
     )
 
     def token(number: int) -> str:
-        return vlm.tokenizer.decode([number])
+        return CLASS_TOKEN if number == _CLASS else vlm.tokenizer.decode([number])
 
-    count = min(config.logits, vlm.adapter.vocab_size)
+    # A feature of the vision tower writes to no logit directly.
+    count = min(config.logits, vlm.adapter.vocab_size) * (scope.transcoders.site == "decoder")
     shown_items: set[int] = set()
     for layer, width in sorted(info.n_features.items()):
         logits = layer_logits(scope, layer, count) if count else None
         features, examples = layer_tables([part.layer(layer) for part in parts], width, config, logits, token)
-        write_table(study / files.FEATURES.format(layer), features)
-        write_table(study / files.EXAMPLES.format(layer), examples, _EXAMPLES_PER_GROUP)
+        write_table(study / files.layer_table(files.FEATURES, layer), features)
+        write_table(study / files.layer_table(files.EXAMPLES, layer), examples, _EXAMPLES_PER_GROUP)
         shown_items.update(pc.unique(examples["item"]).to_pylist())  # pyright: ignore[reportAttributeAccessIssue]
     _write_items(study, parts, shown_items, token)
     head = {"format": files.NAME, "version": files.VERSION, **asdict(info)}
@@ -500,8 +545,12 @@ def top_examples(
         by_layer.setdefault(feature.layer, []).append(feature.index)
     only = {layer: torch.tensor(indices) for layer, indices in by_layer.items()}
     study = StudyPass(scope, count, 0, MOST_TOKENS, only)
-    kinds = [np.where(item.inputs.is_image, IMAGE, TEXT) for item in items]
-    inputs = [StudyInput(i, item.inputs.tensors, kinds[i], {}) for i, item in enumerate(items)]
+    places = [_places(scope, item.inputs) for item in items]
+    inputs = [
+        StudyInput(i, item.inputs.tensors, place.kinds, {}, place.tokens)
+        for i, (item, place) in enumerate(zip(items, places, strict=True))
+        if len(place.kinds)
+    ]
     study.add(inputs, forward_tokens)
     examples: dict[FeatureId, list[FeatureExample]] = {feature: [] for feature in features}
     for layer, indices in by_layer.items():
@@ -509,23 +558,44 @@ def top_examples(
         pairs = study.layers[layer].kept  # by feature, strongest first
         ends = np.cumsum(pairs.count)
         for row in range(len(pairs)):
-            item, entries = items[pairs.item[row]], slice(ends[row] - pairs.count[row], ends[row])
-            acts = np.zeros(len(item.inputs), dtype=np.float32)
+            number, entries = int(pairs.item[row]), slice(ends[row] - pairs.count[row], ends[row])
+            acts = np.zeros(len(places[number].kinds), dtype=np.float32)
             acts[pairs.positions[entries]] = pairs.levels[entries] * (pairs.peak[row] / LEVELS)
             acts[pairs.position[row]] = pairs.peak[row]
-            examples[FeatureId(layer, indices[pairs.feature[row]])].append(_example(item, acts))
+            example = _example(items[number], places[number], acts)
+            examples[FeatureId(layer, indices[pairs.feature[row]])].append(example)
     return {feature: tuple(shown) for feature, shown in examples.items()}
 
 
-def _example(item: CaptionedPrompt, acts: np.ndarray) -> FeatureExample:
-    inputs = item.inputs
-    soft, text = np.flatnonzero(inputs.is_image), np.flatnonzero(~inputs.is_image)
+class _Places(NamedTuple):
+    """The positions of a prompt that a scope's transcoders see: kinds, numbers in a tower, boxes, and words."""
+
+    kinds: np.ndarray
+    tokens: np.ndarray | None
+    boxes: Sequence[PatchBox | None]
+    words: Sequence[str]
+
+
+def _places(scope: Scope, inputs: ModelInputs) -> _Places:
+    if scope.transcoders.site == "decoder":
+        return _Places(np.where(inputs.is_image, IMAGE, TEXT), None, inputs.patch_boxes, inputs.tokens)
+    if not inputs.sizes:
+        return _Places(np.zeros(0, dtype=np.uint8), np.zeros(0, dtype=np.int64), (), ())
+    tokens, kinds, boxes = tower_positions(scope.vlm, inputs.tensors, inputs.sizes)
+    flat: list[PatchBox | None] = [None] * len(kinds)
+    for position, box in zip(np.flatnonzero(kinds == IMAGE).tolist(), (b for one in boxes for b in one), strict=True):
+        flat[position] = box
+    return _Places(kinds, tokens, flat, [CLASS_TOKEN] * len(kinds))
+
+
+def _example(item: CaptionedPrompt, places: _Places, acts: np.ndarray) -> FeatureExample:
+    soft, text = np.flatnonzero(places.kinds == IMAGE), np.flatnonzero(places.kinds != IMAGE)
     return FeatureExample(
         activation=float(acts.max()),
         caption=item.caption,
         image_png=item.image_png,
-        patch_boxes=tuple(box for i in soft if (box := inputs.patch_boxes[i]) is not None),
+        patch_boxes=tuple(box for i in soft if (box := places.boxes[i]) is not None),
         patch_activations=tuple(acts[soft].tolist()),
-        tokens=tuple(inputs.tokens[i] for i in text),
+        tokens=tuple(places.words[i] for i in text),
         token_activations=tuple(acts[text].tolist()),
     )

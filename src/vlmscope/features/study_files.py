@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from vlmscope.core.artifacts import atomic_path, read_json
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import Exchange, FeatureId, PatchBox
+from vlmscope.core.records import Exchange, FeatureId, PatchBox, layer_key
 from vlmscope.core.study import (
     BINS,
     KINDS,
@@ -42,7 +42,7 @@ from vlmscope.data.mixing import open_source, row_of
 from vlmscope.data.samples import Source
 
 NAME, VERSION = "vlmscope-study", 1
-FEATURES, EXAMPLES = "features/layer_{:02d}.parquet", "examples/layer_{:02d}.parquet"
+FEATURES, EXAMPLES = "features", "examples"  # folders with a table per layer
 ITEMS, GEOMETRY, VOCABULARY = "items.parquet", "geometry.parquet", "vocabulary.parquet"
 
 _STRINGS, _FLOATS, _INTEGERS = pa.list_(pa.string()), pa.list_(pa.float32()), pa.list_(pa.int32())
@@ -68,6 +68,11 @@ GEOMETRY_TABLE = pa.schema(
     | {"rows": _INTEGERS, "columns": _INTEGERS}
 )
 VOCABULARY_TABLE = pa.schema({"id": pa.int32(), "token": pa.string()})
+
+
+def layer_table(folder: str, layer: int) -> str:
+    """The file of a layer's table in a study."""
+    return f"{folder}/{layer_key(layer)}.parquet"
 
 
 def write_table(path: Path, table: pa.Table, rows_per_group: int | None = None) -> None:
@@ -231,9 +236,9 @@ class StudyFolder:
         for index in indices:
             self.check(FeatureId(layer, index))
         filters = [("feature", "in", indices)]
-        table = read_table(self.path / FEATURES.format(layer), FEATURE_TABLE, filters)
+        table = read_table(self.path / layer_table(FEATURES, layer), FEATURE_TABLE, filters)
         rows = {row["feature"]: row for row in table.to_pylist()}
-        examples = read_table(self.path / EXAMPLES.format(layer), EXAMPLE_TABLE, filters)
+        examples = read_table(self.path / layer_table(EXAMPLES, layer), EXAMPLE_TABLE, filters)
         feature_column = examples["feature"].to_numpy()
         for index in indices:
             first, last = np.searchsorted(feature_column, [index, index + 1])
@@ -242,14 +247,14 @@ class StudyFolder:
     def layer(self, layer: int) -> LayerTable:
         """The counts of all features of a layer."""
         self.check(FeatureId(layer, 0))
-        table = read_table(self.path / FEATURES.format(layer), FEATURE_TABLE)
+        table = read_table(self.path / layer_table(FEATURES, layer), FEATURE_TABLE)
         fired = np.stack([table[f"fired_{kind}"].to_numpy() for kind in KINDS], axis=1)
         return LayerTable(layer, fired, table["items_fired"].to_numpy(), table["activation_max"].to_numpy())
 
     def examples(self, layer: int) -> pa.Table:
         """The table of all examples of a layer (`EXAMPLE_TABLE`), by feature, group and rank."""
         self.check(FeatureId(layer, 0))
-        return read_table(self.path / EXAMPLES.format(layer), EXAMPLE_TABLE)
+        return read_table(self.path / layer_table(EXAMPLES, layer), EXAMPLE_TABLE)
 
     def example_items(self, layer: int, top: bool) -> tuple[np.ndarray, np.ndarray]:
         """Features and items [n] int64 of a layer's examples, by feature: the strongest, or those drawn at random."""

@@ -166,7 +166,7 @@ def _graphs(
         by_name = {name: side for name, side in zip(_FOLDERS, sides, strict=True) if not side.file}
         inputs = {name: vlm.prepare(side.prompt, open_images(side.images)) for name, side in by_name.items()}
         scope = load_scope(cfg, vlm, context.overrides)
-        labels = feature_labels(cfg, vlm.name, scope.transcoders, files)
+        labels = feature_labels(cfg, vlm.name, scope, files)
         for name, prepared in inputs.items():
             traced = trace(scope, prepared, cfg.attribution, context.run_dir)
             graphs[name] = with_heads(scope, traced, cfg.attribution).pruned

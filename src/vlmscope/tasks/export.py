@@ -19,11 +19,13 @@ RECORDED = False  # nothing is measured
 class Config:
     """`run` is a folder with a graph.json; graph.html is written next to it.
 
-    `study` is the run of a study that tells what features stand for; by default the one that comes with vlmscope.
+    `study` is the run of a study that tells what features stand for, `tower_study` of those of the vision tower; by
+    default those that come with vlmscope.
     """
 
     run: str | None = None
     study: str | None = None
+    tower_study: str | None = None
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
@@ -33,7 +35,9 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     if cfg.task.run is None:
         raise UserError("task.run is not given: a folder with a graph.json, as in task.run=outputs/my_trace")
-    path, panels = export_graph(Path(cfg.task.run), Path(cfg.task.study) if cfg.task.study else None)
+    path, panels = export_graph(
+        Path(cfg.task.run), [Path(one) for one in (cfg.task.study, cfg.task.tower_study) if one]
+    )
     remove_empty(context.run_dir)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB, {panels} features with examples)")
     return {}

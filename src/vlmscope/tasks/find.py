@@ -84,21 +84,25 @@ def find_by_picture(cfg: AppConfig, context: RunContext, study: StudyFolder) -> 
     from vlmscope.config.wiring import load_model, load_scope, user_pictures
     from vlmscope.features.labels import check_same
     from vlmscope.features.search import find_by_activations
+    from vlmscope.training.batches import collect
     from vlmscope.training.evaluation import warn_if_strange
 
     prompt = cfg.prompt if cfg.prompt is not None else usual_question(study)
     pictures = user_pictures(cfg)
-    scope = load_scope(cfg, load_model(cfg), context.overrides)
-    check_same(study, scope.vlm.name, scope.transcoders.widths)
+    if study.layers[0] < 0 and getattr(cfg.transcoder, "tower", None) is not None:
+        cfg.attribution.tower = True  # a study of the vision tower next to the decoder's transcoders
+    scope = load_scope(cfg, load_model(cfg), context.overrides).at(study.layers[0])
+    check_same(study, scope.vlm.name, scope.widths)
     inputs = scope.vlm.prepare(prompt, pictures)
     if cfg.prompt is None:  # else `load_scope` has asked already
         warn_if_strange(scope, [inputs.tensors])
+    seen = collect(scope.stack, inputs.tensors)
     # The default question is not the user's, so only the picture counts.
-    where = torch.from_numpy(inputs.is_image) if cfg.prompt is None else slice(None)
+    where = seen.is_image if cfg.prompt is None else torch.ones_like(seen.is_image)
     peaks = {}
-    for layer, x in scope.capture(scope.batch([inputs]), study.layers).items():
-        transcoder = scope.transcoders[layer]
-        peaks[layer] = transcoder.encode(x).dense(transcoder.config.n_features)[0, where].amax(0).float().numpy()
+    for layer, transcoder in scope.layers.items():
+        x = seen.by_layer[layer - scope.first_layer][0][where]
+        peaks[layer] = transcoder.encode(x).dense(transcoder.config.n_features).amax(0).float().numpy(force=True)
     names = ", ".join(str(image) for image in cfg.image)
     return f"{names}: {prompt}", find_by_activations(study, peaks, cfg.task.count)
 

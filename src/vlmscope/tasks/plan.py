@@ -141,7 +141,7 @@ def _transcoders(cfg: AppConfig, adapter: Adapter, overrides: tuple[str, ...]) -
         return [chosen.n_features or 4 * d] * layers, chosen
     if not isinstance(chosen, TranscoderArchConfig):
         try:
-            own_set = trained_transcoders(cfg, layers, d)
+            own_set = trained_transcoders(cfg, adapter)
             return [transcoder.config.n_features for transcoder in own_set.transcoders.values()], own_set[0].config
         except UserError:
             if any(override.lstrip("+~").startswith("transcoder") for override in overrides):

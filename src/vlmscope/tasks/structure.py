@@ -55,7 +55,9 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     study, figures = StudyFolder(folder), context.run_dir / "figures"
     modality = structure.modality_table(study)
     scope = load_scope(cfg, load_model(cfg), context.overrides)
-    if scope.transcoders.widths != study.info.n_features:
+    if scope.transcoders.site == "tower":
+        raise UserError("task=structure compares features of the decoder; choose its transcoders and their study")
+    if scope.widths != study.info.n_features:
         raise UserError(f"{study.path} is of other transcoders: layers or widths differ; give those with transcoder=")
     limit = min(cfg.task.items, study.info.rows)
     rows = NumberedRows(open_sources(study.info.data), cfg.study.batch_size, limit=limit)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vlmscope.core.errors import NotMainRank, UserError, check_least
+from vlmscope.core.records import layer_key
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
@@ -100,7 +101,7 @@ def metrics_of(study: StudyFolder) -> dict[str, float]:
         "study/rows": float(info.rows),
         **{f"study/positions_{kind}": float(count) for kind, count in info.positions.items()},
         "study/skipped": float(sum(info.skipped.values())),
-        **{f"layers/study_dead_frac/layer_{layer:02d}": float(is_dead.mean()) for layer, is_dead in dead.items()},
+        **{f"layers/study_dead_frac/{layer_key(layer)}": float(is_dead.mean()) for layer, is_dead in dead.items()},
         "study/features_fired": float(fired),
         "study/dead_frac": 1 - fired / sum(info.n_features.values()),
     }

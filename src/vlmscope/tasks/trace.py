@@ -62,7 +62,7 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Trace `prompt=` on `image=` (none for text alone), or every row of `task.rows=`."""
-    from vlmscope.config.wiring import labels_folder, load_model, load_scope, look_for_labels, user_pictures
+    from vlmscope.config.wiring import label_folders, load_model, load_scope, look_for_labels, user_pictures
 
     look_for_labels(cfg)
     if cfg.task.rows is not None:
@@ -80,7 +80,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     if cfg.task.page:
         from vlmscope.viewer.export import export_graph
 
-        export_graph(context.run_dir, labels_folder(cfg), _WITH_EXAMPLES)
+        export_graph(context.run_dir, label_folders(cfg), _WITH_EXAMPLES)
     print("\n".join(_next_steps(context.run_dir, cfg, context.overrides)))
     return metrics
 
@@ -102,7 +102,7 @@ def _trace_into(
     from vlmscope.report.graph_figure import attribution_graph
     from vlmscope.report.pictures import patch_maps
 
-    labels = feature_labels(cfg, scope.vlm.name, scope.transcoders)
+    labels = feature_labels(cfg, scope.vlm.name, scope)
     traced = with_heads(scope, trace(scope, inputs, cfg.attribution, folder), cfg.attribution)
     graph, pruned, metrics, extra = traced.graph, traced.pruned, traced.metrics(), None
     save_graph(folder / "graph.safetensors", pruned)
@@ -316,14 +316,12 @@ def _refuse(cfg: AppConfig, bad: Sequence[str]) -> int:
 
 def _origin(cfg: AppConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """All settings and files besides the row on which its graph depends, by name."""
-    from vlmscope.config.wiring import labels_folder, model_origin, study_digest, transcoder_origin
+    from vlmscope.config.wiring import label_folders, model_origin, study_digest, transcoder_origin
     from vlmscope.core.artifacts import flat, plain
 
     # The two settings left out change memory and time, not numbers.
     attribution = {k: v for k, v in asdict(cfg.attribution).items() if k not in ("batch_size", "memory_gb")}
-    names = labels_folder(cfg)
-    if names is not None:
-        attribution["labels"] = study_digest(str(names))
+    attribution["labels"] = [study_digest(str(folder)) for folder in label_folders(cfg)]
     task = {"task.figure": cfg.task.figure, "seed": cfg.seed}
     return plain(model_origin(cfg) | transcoder_origin(cfg, overrides) | flat("attribution", attribution) | task)
 

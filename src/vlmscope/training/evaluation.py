@@ -340,25 +340,31 @@ class _Reconstructed:
 
 @torch.no_grad()
 def _reconstructed(scope: Scope, prompts: Mapping[str, Tensor] | InputBatch) -> _Reconstructed:
-    """From one forward of prompts, given as arguments of the Hugging Face model or as a batch of embeddings."""
-    adapter, transcoders = scope.adapter, scope.transcoders
+    """From one forward of prompts, given as arguments of the Hugging Face model or as a batch of embeddings.
+
+    Of a vision tower's set all pictures count as one prompt's.
+    """
+    stack, transcoders = scope.stack, scope.transcoders
     if isinstance(prompts, InputBatch):
         tensors, ids = prompts.tensors, prompts.input_ids
         valid = torch.ones_like(ids, dtype=torch.bool)
     else:
-        tensors = forward_arguments(on_device(adapter, prompts))
+        tensors = forward_arguments(on_device(stack, prompts))
         ids, valid = tensors["input_ids"], valid_tokens(tensors)
-    captured = capture_mlp(adapter, tensors)
-    ids, valid = ids.to(adapter.device), valid.to(adapter.device)
+    captured = capture_mlp(stack, tensors)
+    if stack.site == "tower":
+        tokens = stack.tokens(tensors, captured[0][0].shape[:-1])
+        ids, valid = tokens["input_ids"], valid_tokens(tokens)
+    ids, valid = ids.to(stack.device), valid.to(stack.device)
     dtype = next(transcoders.parameters()).dtype
     inputs = {layer: captured[layer][0][valid].to(dtype) for layer in transcoders.layers}
     codes, outputs = transcoders.encode(inputs), {}
     for layer, transcoder in transcoders.transcoders.items():
-        y = target_at(adapter, layer, transcoder.config.output_hook, captured[layer][1][valid])
+        y = target_at(stack, layer, transcoder.config.output_hook, captured[layer][1][valid])
         outputs[layer] = y, transcoders.decode(layer, codes, inputs[layer])
-    soft = adapter.soft_token_id()
+    soft = stack.soft_token_id()
     is_image = torch.zeros_like(valid) if soft is None else ids == soft
-    return _Reconstructed(outputs, is_image[valid], valid.nonzero()[:, 0])
+    return _Reconstructed(outputs, is_image[valid], valid.nonzero()[:, 0] * (stack.site == "decoder"))
 
 
 def warn_if_strange(scope: Scope, prompts: Sequence[Mapping[str, Tensor] | InputBatch], name: str = "this") -> int:
@@ -367,8 +373,10 @@ def warn_if_strange(scope: Scope, prompts: Sequence[Mapping[str, Tensor] | Input
     `name` is what the line calls a single one. Returns how many are strange: none where the set does not know its usual
     error.
     """
-    if scope.transcoders.usual_error is None or not prompts:
+    if scope.transcoders.usual_error is None:
         return 0
+    if scope.transcoders.site == "tower":  # it sees pictures alone, and no embeddings
+        prompts = [each for each in prompts if not isinstance(each, InputBatch) and shown(scope.stack, each)]
     return _say_strange(scope, [row for each in prompts for row in _reconstructed(scope, each).errors()], name)
 
 
@@ -400,7 +408,7 @@ def warn_if_unfit(scope: Scope, prompt: str | None, pictures: Sequence[Image.Ima
     """
     check_hooks(scope)
     forward = _input(scope.vlm, prompt, pictures)
-    if forward is None:
+    if forward is None or not shown(scope.stack, forward):
         return {}
     found = _reconstructed(scope, forward)
     fvus, tokens = found.fvus(), len(found.is_image)

@@ -7,14 +7,14 @@ alone and fetches nothing. The data is JSON in an element that is never run.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlmscope.core.artifacts import read_json, read_text, shipped, write_text
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
-from vlmscope.core.study import SHIPPED_STUDY
+from vlmscope.core.study import SHIPPED_STUDIES
 from vlmscope.viewer.graphs import ANNOTATIONS, checked, feature_of
 from vlmscope.viewer.runs import GRAPH
 
@@ -31,11 +31,12 @@ def is_built() -> bool:
     return TEMPLATE.is_file()
 
 
-def export_graph(folder: Path, study: Path | None = None, most: int | None = None) -> tuple[Path, int]:
+def export_graph(folder: Path, studies: Sequence[Path] = (), most: int | None = None) -> tuple[Path, int]:
     """Write graph.html next to the graph.json in `folder`; returns its path and how many features have a panel.
 
-    `study` tells what features stand for; without one, the study that comes with vlmscope does for its own model. At
-    `most` so many features get a panel (a tenth of a second each), those with most influence.
+    `studies` (of the decoder, of the vision tower) tell what features stand for; without any, those that come with
+    vlmscope do for their own model. At `most` so many features get a panel (a tenth of a second
+    each), those with most influence.
 
     Raises:
         UserError: there is no graph, the page is not built, or the study is another model's.
@@ -51,7 +52,7 @@ def export_graph(folder: Path, study: Path | None = None, most: int | None = Non
     if (folder / ANNOTATIONS).is_file():
         data["annotations"] = checked(read_json(folder / ANNOTATIONS), str(folder / ANNOTATIONS))
     room = _BYTES - TEMPLATE.stat().st_size - len(embedded_json(data))
-    data["features"], data["pictures"] = feature_panels(graph, study, room, most)
+    data["features"], data["pictures"] = feature_panels(graph, studies, room, most)
     path = folder / PAGE
     write_text(path, read_text(TEMPLATE).replace(_PLACE, embedded_json(data), 1))
     return path, len(data["features"])
@@ -72,9 +73,9 @@ def embedded_json(data: Mapping[str, Any]) -> str:
 
 
 def feature_panels(
-    graph: Mapping[str, Any], study: Path | None, room: int, most: int | None = None
+    graph: Mapping[str, Any], studies: Sequence[Path], room: int, most: int | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """What a study says about the graph's features, the most influential first, in at most `room` bytes.
+    """What studies say about the graph's features, the most influential first, in at most `room` bytes.
 
     Features share many pictures: each is in the list once, and the panels name its number.
     """
@@ -82,24 +83,29 @@ def feature_panels(
     from vlmscope.viewer.studies import OpenStudy, feature_body
 
     model = str(graph.get("metadata", {}).get("scan", ""))
-    try:
-        opened = OpenStudy("", shipped(SHIPPED_STUDY) if study is None else study)
-    except UserError:
-        if study is None:  # not shipped with this copy
-            return {}, []
-        raise
-    if opened.study.info.model != model:
-        if study is None:
-            return {}, []
-        raise UserError(f"the study {study} is of model {opened.study.info.model}, the graph of {model}; give another")
-    maker = PageMaker(opened.study, opened.labels, _EXAMPLES, 0)
+    makers: dict[int, PageMaker] = {}  # by the layers of features
+    for path in studies or map(shipped, SHIPPED_STUDIES.values()):
+        try:
+            opened = OpenStudy("", path)
+        except UserError:
+            if not studies:  # not shipped with this copy
+                continue
+            raise
+        if opened.study.info.model == model:
+            makers |= dict.fromkeys(opened.study.layers, PageMaker(opened.study, opened.labels, _EXAMPLES, 0))
+        elif studies:
+            raise UserError(
+                f"the study {path} is of model {opened.study.info.model}, the graph of {model}; give another"
+            )
     nodes = sorted(graph["nodes"], key=lambda node: node.get("influence") or 0.0)  # cumulative: the first has most
     panels: dict[str, Any] = {}
     pictures: dict[str, int] = {}
     for name in list(dict.fromkeys(name for node in nodes if (name := feature_of(node))))[:most]:
         try:
-            page = maker.page(opened.study.feature(FeatureId.parse(name)))
-        except UserError:  # a feature that the study does not know
+            feature = FeatureId.parse(name)
+            maker = makers[feature.layer]
+            page = maker.page(maker.study.feature(feature))
+        except (UserError, KeyError):  # a feature that the study does not know
             continue
         panel = feature_body(page, "", {"decoder": [], "coactivation": []})
         known = len(pictures)

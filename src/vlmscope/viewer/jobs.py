@@ -29,10 +29,10 @@ from vlmscope.core.artifacts import read_json, read_text, shipped
 from vlmscope.core.errors import UserError
 from vlmscope.core.launch import program
 from vlmscope.core.records import FeatureId
-from vlmscope.core.study import SHIPPED_STUDY, study_folder
+from vlmscope.core.study import SHIPPED_STUDIES, study_folder
 from vlmscope.viewer.safety import Refused, inside
 
-SHIPPED = "shipped:"  # begins the name of a picture of assets/pictures, or alone means the shipped study
+SHIPPED = "shipped:"  # begins the name of a picture of assets/pictures
 _TASKS = {"trace": "trace", "steer": "steer", "generate": "steer", "find": "find"}
 _LONGEST = 20_000  # characters of a prompt
 _MOST = 2_000  # features of an edit
@@ -176,8 +176,8 @@ class Jobs:
     def _study(self, name: Any) -> Path | None:
         if name in (None, ""):
             return None
-        if name in ("shipped", SHIPPED):
-            return study_folder(shipped(SHIPPED_STUDY))
+        if (kept := SHIPPED_STUDIES.get(str(name).rstrip(":"))) is not None:
+            return study_folder(shipped(kept))
         return study_folder(inside(self.root, str(name)))
 
     # ---- the worker
@@ -307,7 +307,7 @@ def result_of(job: Job) -> Any:
     """What a finished job's page shows, from its run folder."""
     if job.task == "find":
         found = read_json(job.folder / "find.json")["features"]
-        return {"rows": [{"feature": f"L{row['layer']}/{row['index']}", "why": row["why"]} for row in found]}
+        return {"rows": [{"feature": str(FeatureId(row["layer"], row["index"])), "why": row["why"]} for row in found]}
     if job.task == "trace":
         return None
     body = read_json(job.folder / "steer.json")

@@ -21,16 +21,15 @@ import pyarrow.parquet as pq
 
 from vlmscope.core.artifacts import read_yaml, shipped
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import FeatureId
-from vlmscope.core.study import KINDS, LEVELS, MANIFEST, SHIPPED_STUDY, TOP, StudyExample, bin_edges, item_hash
+from vlmscope.core.records import TOWER, FeatureId, layer_name
+from vlmscope.core.study import KINDS, LEVELS, MANIFEST, SHIPPED_STUDIES, TOP, StudyExample, bin_edges, item_hash
 from vlmscope.features.labels import Label, Labels
-from vlmscope.features.study_files import EXAMPLE_TABLE, EXAMPLES, FEATURES, StudyFolder, read_table
+from vlmscope.features.study_files import EXAMPLE_TABLE, EXAMPLES, FEATURES, StudyFolder, layer_table, read_table
 from vlmscope.report.feature_page import FeaturePage, PageExample, PageMaker
 from vlmscope.report.pictures import HeatPicture, data_uri
 from vlmscope.viewer.runs import Runs
 from vlmscope.viewer.safety import Refused, inside
 
-SHIPPED = "shipped"  # id of the study that comes with vlmscope
 _OPEN = 3  # studies that are kept in memory
 _EXAMPLES, _SAMPLES = 12, 4  # shown of the strongest inputs, and of each weaker group
 _NEIGHBOURS = 8
@@ -155,7 +154,7 @@ class OpenStudy:
         self.layer, self.index, counts, tokens = [], [], [], []
         for layer in self.study.layers:
             read = ["feature", "items_fired", *(f"fired_{kind}" for kind in KINDS), "activation_max", "top_tokens"]
-            table = pq.read_table(self.study.path / FEATURES.format(layer), columns=read)
+            table = pq.read_table(self.study.path / layer_table(FEATURES, layer), columns=read)
             self.layer.append(np.full(len(table), layer))
             self.index.append(table["feature"].to_numpy())
             columns = [table[f"fired_{kind}"].to_numpy() for kind in KINDS]
@@ -243,7 +242,7 @@ class OpenStudy:
         for layer in {int(self.layer[row]) for row in rows}:
             wanted = {int(self.index[row]): row for row in rows if self.layer[row] == layer}
             filters = [("feature", "in", list(wanted)), ("group", "=", TOP), ("rank", "=", 0)]
-            for found in read_table(self.study.path / EXAMPLES.format(layer), EXAMPLE_TABLE, filters).to_pylist():
+            for found in read_table(self.study.path / layer_table(EXAMPLES, layer), EXAMPLE_TABLE, filters).to_pylist():
                 row = wanted[found.pop("feature")]
                 found |= {"positions": np.array(found["positions"], np.uint16)}
                 found |= {"levels": np.array(found["levels"], np.uint8)}
@@ -322,14 +321,15 @@ class OpenStudy:
             return []
         counts = self.study.info.n_features
         try:
-            decoder = _decoder(folder, feature.layer)
+            first = TOWER if feature.layer < 0 else 0
+            decoder = _decoder(folder, feature.layer - first)
             if len(decoder) != counts[feature.layer]:
                 return []
             own = np.array(decoder[feature.index])
             size = max(counts.values()) * own.nbytes * len(counts)
             rows, values = [], []
             for layer in self.study.layers if size <= _DECODERS else [feature.layer]:
-                decoder = _decoder(folder, layer)
+                decoder = _decoder(folder, layer - first)
                 norms = np.linalg.norm(decoder, axis=1) * np.linalg.norm(own)
                 rows.append(self.row_of[FeatureId(layer, 0)] + np.arange(counts[layer]))
                 values.append(decoder @ own / np.maximum(norms, 1e-20))
@@ -349,7 +349,8 @@ class OpenStudy:
             folder = None
         if folder is not None and (folder / "layer_0.safetensors").is_file():
             return folder
-        return shipped("assets/orrery2_transcoders") if self.study.info.model == "orrery2" else None
+        which = "orrery2_tower_transcoders" if self.study.layers[0] < 0 else "orrery2_transcoders"
+        return shipped(f"assets/{which}") if self.study.info.model == "orrery2" else None
 
 
 class Studies:
@@ -363,21 +364,26 @@ class Studies:
     def listed(self) -> list[dict[str, Any]]:
         """All finished studies, those of runs first."""
         rows = []
-        for name in [*(run.id for run in self.runs.all() if run.body["has"]["study"]), SHIPPED]:
+        for name in [*(run.id for run in self.runs.all() if run.body["has"]["study"]), *SHIPPED_STUDIES]:
             try:
                 study = StudyFolder(self.folder(name))
             except UserError:  # damaged, of another version, or not shipped
                 continue
             labels = sorted(path.stem for path in (study.path / "labels").glob("*.*"))
-            layers = [{"layer": layer, "features": count} for layer, count in sorted(study.info.n_features.items())]
-            title = "the study that comes with vlmscope" if name == SHIPPED else name
+            layers = [
+                {"layer": layer, "name": layer_name(layer), "features": count}
+                for layer, count in sorted(study.info.n_features.items())
+            ]
+            title = name.replace("shipped", "the study that comes with vlmscope").replace("_tower", ": vision tower")
+            title = title if name in SHIPPED_STUDIES else name
             body = {"id": name, "name": title, "model": study.info.model, "items": study.info.items}
             rows.append({**body, "layers": layers, "labels": labels})
         return rows
 
     def folder(self, name: str) -> Path:
         """The folder of a study by its id."""
-        folder = shipped(SHIPPED_STUDY) if name == SHIPPED else inside(self.runs.root, name)
+        kept = SHIPPED_STUDIES.get(name)
+        folder = inside(self.runs.root, name) if kept is None else shipped(kept)
         if not any((place / MANIFEST).is_file() for place in (folder, folder / "study")):
             raise Refused(f"{name[:200]} is no study", 404)
         return folder

@@ -11,14 +11,25 @@ import pytest
 
 from vlmscope.activations import capture_mlp
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import FeatureId
+from vlmscope.core.records import TOWER, FeatureId
 from vlmscope.core.study import ANSWER, IMAGE, KINDS, TEXT, TOP
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.mixing import NumberedRows, open_source, row_of
 from vlmscope.data.samples import Share
 from vlmscope.features.config import StudyConfig
-from vlmscope.features.study import StudyPart, data_record, finish, run_part, study_alone, study_parts
+from vlmscope.features.study import (
+    CaptionedPrompt,
+    StudyPart,
+    data_record,
+    finish,
+    run_part,
+    study_alone,
+    study_parts,
+    top_examples,
+    tower_positions,
+)
 from vlmscope.features.study_files import StudyFolder, open_sources
+from vlmscope.models.base import VisionStack
 from vlmscope.models.batching import LOSS_MASK, encode
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
 from vlmscope.scope import Scope
@@ -233,3 +244,48 @@ def test_families(family: str, tmp_path: Path) -> None:
         item = study.items[number]
         assert len(item.patch_boxes) == (item.kinds == IMAGE).sum() == len(item.pictures)
         assert (item.kinds == ANSWER).any() == vlm.adapter.has_vision
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "idefics3", "gemma4"])
+def test_a_study_of_the_vision_tower_equals_a_plain_loop(family: str, tmp_path: Path) -> None:
+    """Class tokens, windows, tiles, padding: positions are patches row by row, and a picture counts once."""
+    vlm = tiny_vlm(family)
+    stack = VisionStack(vlm.adapter)
+    tower = random_set(stack.n_layers, stack.d_model, WIDTH, 4, seed=1, site="tower").requires_grad_(False)
+    turns = [{"user": "what is this ?", "assistant": "red"}, {"user": "the other one ?", "assistant": "two"}]
+    sizes = [(20, 24), (28, 24), (24, 24), (24, 24), (24, 24)]  # the last ones share a forward
+    for n, size in enumerate(sizes):
+        tiny_image(n).resize(size).save(tmp_path / f"{n}.png")
+    lines = [{"images": [f"{n}.png"], "texts": turns} for n in range(len(sizes))] + [{"text": "the red planet"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scope = Scope(vlm, tower)
+    study = study_alone(tmp_path / "study", scope, _sources(tmp_path), CONFIG)
+    assert study.layers == [TOWER + layer for layer in range(stack.n_layers)] and study.info.items == len(sizes)
+    peaks: dict[int, list[np.ndarray]] = {layer: [] for layer in study.layers}
+    for n in range(len(sizes)):
+        inputs = vlm.prepare("what is this ?", [tiny_image(n).resize(sizes[n])])
+        tokens, kinds, boxes = tower_positions(vlm, inputs.tensors, inputs.sizes)
+        item = study.items[n * 256]
+        assert np.array_equal(item.kinds, kinds) and item.patch_boxes == tuple(boxes[0])
+        assert set(item.tokens) <= {"[class]", vlm.tokenizer.decode([vlm.adapter.soft_token_id()])}
+        for layer, (x, _) in capture_mlp(stack, inputs.tensors).items():
+            acts = tower[layer].encode(x.flatten(0, 1)[tokens]).dense(WIDTH).numpy()
+            peaks[TOWER + layer].append(acts.max(0))
+            for record in study.features(TOWER + layer):
+                for example in record.group(TOP):
+                    if example.item == item.id:
+                        expected = acts[:, record.feature.index]
+                        found = example.activations(len(tokens))[kinds == IMAGE]
+                        assert found == pytest.approx(expected[kinds == IMAGE], abs=1e-3 + float(expected.max()) / 255)
+    for layer, values in peaks.items():
+        for record in study.features(layer):
+            expected = np.stack(values)[:, record.feature.index]
+            assert record.activation_max == pytest.approx(expected.max(), rel=1e-4)
+            assert record.items_fired == (expected > 0).sum() and not record.top_logits
+    # The examples of chosen features are those of the study.
+    record = next(record for record in study.features(TOWER) if record.items_fired)
+    shown = [CaptionedPrompt(vlm.prepare("what is this ?", [tiny_image(n).resize(sizes[n])]), "", None)
+             for n in range(len(sizes))]  # fmt: skip
+    (examples,) = top_examples(scope, [record.feature], shown, 3).values()
+    assert [e.activation for e in examples] == pytest.approx([e.activation for e in record.group(TOP)], rel=1e-4)
+    assert len(examples[0].patch_boxes) == len(examples[0].patch_activations)

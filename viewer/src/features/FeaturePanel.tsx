@@ -23,7 +23,7 @@ export function FeaturePanel({ study, model, feature, named = false }: { study: 
   useEffect(() => void (trail.value = []), [feature]);
   const shown = trail.value.at(-1) ?? feature;
   const { data, error, busy } = useLoad(async () => {
-    const from = study || (await studyOf(model));
+    const from = study || (await studyOf(model, shown));
     if (!from && embedded === null) return null;
     return api.feature(from, shown);
   }, [study, model, shown]);

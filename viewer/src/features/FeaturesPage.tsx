@@ -102,7 +102,7 @@ function Browser({ study, studies, query }: { study: Study; studies: Study[]; qu
           />
         </Field>
         <PictureInput take={findPicture}>By a picture</PictureInput>
-        <Choice name="Layer" value={filters.layer} options={[["", "all layers"], ...study.layers.map(({ layer }) => [String(layer), `layer ${layer}`] as [string, string])]} onChange={(layer) => change({ layer })} />
+        <Choice name="Layer" value={filters.layer} options={[["", "all layers"], ...study.layers.map(({ layer, name }) => [String(layer), layer < 0 ? `tower layer ${name.slice(1)}` : `layer ${layer}`] as [string, string])]} onChange={(layer) => change({ layer })} />
         <Choice name="Where it fires" value={filters.modality} options={[["", "fires anywhere"], ["image", "on pictures"], ["text", "on the prompt"], ["answer", "on answers"]]} onChange={(modality) => change({ modality })} />
         <Choice name="How often it fires" value={filters.density} options={Object.entries(DENSITIES).map(([key, { words }]) => [key, words])} onChange={(density) => change({ density })} />
         <Choice name="Label" value={filters.label} options={[["", "labelled or not"], ["yes", "with a label"], ["no", "without"]]} onChange={(label) => change({ label })} />

@@ -15,10 +15,11 @@ export function allStudies(): Promise<Study[]> {
   return known;
 }
 
-/** The study of a model: one with labels if there is one. Empty when there is none. */
-export async function studyOf(model: string): Promise<string> {
+/** The study of a model that has a feature, of its decoder or its vision tower: one with labels if there is one. Empty when there is none. */
+export async function studyOf(model: string, feature: string): Promise<string> {
   if (embedded !== null) return "";
-  const own = (await allStudies()).filter((study) => !model || study.model === model);
+  const tower = feature.startsWith("T");
+  const own = (await allStudies()).filter((study) => (!model || study.model === model) && study.layers.some(({ layer }) => layer < 0 === tower));
   return (own.find((study) => study.labels.length) ?? own[0])?.id ?? "";
 }
 

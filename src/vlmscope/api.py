@@ -38,7 +38,7 @@ from vlmscope.attention import WhereMaps
 from vlmscope.attribution.config import AttributionConfig, WhereConfig
 from vlmscope.attribution.trace import Trace
 from vlmscope.core.errors import UserError, check_choice
-from vlmscope.core.records import TOWER, FeatureId
+from vlmscope.core.records import FeatureId
 from vlmscope.core.results import MODES, FeatureExample, html_table, text_table
 from vlmscope.features.config import StudyConfig
 from vlmscope.scope import Pictures, Scope, opened, picture_list
@@ -93,20 +93,6 @@ def _settings(config: type[T], given: Mapping[str, Any]) -> T:
 
 def _feature(name: Feature) -> FeatureId:
     return name if isinstance(name, FeatureId) else FeatureId.parse(name)
-
-
-def _labels(scope: Scope, study: str | None = None, tower_study: str | None = None) -> dict[FeatureId, str]:
-    """Labels of features, of labelled studies or of those that are shipped with model and transcoders."""
-    from vlmscope.config.wiring import NO_LABELS
-    from vlmscope.features.labels import labels_for
-
-    labels: dict[FeatureId, str] = {}
-    sides = [(scope, study)] + ([(scope.at(TOWER), tower_study)] if scope.tower is not None else [])
-    for side, given in sides:
-        named = given or side.study
-        if named is not None and NO_LABELS not in (named, study):
-            labels |= labels_for(named, scope.vlm.name, side.widths).texts()
-    return labels
 
 
 def _picture(draw: Callable[[Path], object], path: str | Path | None) -> Image.Image:
@@ -178,9 +164,8 @@ def load(
         choice = Choice(*(chosen.get(key) for key in ("width", "l0", "affine")))
         folder = set_folder(chosen["path"], revision or chosen.get("revision"), choice=choice)
         stack = stack_of(adapter, open_set(folder, choice=choice).config.site)
-        loaded = load_set(folder, stack.n_layers, stack.d_model, choice=choice)
-        loaded = loaded.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)
-        return loaded, shipped_study(vlm.path or "", folder, choice=choice)
+        loaded = load_set(folder, stack.n_layers, stack.d_model, choice=choice).requires_grad_(False)
+        return loaded.to(adapter.device, adapter.dtype), shipped_study(vlm.path or "", folder, choice=choice)
 
     below = (None, None) if tower is None else read(tower, None)
     scope = Scope(vlm, *read(transcoders, transcoder_revision), *below)
@@ -316,13 +301,14 @@ def trace(scope: Scope, prompt: str, images: Pictures = (), **settings: Any) -> 
     """
     from vlmscope.attribution.trace import target_maps, with_heads
     from vlmscope.attribution.trace import trace as run
+    from vlmscope.features.labels import scope_labels
     from vlmscope.training.evaluation import warn_if_strange
 
     config = _settings(AttributionConfig, settings)
     pictures = tuple(map(opened, picture_list(images)))
     if config.patches and not pictures:
         raise UserError("patches=True needs a picture; give images=[path or PIL image]")
-    labels = _labels(scope, config.labels, config.tower_labels)
+    labels = scope_labels(scope, config.labels, config.tower_labels)
     inputs = scope.inputs(prompt, pictures)
     warn_if_strange(scope, [inputs.tensors])
     traced = with_heads(scope, run(scope, inputs, config), config)
@@ -519,9 +505,7 @@ def where(
     top, inputs = settings.pop("top", 3), scope.inputs(prompt, pictures)
     warn_if_strange(scope, [inputs.tensors])
     config = _settings(WhereConfig, settings)
-    chosen = list(map(_feature, features))
-    if not chosen:
-        chosen = [readout.feature for readout in image_features(scope, scope.batch([inputs]), top)]
+    chosen = [*map(_feature, features)] or [one.feature for one in image_features(scope, scope.batch([inputs]), top)]
     if not chosen:
         raise UserError("no feature is active on the soft tokens of this prompt; choose other transcoders")
     found = where_maps(scope, inputs, chosen, config, AttributionConfig())
@@ -572,8 +556,8 @@ def study(scope: Scope, prompt: str, images: Pictures, features: Sequence[Featur
     `.plot()` draws them as heat over each picture. For all features and much data: `study_data`.
     """
     from vlmscope.data.images import png_bytes
+    from vlmscope.features.labels import scope_labels
     from vlmscope.features.study import CaptionedPrompt, top_examples
-    from vlmscope.interventions.edits import by_layer
     from vlmscope.training.evaluation import warn_if_strange
 
     given = picture_list(images)
@@ -583,17 +567,8 @@ def study(scope: Scope, prompt: str, images: Pictures, features: Sequence[Featur
         for picture, name in zip(map(opened, given), names, strict=True)  # one large picture at a time
     ]
     warn_if_strange(scope, [item.inputs.tensors for item in items])
-    found: dict[str, tuple[FeatureExample, ...]] = {}
-    for tower in (False, True):
-        mine = [feature for feature in map(_feature, features) if (feature.layer < 0) == tower]
-        if not mine:
-            continue
-        side = scope.at(mine[0].layer)
-        below = side.first_layer
-        chosen = by_layer(side.transcoders, [FeatureId(layer - below, index) for layer, index in mine])
-        ids = [FeatureId(below + layer, index) for layer, indices in chosen.items() for index in indices.tolist()]
-        found |= {str(feature): examples for feature, examples in top_examples(side, ids, items, count).items()}
-    return StudyResult(found, {str(feature): label for feature, label in _labels(scope).items()})
+    found = {str(key): shown for key, shown in top_examples(scope, [*map(_feature, features)], items, count).items()}
+    return StudyResult(found, {str(feature): label for feature, label in scope_labels(scope).items()})
 
 
 @_takes(StudyConfig)

@@ -18,6 +18,7 @@ from vlmscope.core.artifacts import files_digest, flat, folder_digest
 from vlmscope.core.errors import UserError
 from vlmscope.core.launch import LARGE_MODULES, import_quickly, program
 from vlmscope.core.records import TOWER
+from vlmscope.core.study import NO_LABELS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 
 # Files of a model's folder that decide its input tokens and its computation, besides the weights.
 _MODEL_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*/*.jinja")
-
-
-NO_LABELS = "none"  # of `attribution.labels`: features are shown by their ids alone
 
 _KEPT: dict[str, tuple[str, Any]] | None = None
 _tell: Callable[[str], None] = print

@@ -23,6 +23,7 @@ PICTURE = "[picture]"  # replaces soft tokens in text
 LEVELS = 255  # the level of an example's peak
 # Of the default model, by their ids in the workbench: of its decoder, and of its vision tower.
 SHIPPED_STUDIES = {"shipped": "assets/orrery2_study", "shipped_tower": "assets/orrery2_tower_study"}
+NO_LABELS = "none"  # in the place of a study: features are shown by their ids alone
 MANIFEST = "study.json"  # head of a study folder, written last: its presence means that the study is finished
 
 Words = tuple[tuple[str, float], ...]

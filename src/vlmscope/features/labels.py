@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +24,13 @@ from scipy.special import ndtr
 
 from vlmscope.core.artifacts import read_yaml
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import FeatureId
+from vlmscope.core.records import TOWER, FeatureId
+from vlmscope.core.study import NO_LABELS
 from vlmscope.features.study_files import StudyFolder, read_table, write_table
 from vlmscope.metrics.rates import benjamini_hochberg, wilson_interval
+
+if TYPE_CHECKING:
+    from vlmscope.scope import Scope
 
 FOLDER = "labels"
 HAND = "hand.yaml"  # next to the sets; no task writes it
@@ -309,6 +313,20 @@ def labels_for(path: str | Path, model: str, n_features: Mapping[int, int] | Non
     labels = Labels(study)
     if not labels.all():
         raise UserError(f"{study.path} has no labels; run task=label study.path={path}")
+    return labels
+
+
+def scope_labels(scope: Scope, study: str | None = None, tower_study: str | None = None) -> dict[FeatureId, str]:
+    """Trusted labels of a scope's features, of named studies or of those that are shipped with model and transcoders.
+
+    A study named `NO_LABELS` gives none.
+    """
+    labels: dict[FeatureId, str] = {}
+    sides = [(scope, study)] + ([(scope.at(TOWER), tower_study)] if scope.tower is not None else [])
+    for side, given in sides:
+        named = given or side.study
+        if named is not None and NO_LABELS not in (named, study):
+            labels |= labels_for(named, scope.vlm.name, side.widths).texts()
     return labels
 
 

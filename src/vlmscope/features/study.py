@@ -54,7 +54,7 @@ from vlmscope.features import study_files as files
 from vlmscope.features.config import MOST_TOKENS, StudyConfig
 from vlmscope.features.readouts import layer_logits
 from vlmscope.features.study_files import StudyFolder, geometry_row, open_sources, read_table, write_table
-from vlmscope.features.study_tables import LayerStudy, Tokens, layer_tables
+from vlmscope.features.study_tables import LayerStudy, Tokens, layer_tables, tower_positions
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import LOSS_MASK, by_shape, encode, joined
 from vlmscope.models.checkpoint import model_fingerprint
@@ -80,24 +80,6 @@ class StudyInput:
     record: dict[str, Any]  # its row of the table of items
     # `[T]`, of a vision tower: which of the tokens that these inputs give it are the item's positions; None: all
     tokens: np.ndarray | None = None
-
-
-class TowerPositions(NamedTuple):
-    """The positions of pictures in a vision tower: picture by picture, row by row, class tokens before their tile."""
-
-    tokens: np.ndarray  # `[T]` int64, of each the number among all tokens of a forward of the tower
-    kinds: np.ndarray  # `[T]` uint8, `IMAGE`, or `TEXT` for class tokens
-    boxes: list[list[PatchBox]]  # of each picture's patches
-
-
-def tower_positions(vlm: VLM, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]]) -> TowerPositions:
-    """The positions of the pictures of one prompt, at least one."""
-    pictures = [one.tiles for one in vlm.adapter.picture_patches(tensors, sizes, vlm.processor.image_processor)]
-    tiles = [tile for picture in pictures for tile in picture]
-    kinds = [np.repeat([TEXT, IMAGE], (tile.n_class, len(tile.boxes))) for tile in tiles]
-    boxes = [[box for tile in picture for box in tile.boxes] for picture in pictures]
-    tokens = np.concatenate([tile.tokens for tile in tiles])
-    return TowerPositions(tokens, np.concatenate(kinds).astype(np.uint8), boxes)
 
 
 class InputMaker:
@@ -539,10 +521,21 @@ def top_examples(
     """The `count` items on which each feature is most active at any position, strongest first; ties keep their order.
 
     A feature that never fires gets no example. Activations below the peak are good to 1/510 of it, as in a study.
+
+    Raises:
+        UserError: the transcoders do not have one of the features.
     """
     by_layer: dict[int, list[int]] = {}
     for feature in dict.fromkeys(features):
+        width = scope.at(feature.layer).widths.get(feature.layer, 0)
+        if feature.index >= width:
+            raise UserError(f"feature {feature}: its layer has {width} features")
         by_layer.setdefault(feature.layer, []).append(feature.index)
+    if len({layer < 0 for layer in by_layer}) > 1:  # of the tower and of the decoder
+        sides = [[feature for feature in features if (feature.layer < 0) == below] for below in (True, False)]
+        both = [top_examples(scope, side, items, count, forward_tokens) for side in sides]
+        return {feature: both[feature.layer >= 0][feature] for feature in features}
+    scope = scope.at(min(by_layer, default=0))
     only = {layer: torch.tensor(indices) for layer, indices in by_layer.items()}
     study = StudyPass(scope, count, 0, MOST_TOKENS, only)
     places = [_places(scope, item.inputs) for item in items]

@@ -24,9 +24,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from vlmscope.core.study import BINS, IMAGE, KINDS, LEVELS, LOWEST_OCTAVE, TOP, item_hash
+from vlmscope.core.records import PatchBox
+from vlmscope.core.study import BINS, IMAGE, KINDS, LEVELS, LOWEST_OCTAVE, TEXT, TOP, item_hash
 from vlmscope.features.config import StudyConfig
 from vlmscope.features.study_files import EXAMPLE_TABLE, FEATURE_TABLE
+from vlmscope.models.loading import VLM
 from vlmscope.transcoders.transcoder import SparseCode
 
 NEVER = np.iinfo(np.int64).max
@@ -111,6 +113,24 @@ def chosen(pairs: Pairs, n_features: int, n: int, m: int) -> Chosen:
         last = draw[rank == m - 1]
         limit[pairs.feature[last]] = item_hash(pairs.item[last])
     return Chosen(pairs.take(order[keep[order]]), peak, item, limit)
+
+
+class TowerPositions(NamedTuple):
+    """The positions of pictures in a vision tower: picture by picture, row by row, class tokens before their tile."""
+
+    tokens: np.ndarray  # `[T]` int64, of each the number among all tokens of a forward of the tower
+    kinds: np.ndarray  # `[T]` uint8, `IMAGE`, or `TEXT` for class tokens
+    boxes: list[list[PatchBox]]  # of each picture's patches
+
+
+def tower_positions(vlm: VLM, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]]) -> TowerPositions:
+    """The positions of the pictures of one prompt, at least one."""
+    pictures = [one.tiles for one in vlm.adapter.picture_patches(tensors, sizes, vlm.processor.image_processor)]
+    tiles = [tile for picture in pictures for tile in picture]
+    kinds = [np.repeat([TEXT, IMAGE], (tile.n_class, len(tile.boxes))) for tile in tiles]
+    boxes = [[box for tile in picture for box in tile.boxes] for picture in pictures]
+    tokens = np.concatenate([tile.tokens for tile in tiles])
+    return TowerPositions(tokens, np.concatenate(kinds).astype(np.uint8), boxes)
 
 
 class Tokens:

@@ -26,9 +26,9 @@ from vlmscope.features.study import (
     study_alone,
     study_parts,
     top_examples,
-    tower_positions,
 )
 from vlmscope.features.study_files import StudyFolder, open_sources
+from vlmscope.features.study_tables import tower_positions
 from vlmscope.models.base import VisionStack
 from vlmscope.models.batching import LOSS_MASK, encode
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm

@@ -9,7 +9,6 @@ from transformers import AutoTokenizer
 
 from vlmscope.config import catalog
 from vlmscope.config.catalog import asset
-from vlmscope.config.resolve import CONFIG_ERRORS
 from vlmscope.core.errors import UserError
 from vlmscope.data.config import PromptConfig, PromptSetConfig
 from vlmscope.data.orrery import scenes as facts
@@ -26,11 +25,6 @@ def prompts(name: str) -> dict[str, PromptConfig]:
     assert isinstance(chosen, PromptSetConfig) and chosen.source
     assert all(isinstance(prompt, PromptConfig) for prompt in chosen.prompts.values())
     return chosen.prompts
-
-
-def test_every_case_study_has_a_set_and_an_analogue_in_orrery() -> None:
-    assert GEMMA == ["captioning", "cross_modal", "mars_earth", "six_fingers", "visual_arithmetic"]
-    assert len(ORRERY) == len(GEMMA)
 
 
 @pytest.mark.parametrize("name", ORRERY)
@@ -77,17 +71,6 @@ def test_the_captioning_prompt_is_the_turn_of_the_papers_training() -> None:
     )
 
 
-def test_only_what_was_read_is_called_the_papers() -> None:
-    assert [name for name in SETS for prompt in prompts(name).values() if prompt.wording == "paper"] == ["captioning"]
-
-
-def test_a_prompt_can_be_chosen_by_its_name() -> None:
-    chosen = composed("prompts=orrery_planets", "prompt_name=mars_colour", "image=mars.png")
-    assert chosen.prompt == "what colour is this planet ?"
-    assert composed("prompts=orrery_cross_modal", "prompt_name=mars_text").prompt == "what colour is mars ?"
-    assert composed("prompts=orrery_planets").prompt is None
-
-
 def test_the_command_line_goes_before_an_experiments_prompt_name(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     body = "# @package _global_\ndefaults:\n  - override /prompts: orrery_cross_modal\nprompt_name: mars_text\n"
@@ -122,8 +105,3 @@ def test_mistakes_are_one_line(overrides: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words) as raised:
         composed(*overrides)
     assert "\n" not in str(raised.value)
-
-
-def test_a_misspelt_key_of_a_prompt_fails() -> None:
-    with pytest.raises(CONFIG_ERRORS, match="answr"):
-        composed("prompts=mars_earth", "prompts.prompts.mars.answr=Mars")

@@ -53,17 +53,6 @@ def test_its_edges_end_at_the_difference_of_the_two_answers(made: Path) -> None:
     assert load_graph(made / "graph.safetensors").graph.logit_tokens == ["mars - earth"]
 
 
-def test_metrics_and_page_say_how_faithful_it_is_beside_its_control(made: Path) -> None:
-    found = json.loads((made / "metrics.json").read_text())
-    assert found["discovery/name/free/faithfulness_control"] < found["discovery/name/free/faithfulness"]
-    assert found["circuit/graphs"] == 2 and 0 < found["circuit/influence_share"] < 1
-    page = (made / "report.html").read_text()
-    for text in ("of the logit difference on test pairs", "matched features", "Faithfulness over circuit size"):
-        assert text in page, text
-    assert (made / "figures" / "circuit.png").stat().st_size > 10_000
-    assert set(json.loads((made / "discovery.json").read_text())) == {"name"}
-
-
 def test_an_input_of_ones_own_is_traced_instead_and_the_circuit_is_loaded_again(made: Path, tmp_path: Path) -> None:
     place = made / "circuits" / "name"
     again = ["task=circuit", "tracking=none", f"task.load={place}", "task.figure=false", "pairs=planet"]

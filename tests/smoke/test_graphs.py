@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-import vlmscope
 from vlmscope.app import main
 from vlmscope.attribution.export import load_graph
 from vlmscope.data.orrery.dataset import concept_scenes
@@ -147,15 +146,3 @@ def test_a_run_of_rows_is_aggregated(run: Path, tmp_path: Path) -> None:
     assert set(nodes.graphs) == {5}
     assert read(tmp_path / "metrics.json")["aggregate/nodes_in_all"] == (nodes.kept_in == 5).sum() > 0
     assert (tmp_path / "figures" / "aggregate.png").is_file()
-
-
-def test_the_python_calls_show_small_tables(run: Path, pictures: Path) -> None:
-    scope = vlmscope.load(check=False)
-    traced = vlmscope.trace(scope, QUESTION, [pictures / "mars_0.png"], max_nodes=150)
-    assert "mars  p = " in repr(traced) and "completeness score" in repr(traced)
-    assert repr(traced).count("\n") < 14
-    assert traced._repr_html_().startswith("<table>")
-    same = vlmscope.compare(traced, run / "rows" / "mars_0", names=("call", "command"))
-    assert same.summary().edge_jaccard == pytest.approx(1.0)
-    both = vlmscope.aggregate([run / "rows" / "mars_1", traced.pruned])
-    assert both.n_graphs == 2

@@ -81,29 +81,6 @@ def test_maps_over_patches_sum_to_the_edges_of_the_picture(run_dir: Path) -> Non
     assert {path.name for path in (run_dir / "figures").iterdir()} == {"graph.png", "patches.png"}
 
 
-def test_little_memory_gives_the_same_graph_and_leaves_no_files(picture: Path, run_dir: Path, tmp_path: Path) -> None:
-    assert traced(tmp_path, picture, "attribution.patches=true", "attribution.memory_gb=0.05") == 0
-    first, second = (load_graph(folder / "graph.safetensors") for folder in (run_dir, tmp_path))
-    assert np.array_equal(first.graph.indices, second.graph.indices)
-    assert np.array_equal(first.edge_mask, second.edge_mask)
-    np.testing.assert_allclose(first.graph.weights, second.graph.weights, rtol=0, atol=1e-6)
-    names = [{path.name for path in folder.iterdir()} for folder in (run_dir, tmp_path)]
-    assert names[0] == names[1]
-
-
-@pytest.mark.parametrize("choice", ["influence", "total_effect"])
-def test_what_is_left_out_is_in_the_metrics(picture: Path, run_dir: Path, tmp_path: Path, choice: str) -> None:
-    more = ("attribution.max_nodes=500", f"attribution.choice={choice}", "task.figure=false")
-    assert traced(tmp_path, picture, *more) == 0
-    pruned = load_graph(tmp_path / "graph.safetensors")
-    kinds, flow = pruned.graph.nodes.kind, pruned.influence
-    ending = ~np.isin(kinds, (NodeKind.FEATURE, NodeKind.LOGIT))
-    share = flow[kinds == NodeKind.LEFT_OUT].sum() / flow[ending].sum()
-    assert 0.01 < share < 0.5 and metrics_of(tmp_path)["graph/left_out_share"] == pytest.approx(share)
-    assert metrics_of(run_dir)["graph/left_out_share"] == 0.0
-    assert pruned.graph.meta["choice"] == choice
-
-
 @pytest.mark.parametrize("mode", ["L", "RGBA", "1x1", "huge"])
 def test_odd_pictures_are_traced_to_their_patches(tmp_path: Path, mode: str) -> None:
     sizes = {"1x1": (1, 1), "huge": (4000, 700)}

@@ -100,16 +100,6 @@ def test_shards_of_a_mix_are_built_and_trained_on(tmp_path: Path, refusal: Calla
     assert "number 3, and data.max_bad_shards=2" in refusal(*train, f"hydra.run.dir={tmp_path / 'bad'}")
 
 
-def test_a_sweep_shows_each_job_with_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sweep = ["-m", *MIX, "transcoder.expansion_factor=2,3", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
-    assert main(sweep) == 0
-    console = capsys.readouterr()
-    told = [line for line in console.out.splitlines() if line.startswith(("expansion_factor=", "FVU by layer "))]
-    assert told[::2] == ["expansion_factor=2", "expansion_factor=3"] and len(told) == 4
-    assert "transcoders expansion_factor=3:" in console.err  # the bar
-    assert json.loads((tmp_path / "sweep" / "1" / "metrics.json").read_text())["data/text/tokens_share"] > 0
-
-
 def test_the_command_line_and_the_python_api_say_the_same(tmp_path: Path) -> None:
     """On Orrery, with what a graph says: features whose removal or exchange moves the answer more than others do."""
     from vlmscope.data.orrery.dataset import concept_scenes

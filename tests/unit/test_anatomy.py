@@ -4,28 +4,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
 from vlmscope.analyses.anatomy import (
     Side,
     ablations,
-    anatomy,
     answer_ids,
     case_set,
     default_questions,
-    influence_rows,
     measured,
     metrics_of,
 )
-from vlmscope.attribution.config import AttributionConfig
 from vlmscope.config.catalog import asset
-from vlmscope.core.errors import UserError
 from vlmscope.data.inputs import other_pictures
 from vlmscope.interventions.ablation import Ablation, all_sites, block_outputs, without_mlps
 from vlmscope.models.base import exact_float64
 from vlmscope.models.loading import load_named
 from vlmscope.models.tiny import tiny_image, tiny_vlm
-from vlmscope.report.anatomy import HEADLINES, console, draw_anatomy, measure_of, need, told, value
+from vlmscope.report.anatomy import HEADLINES, measure_of, need, told, value
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import random_set
 
@@ -74,27 +69,6 @@ def test_the_table_is_what_hooks_and_counts_say(vlm) -> None:
     assert value(table, "q", "kl", blocks="mlp") == pytest.approx(float(kl), abs=1e-10)
     assert set(table.layers) == {"all", "0-1", "2-3" if vlm.adapter.n_layers == 4 else "2"}
     assert set(table[table.method == "resample"].layers) == {"all"}
-
-
-def test_influence_by_role_is_a_share(vlm) -> None:
-    transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 40, 6, seed=6, dtype=torch.float64)
-    scope = Scope(vlm, transcoders.requires_grad_(False))
-    table = anatomy(vlm, {"q": sides(vlm)}, 1, scope, 2, AttributionConfig(dtype="float64", max_nodes=60))
-    shares = table[table.measure == "influence"]
-    assert set(shares.blocks) == {"features", "tokens", "errors"} and set(shares.cases) == {2}
-    assert np.allclose(shares.groupby("blocks").value.sum(), 1.0)
-    assert (value(table, "q", "influence", blocks="features", positions="image") > 0) == vlm.adapter.has_vision
-    again = influence_rows(scope, case_set(vlm, "q", sides(vlm)), 2, AttributionConfig(dtype="float64", max_nodes=60))
-    assert pd.DataFrame(again).value.tolist() == shares.value.tolist()
-
-
-def test_the_default_questions_fit_the_model(vlm) -> None:
-    asked = default_questions(vlm, 3)
-    assert ("name" in asked, "text_sum" in asked) == (vlm.adapter.has_vision, True)
-    assert {len(cases) for cases in asked.values()} == {3}
-    table = anatomy(vlm, {name: asked[name] for name in list(asked)[-2:]}, methods=["mean"])
-    assert measure_of(table) == "kl" and set(table.method) == {"", "mean"}  # a random model answers nothing
-    assert console(table).count("\n") == 3 and "text_sum" in console(table)
 
 
 def test_orrerys_shapes_hardly_need_mlps_and_its_sums_do() -> None:
@@ -151,19 +125,6 @@ def test_need_is_what_is_lost_of_what_goes_beyond_the_prior(made: pd.DataFrame) 
     assert told(numbers, "accuracy") == (
         "all MLPs averaged: accuracy 0.50 everywhere, 0.90 at soft tokens (as it is 0.90, most frequent answer 0.10)"
     )
-
-
-def test_the_figure_has_a_line_for_each_question(made: pd.DataFrame, tmp_path) -> None:
-    sizes = []
-    for table in (made[made.question == "a"], made):
-        with Image.open(draw_anatomy(table, tmp_path / "anatomy.png")) as image:
-            sizes.append(image.size)
-    assert sizes[0][0] == sizes[1][0] and sizes[0][1] < sizes[1][1]
-
-
-def test_one_case_has_no_mean(vlm) -> None:
-    with pytest.raises(UserError, match="two or more"):
-        case_set(vlm, "q", sides(vlm)[:1])
 
 
 def test_without_mlps_is_the_mean_of_the_other_pictures() -> None:

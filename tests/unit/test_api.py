@@ -1,6 +1,5 @@
 """`vlmscope.load`: folders and hub ids, and the check that the transcoders fit; what a Scope runs."""
 
-import inspect
 import json
 import logging
 import shutil
@@ -88,31 +87,6 @@ def test_a_hub_id_needs_its_commit(cache: Path, saved: Path) -> None:
         vlmscope.load("orery")
     with pytest.raises(UserError, match=r"add transcoder.revision=<commit"):
         vlmscope.load(saved / "model", SET)
-
-
-def test_a_study_of_a_folder_and_of_named_sources(tmp_path) -> None:
-    scope = vlmscope.load(check=False)
-    (tmp_path / "train.jsonl").write_text('{"text": "this planet is mars"}\n{"text": "this planet is earth"}\n')
-    study = vlmscope.study_data(scope, tmp_path, tmp_path / "study", top=2, samples=0, logits=3)
-    assert study.info.items == 2
-    record = next(r for r in study.features(3) if r.items_fired == 2)
-    assert [e.rank for e in record.examples] == [0, 1]
-    assert len(record.top_logits) == len(record.bottom_logits) == 3
-    again = vlmscope.open_study(tmp_path / "study").feature(record.feature)
-    assert again.fired == record.fired
-    named = {"one": {"kind": "folder", "path": str(tmp_path), "limit": 1}}
-    assert vlmscope.study_data(scope, named, tmp_path / "other", top=2).info.items == 1
-
-
-def test_completion_offers_the_public_functions_alone() -> None:
-    assert dir(vlmscope) == sorted(vlmscope.__all__)
-    assert all(callable(getattr(vlmscope, name)) for name in vlmscope.__all__ if name != "__version__")
-    with pytest.raises(AttributeError, match="no attribute 'importlib'"):
-        vlmscope.importlib  # pyright: ignore  # noqa: B018
-    shown = inspect.signature(vlmscope.trace)
-    assert list(shown.parameters)[:3] == ["scope", "prompt", "images"]
-    assert (shown.parameters["max_nodes"].annotation, shown.parameters["max_nodes"].default) == ("int", 7500)
-    assert "top" in inspect.signature(vlmscope.where).parameters
 
 
 @pytest.fixture(scope="module")
@@ -232,16 +206,6 @@ def test_where_features_look() -> None:
     assert name in repr(again) and again.plot().width > again.plot().height > 100
     with pytest.raises(UserError, match="no picture"):
         vlmscope.where(scope, "what is this ?", [])
-
-
-def test_examples_of_a_feature_are_drawn(orrery: Any, tmp_path: Path) -> None:
-    pictures = [MARS, Path(asset("pictures/earth.png"))]
-    (feature,) = vlmscope.where(orrery, QUESTION, MARS, top=1).maps
-    found = vlmscope.study(orrery, QUESTION, pictures, [feature])
-    frame = found.to_frame()
-    assert frame.activation.is_monotonic_decreasing and set(frame.caption) <= set(map(str, pictures))
-    assert found.plot(tmp_path / "sheet.png").width > 500 and (tmp_path / "sheet.png").is_file()
-    assert "png" in repr(found) and "PNG" not in repr(found)  # names of pictures, not their bytes
 
 
 def test_a_scope_runs_the_model_as_hugging_face_does(saved: Path, tmp_path: Path) -> None:

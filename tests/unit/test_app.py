@@ -55,20 +55,6 @@ sys.exit(main())
 
 
 @pytest.fixture
-def fresh(tmp_path: Path):
-    """Run a command line with the task above in an interpreter of its own."""
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "dummy.py").write_text(DUMMY)
-    (tmp_path / "driver.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'src')!r})\n{DRIVER}")
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "tasks"), *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-
-    return run
-
-
-@pytest.fixture
 def app(tmp_path: Path):
     """The same in a process forked from one that has imported everything."""
     (tmp_path / "tasks").mkdir()
@@ -82,8 +68,8 @@ def app(tmp_path: Path):
     return run
 
 
-def test_a_run_leaves_its_folder_and_prints_it_last(fresh, tmp_path) -> None:
-    result = fresh("task=dummy", "tracking=none", "prompt=a, ${b} (c)", "seed=3", "image=x.png")
+def test_a_run_leaves_its_folder_and_prints_it_last(app, tmp_path) -> None:
+    result = app("task=dummy", "tracking=none", "prompt=a, ${b} (c)", "seed=3", "image=x.png")
     assert result.returncode == 0, result.stderr
     folder = Path(result.stdout.splitlines()[-1])
     assert folder.parent == tmp_path / "outputs" / "dummy"
@@ -173,14 +159,6 @@ def test_a_failed_job_does_not_lose_the_others_and_the_sweep_says_so(app, store,
     assert runs["mode=ok"].data.metrics["val/fvu"] == 0.5
     kept = {item.path for item in client.list_artifacts(runs["mode=ok"].info.run_id)}
     assert {"config.yaml", "metrics.json"} <= kept
-
-
-def test_a_task_that_only_prints_leaves_no_folder(app, tmp_path) -> None:
-    result = app("task=list")
-    assert result.returncode == 0, result.stderr
-    for words in ("dummy", "A task for tests.", "experiment=NAME", "orrery"):
-        assert words in result.stdout
-    assert not (tmp_path / "outputs" / "list").exists()
 
 
 def test_the_configuration_can_be_shown(app) -> None:

@@ -1,9 +1,6 @@
 """Rollout against loops that spell the paper's definition, in float64; and on every family with a tower."""
 
-import gc
 import math
-import weakref
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from vlmscope.activations import capture_vision_attention
-from vlmscope.attention import focused_heads, mixed_layer, own_map, soft_token_rollout, token_maps
+from vlmscope.attention import mixed_layer, own_map, soft_token_rollout, token_maps
 from vlmscope.attribution.config import WhereConfig
-from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
@@ -69,16 +65,6 @@ def test_rollout_is_the_loop_over_its_definition(share: float, identity: bool, p
     other = looped(layers[::-1], pooling.numpy(), share, identity, pool)
     assert np.abs(found.numpy() - other).max() > 1e-3  # the order of layers is seen
     assert pool == "max" or found.sum(-1).tolist() == pytest.approx([1, 1, 0])
-
-
-def test_the_most_focused_heads_are_kept() -> None:
-    uniform, sharp = torch.full((4, 4), 0.25), torch.eye(4)
-    half = 0.5 * uniform + 0.5 * sharp
-    pattern = torch.stack([uniform, half, sharp, half, sharp]).double()
-    assert focused_heads(pattern, 0.4).tolist() == [2, 4]
-    assert focused_heads(pattern, 0.6).tolist() == [2, 4, 1]  # of equal heads the first
-    assert focused_heads(pattern, 0.01).tolist() == [2]
-    assert len(focused_heads(patterns(0, heads=16)[0], 0.3)) == 5  # the paper's tower
 
 
 @pytest.fixture(scope="module", params=VISION)
@@ -163,34 +149,3 @@ def test_a_features_map_is_the_sum_of_its_soft_tokens_maps(vlm: VLM) -> None:
                 wanted += weights[token] * tile.values[number]
             assert np.allclose(picture.values, wanted, rtol=0, atol=1e-12)
         assert found.residual < 1e-12
-
-
-def test_of_a_layer_only_what_is_asked_for_is_kept() -> None:
-    """Every pattern that is reduced is watched: no two layers' are there at once, and none afterwards."""
-    vlm = tiny_vlm("gemma3", 5)
-    inputs = vlm.prepare(PROMPT, pictures()[:1])
-    alive: list[weakref.ref[Tensor]] = []
-
-    def reduce(pattern: Tensor) -> Tensor:
-        gc.collect()
-        assert not any(ref() is not None for ref in alive)
-        alive.append(weakref.ref(pattern))
-        return pattern.mean(0)
-
-    reduced = capture_vision_attention(vlm, inputs, [-1, -2], reduce)
-    gc.collect()
-    assert len(alive) == 2 and not any(ref() is not None for ref in alive)
-    assert reduced.pictures[0].tiles[0].patterns[1].shape == (16, 16)
-    assert list(capture_vision_attention(vlm, inputs, [-1]).pictures[0].tiles[0].patterns) == [1]
-
-
-@pytest.mark.parametrize("wrong", [{"last_layers": 0}, {"head_share": 0.0}, {"pool": "sum"}, {"counts": [64]}])
-def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=f"where.{next(iter(wrong))}="):
-        WhereConfig(**wrong).check()
-
-
-def test_a_model_without_pictures_has_no_maps() -> None:
-    text = tiny_vlm("gemma3_text")
-    with pytest.raises(UserError, match="takes no pictures"):
-        token_maps(text, text.prepare(PROMPT), WhereConfig())

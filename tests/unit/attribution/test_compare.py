@@ -1,8 +1,6 @@
 """Comparisons and aggregates against sums made edge by edge; what viewers rely on."""
 
 import dataclasses
-import logging
-import re
 from collections import defaultdict
 from collections.abc import Hashable
 from pathlib import Path
@@ -11,12 +9,10 @@ import numpy as np
 import pytest
 from tests.random_graphs import random_graph
 
-from vlmscope.attribution import export
-from vlmscope.attribution.compare import aggregate, compare, write_tables
+from vlmscope.attribution.compare import aggregate, compare
 from vlmscope.attribution.export import graph_to_json, node_id, save_graph
 from vlmscope.attribution.influence import edge_strengths, influence, logit_weights, prune
 from vlmscope.attribution.storage import smallest_set
-from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind, PrunedGraph
 from vlmscope.core.records import PatchBox
 
@@ -141,22 +137,6 @@ def test_prompts_of_different_length_are_matched_by_role_and_cells_wherever_they
     assert found.kept[:, cells].all()
 
 
-def test_graphs_of_two_models_and_unknown_rules_are_refused() -> None:
-    first, second = traced(0), traced(1)
-    other = dataclasses.replace(second, graph=dataclasses.replace(second.graph, meta={"n_layers": 4, "model": "b"}))
-    folded = dataclasses.replace(second, bias="fold")
-    with pytest.raises(UserError, match="second with fold: shares of their influence do not compare"):
-        compare(first, folded)
-    with pytest.raises(UserError, match="of two models"):
-        compare(first, other)
-    with pytest.raises(UserError, match="no such rule"):
-        compare(first, second, match="rolle")
-    with pytest.raises(UserError, match="no graphs"):
-        aggregate([])
-    with pytest.raises(UserError, match="min_present"):
-        aggregate([first], min_present=2.0)
-
-
 def test_shares_and_strongest_edges_follow_the_convention_for_biases() -> None:
     graph = traced(0).graph
     folded = prune(graph, bias="fold")
@@ -212,31 +192,6 @@ def test_files_are_read_twice_and_named_by_their_folders(tmp_path: Path) -> None
     assert np.array_equal(found.weight, direct.weight)
 
 
-def test_tables_begin_with_what_differs_most(tmp_path: Path) -> None:
-    merged = compare(traced(0), traced(1))
-    write_tables(tmp_path, merged)
-    head, *rows = (tmp_path / "nodes.csv").read_text().splitlines()
-    assert head.startswith("node,kind,where,share_first")
-    assert len(rows) == len(merged.nodes)
-    assert len((tmp_path / "edges.csv").read_text().splitlines()) == 1 + len(merged.sources)
-    first = np.abs(merged.share[0] - merged.share[1]).argmax()
-    assert rows[0].replace('""', '"').lstrip('"').startswith(merged.nodes.name(int(first)))
-
-
-def test_a_json_that_cannot_be_uploaded_is_written_with_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    pruned = traced(0)
-    with caplog.at_level(logging.WARNING):
-        size = export.write_graph_json(tmp_path / "a.json", pruned, "a", "b")
-        assert not caplog.records
-        assert size == pytest.approx((tmp_path / "a.json").stat().st_size / 1e6)
-        monkeypatch.setattr(export, "UPLOAD_MB", size / 2)
-        export.write_graph_json(tmp_path / "b.json", pruned, "a", "b")
-    assert "edge_threshold" in caplog.records[0].message
-    assert (tmp_path / "b.json").stat().st_size == (tmp_path / "a.json").stat().st_size
-
-
 def whole(node_threshold: float = 0.8) -> PrunedGraph:
     """Layers, positions and feature indices overlap: the ids `0_<layer>_<position>` of others would collide."""
     graph = random_graph(4, 4, 12, left_out=True, seed=2)
@@ -275,15 +230,3 @@ def test_the_viewers_slider_keeps_the_nodes_that_pruning_keeps(threshold: float 
     # The set reaches the share with the first node that passes it, the slider stops just before.
     assert below <= names and len(names - below) <= 1
     assert max(by_id.values()) <= 1.0
-
-
-def test_labels_of_logits_hold_the_probability_that_viewers_read() -> None:
-    pruned = whole()
-    logits = [node for node in graph_to_json(pruned, "s", "m")["nodes"] if node["feature_type"] == "logit"]
-    assert len(logits) == 3
-    for node, probability in zip(logits, pruned.graph.logit_probabilities, strict=True):
-        found = re.search(r"\(p=([\d.]+)\)", node["clerp"])
-        assert found is not None
-        assert float(found[1]) == pytest.approx(probability, abs=5e-4)
-        assert node["layer"] == "5"
-    assert [node["is_target_logit"] for node in logits] == [True, False, False]

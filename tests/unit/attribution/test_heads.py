@@ -13,13 +13,11 @@ import vlmscope
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.export import graph_to_json, load_graph, save_graph
 from vlmscope.attribution.heads import HeadSplitter
-from vlmscope.attribution.influence import edge_strengths, subgraph_scores
-from vlmscope.attribution.supernodes import pins
+from vlmscope.attribution.influence import edge_strengths
 from vlmscope.attribution.trace import Trace, trace, with_heads
 from vlmscope.core.artifacts import load_tensors, save_tensors
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
-from vlmscope.core.records import FeatureId
 from vlmscope.models.base import exact_float64
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
@@ -70,18 +68,6 @@ def test_parts_of_kept_edges_sum_to_them_and_those_of_scores_to_the_models(whole
     assert len({one.node for one in heads.query_keys}) == len(set(heads_told)) == len(heads_told) > 1
 
 
-def test_few_edges_are_the_strongest_and_a_quarter_of_the_rows_bounds_them(scope: Scope, whole: Trace) -> None:
-    few = traced(scope, heads=7, edge_threshold=0.7).pruned.heads
-    assert few is not None and whole.pruned.heads is not None
-    np.testing.assert_array_equal(few.edges, whole.pruned.heads.edges[:7])
-    np.testing.assert_allclose(few.loadings, whole.pruned.heads.loadings[:7], atol=1e-12)
-    every = traced(scope, node_threshold=1.0, edge_threshold=1.0)
-    found = every.pruned.heads
-    assert found is not None and len(found.edges) < every.pruned.n_edges
-    rows = int((np.diff(every.graph.indptr) > 0).sum())
-    assert len(np.unique(every.graph.indices[found.edges])) <= rows // 4
-
-
 def test_features_without_a_row_are_split_too(scope: Scope) -> None:
     found = traced(scope, max_nodes=40, heads=0)
     graph, end = found.graph, int(found.graph.nodes.ends()[0])
@@ -120,15 +106,6 @@ def test_both_files_have_the_heads(whole: Trace, tmp_path: Path) -> None:
         assert len(link["heads"]) == 4 or abs(listed - 1) < 0.01 * heads.loadings[0].size
 
 
-def test_without_heads_the_files_have_none(scope: Scope, tmp_path: Path) -> None:
-    found = traced(scope, heads=0)
-    body = graph_to_json(found.pruned, "s", "m")
-    assert found.pruned.heads is None and "qk_only_nodes" not in body and "attention" not in body["vlmscope"]
-    assert not any("heads" in link for link in body["links"])
-    save_graph(tmp_path / "g.safetensors", found.pruned)
-    assert load_graph(tmp_path / "g.safetensors").heads is None
-
-
 def test_heads_of_other_edges_than_the_graphs_are_refused(whole: Trace, tmp_path: Path) -> None:
     path = tmp_path / "graph.safetensors"
     save_graph(path, whole.pruned)
@@ -136,35 +113,3 @@ def test_heads_of_other_edges_than_the_graphs_are_refused(whole: Trace, tmp_path
     save_tensors(path, {**arrays, "head_edges": arrays["head_edges"] + whole.graph.n_edges}, metadata)
     with pytest.raises(UserError, match="heads are not of its"):
         load_graph(path)
-
-
-def test_the_strongest_nodes_are_pinned_and_joined_by_label_place_and_edges(whole: Trace) -> None:
-    graph, table = whole.graph, whole.graph.nodes
-    plain = pins(whole.pruned, {})
-    kept = whole.pruned.node_mask & (table.kind == NodeKind.FEATURE)
-    pinned = [node for node in plain.nodes.tolist() if kept[node]]
-    flow = np.sort(whole.pruned.influence[kept])[::-1]
-    assert flow[: len(pinned)].sum() == pytest.approx(whole.pruned.influence[pinned].sum())
-    assert len(pinned) == 24 or flow[: len(pinned)].sum() >= flow.sum() / 2 > flow[: len(pinned) - 1].sum()
-    assert plain.scores == subgraph_scores(graph, np.isin(np.arange(graph.n_nodes), plain.nodes))
-    assert all(graph.is_image[table.position[plain.supernodes["picture"]]])
-    labels = {table.feature_id(node): "one word" for node in pinned}
-    roles = {str(graph.roles[table.position[node]]) for node in pinned}
-    named = pins(whole.pruned, labels).supernodes
-    assert {name.split(" (")[0] for name in named} == {"picture", "one word"} and len(named) <= 1 + len(roles)
-    for nodes in named.values():
-        assert len({str(graph.roles[table.position[node]]) for node in nodes.tolist()}) == 1
-
-
-def test_a_circuit_says_what_is_pinned(whole: Trace) -> None:
-    table = whole.graph.nodes
-    first, second, *_ = np.flatnonzero(whole.pruned.node_mask & (table.kind == NodeKind.FEATURE)).tolist()
-    groups = {table.feature_id(first): "a", table.feature_id(second): "b", FeatureId(9, 39): "nowhere"}
-    body = graph_to_json(whole.pruned, "s", "m", groups=groups)
-    supernodes = {name: members for name, *members in body["qParams"]["supernodes"]}
-    features = [node["node_id"] for node in body["nodes"] if node["feature_type"] == "cross layer transcoder"]
-    inside = {name: {one for one in features if one.startswith(f"{f.layer}_{f.index}_")} for f, name in groups.items()}
-    assert set(supernodes) - {"picture"} == {"a", "b"}
-    assert all(set(supernodes[name]) == inside[name] for name in ("a", "b"))
-    assert set(body["qParams"]["pinnedIds"]) & set(features) == inside["a"] | inside["b"]
-    assert body["vlmscope"]["pinned_scores"]["completeness"] <= whole.pruned.scores.completeness

@@ -13,10 +13,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from vlmscope.attribution import memory, trace
-from vlmscope.attribution.adjoint import Adjoint
+from vlmscope.attribution import memory
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.attribution.edges import feature_chunks
 from vlmscope.attribution.export import load_graph, save_graph
 from vlmscope.attribution.influence import prune
 from vlmscope.attribution.memory import MemoryPlan, graph_costs, plan_memory
@@ -92,24 +90,6 @@ def test_a_stated_amount_is_kept_to(
     assert 0.05 * memory_gb < (found["numpy"] + found["torch"]) / 1e9 <= memory_gb
 
 
-def test_fewer_bytes_give_smaller_batches(
-    orrery: tuple[VLM, ReplacementModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory, "BLOCK", 1000)  # else blocks of edges take more than batches do
-    vlm, replacement = orrery
-    config = AttributionConfig(batch_size=16)
-    targets = choose_targets(replacement, config, vlm.tokenizer)
-    costs = graph_costs(replacement, targets, config.max_nodes)
-    sizes = []
-    for amount in np.linspace(costs.least_bytes(1), 1.2 * costs.least_bytes(16), 7) / 1e9:
-        plan = plan_memory(replacement, targets, dataclasses.replace(config, memory_gb=amount), tmp_path)
-        assert costs.least_bytes(plan.batch_size) <= 1e9 * amount * (1 + 1e-12)
-        assert plan.batch_size == 16 or costs.least_bytes(plan.batch_size + 1) > amount * 1e9
-        sizes.append(plan.batch_size)
-    assert sizes == sorted(sizes) and sizes[0] == 1 and sizes[-1] == 16
-    assert plan_memory(replacement, targets, config, tmp_path) == MemoryPlan(16)
-
-
 @pytest.mark.parametrize("max_nodes", [7500, 60])
 def test_edges_on_disk_are_the_same_graph(tiny: tuple[VLM, ReplacementModel], max_nodes: int, tmp_path: Path) -> None:
     vlm, replacement = tiny
@@ -126,48 +106,6 @@ def test_edges_on_disk_are_the_same_graph(tiny: tuple[VLM, ReplacementModel], ma
     assert words == other_words and arrays.keys() == other_arrays.keys() and load_graph(paths[1]).n_edges > 0
     for name, array in arrays.items():
         assert array.dtype == other_arrays[name].dtype and array.tobytes() == other_arrays[name].tobytes(), name
-
-
-MAPS = Path("/proc/self/maps")  # Linux alone tells of files without a name; that the folder is empty, every system
-
-
-def _nameless() -> int:
-    """How many files without a name this process has mapped."""
-    return sum(line.endswith("(deleted)") for line in MAPS.read_text().splitlines()) if MAPS.exists() else 0
-
-
-def test_files_go_with_the_graph(
-    tiny: tuple[VLM, ReplacementModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    vlm, replacement = tiny
-    plan, before, assemble = MemoryPlan(8, Disk(tmp_path), 0, 10**6), _nameless(), trace.assemble
-
-    def interrupted(*args: object) -> object:
-        assert _nameless() == before + 2 * MAPS.exists() and not os.listdir(tmp_path)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trace, "assemble", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        made(vlm, replacement, AttributionConfig(), plan)
-    assert _nameless() == before
-    monkeypatch.setattr(trace, "assemble", assemble)
-    found = made(vlm, replacement, AttributionConfig(), plan)
-    assert _nameless() == before + 3 * MAPS.exists() and not os.listdir(tmp_path)
-    del found
-    assert _nameless() == before
-
-
-def test_no_row_has_more_edges_than_counted(
-    orrery: tuple[VLM, ReplacementModel], tiny: tuple[VLM, ReplacementModel]
-) -> None:
-    for vlm, replacement in (orrery, tiny):
-        targets = choose_targets(replacement, AttributionConfig(), vlm.tokenizer)
-        costs = graph_costs(replacement, targets, 10**6)
-        graph = attribute(replacement, AttributionConfig(max_nodes=10**6), vlm.tokenizer, targets=targets)
-        assert graph.n_edges <= costs.most_edges < 1.2 * graph.n_edges
-        chunks = feature_chunks(Adjoint(replacement), np.arange(len(costs.row_edges)), 64, "float32")
-        longest = np.sort(np.concatenate([chunk.counts for chunk in chunks]))[::-1]
-        assert longest[:20].sum() <= graph_costs(replacement, targets, 20).most_edges - costs.end_edges
 
 
 def test_too_little_memory_says_what_would_do(orrery: tuple[VLM, ReplacementModel], tmp_path: Path) -> None:

@@ -8,10 +8,9 @@ from tests.random_graphs import random_graph
 
 from vlmscope.attribution import influence as influence_module
 from vlmscope.attribution import storage as shares
-from vlmscope.attribution.influence import end_sources, influence, logit_weights, prune, scores, top_features
+from vlmscope.attribution.influence import influence, logit_weights, prune, scores
 from vlmscope.attribution.storage import smallest_set
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.core.records import FeatureId
 
 GRAPHS = {
     "dense": {"n_layers": 4, "n_positions": 5, "n_features": 12},
@@ -202,22 +201,6 @@ def test_the_smallest_set_needs_no_sort(seed: int, share: float) -> None:
     spread = np.ldexp(rng.integers(0, 4, 3000).astype(np.float64), rng.integers(-12, 12, 3000))
     for values in (spread, rng.integers(0, 3, 2000) / 8.0, np.full(1000, 0.125), np.zeros(50), np.zeros(0)):
         np.testing.assert_array_equal(smallest_set(values, share), fewest(values, share))
-
-
-def test_sources_of_each_end_and_the_features_that_matter_most(graph: AttributionGraph) -> None:
-    nodes, normalised = graph.nodes, dense_normalised(dense_absolute(graph))
-    tokens, errors = end_sources(graph)
-    for row, end in enumerate(nodes.ends()):
-        flow = dense_influence(normalised, np.eye(graph.n_nodes)[end])
-        np.testing.assert_allclose(tokens[row], flow[nodes.of(NodeKind.TOKEN)], rtol=1e-12)
-        assert errors[row] == pytest.approx(flow[nodes.kind == NodeKind.ERROR].sum())
-    sums: dict[FeatureId, float] = {}
-    flow = dense_influence(normalised, np.eye(graph.n_nodes)[nodes.ends()[graph.logit_probabilities.argmax()]])
-    for node in nodes.of(NodeKind.FEATURE).tolist():
-        sums[nodes.feature_id(node)] = sums.get(nodes.feature_id(node), 0.0) + flow[node]
-    best = top_features(graph, 5)
-    assert list(best.values()) == pytest.approx(sorted((v for v in sums.values() if v), reverse=True)[:5])
-    assert all(sums[feature] == pytest.approx(value) for feature, value in best.items())
 
 
 def test_a_source_above_its_target_is_no_graph() -> None:

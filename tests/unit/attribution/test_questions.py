@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.export import load_graph, save_graph
-from vlmscope.attribution.targets import token_id
 from vlmscope.attribution.trace import Trace, trace
 from vlmscope.core.artifacts import load_tensors, save_tensors
 from vlmscope.core.errors import UserError
@@ -85,11 +83,6 @@ def test_graphs_of_older_layouts_are_still_read(whole: Trace, tmp_path: Path) ->
     assert again.bias == "node" and again.scores == whole.pruned.scores
 
 
-def test_top_logits_keep_their_probabilities(whole: Trace) -> None:
-    np.testing.assert_array_equal(whole.graph.end_weights, whole.graph.logit_probabilities)
-    assert (whole.graph.nodes.kind[whole.graph.nodes.ends()] == NodeKind.LOGIT).all()
-
-
 def test_a_cut_off_graph_keeps_only_features_below(vlm: VLM, whole: Trace) -> None:
     table = whole.replacement.feature_activations
     row = len(table) - 1
@@ -135,16 +128,3 @@ def test_mistakes_are_one_line(vlm: VLM, whole: Trace, settings: dict[str, objec
     with pytest.raises(UserError, match=words) as caught:
         traced(vlm, **settings)
     assert "\n" not in str(caught.value)
-
-
-def test_a_word_of_several_tokens_is_refused(vlm: VLM) -> None:
-    with pytest.raises(UserError, match="tokens, not one"):
-        token_id(vlm.tokenizer, "bluered", "attribution.tokens")
-    assert vlm.tokenizer.decode([token_id(vlm.tokenizer, "red", "attribution.tokens")]) == "red"
-
-
-def test_weights_of_an_answer(vlm: VLM) -> None:
-    surprise = traced(vlm, answer="red and blue", weights="surprise").graph
-    expected = -np.log(surprise.logit_probabilities)
-    np.testing.assert_allclose(surprise.end_weights, expected / expected.sum())
-    assert replace(surprise, target_weights=None).end_weights is surprise.logit_probabilities

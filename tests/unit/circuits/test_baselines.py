@@ -1,20 +1,17 @@
 """Baselines of trials: writers of a planted circuit, parts of edits that add up, and where they act."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tests.maths.planted import ANSWERS, WIDTH, Planted, planted
 
 from vlmscope.circuits.baselines import Baselines, answer_writers, mean_outputs
 from vlmscope.circuits.config import BASELINES, SettingConfig, TrialConfig, baselines_of, check_baselines
-from vlmscope.circuits.operations import Ablate, Carry, Shift, Toward
-from vlmscope.circuits.pairs import most_changed
+from vlmscope.circuits.operations import Ablate, Carry, Toward
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import FeatureId
-from vlmscope.interventions.edits import AnyPlan, OutputEdit, WholeEdit
+from vlmscope.interventions.edits import AnyPlan
 from vlmscope.interventions.run import base_run, run_edited
 from vlmscope.interventions.trials import Cases, Operation, Setting, Trial, run_trials
 from vlmscope.models.base import exact_float64
@@ -85,23 +82,6 @@ def bench(request: pytest.FixtureRequest) -> Bench:
     return Bench(made, cases, Baselines(made.scope, Pairs(made)))
 
 
-def test_writers_are_the_features_that_end_in_the_answer(bench: Bench) -> None:
-    """C and C' write the answers, A and B feed them; I, which lowers one answer, raises all other words alike."""
-    found = bench.baselines.writers(bench.cases)
-    written = {
-        name: {FeatureId(layer, int(index)) for layer, table in columns.items() for index in (table >= 0).nonzero()}
-        for name, columns in (("decoder", found.by_decoder), ("measured", found.measured))
-    }
-    for writer, word in (("C", "one"), ("C'", "two")):
-        layer, _, index = bench.made.features[writer]
-        assert FeatureId(layer, index) in written["decoder"] & written["measured"]
-        assert found.words[int(found.of(layer)[index])] == word
-    others = {FeatureId(layer, index) for name, (layer, _, index) in bench.made.features.items() if name[0] in "AB"}
-    assert not others & (written["decoder"] | written["measured"])
-    # One more feature moves both answers, by way of attention.
-    assert {layer for layer, _ in ((f.layer, f.index) for f in written["decoder"])} <= {0, 2}
-
-
 def test_measured_effect_is_that_of_removing_a_feature(bench: Bench) -> None:
     scope, cases = bench.made.scope, bench.cases
     with exact_float64():
@@ -112,19 +92,6 @@ def test_measured_effect_is_that_of_removing_a_feature(bench: Bench) -> None:
                 moved = bench.moved(Ablate({layer: torch.tensor([index])}).plan(scope, cases, 1.0))
                 effect = -(moved[:, token] - moved.mean(-1)).mean()
                 assert float(found.effect[layer][index, number]) == pytest.approx(float(effect), abs=1e-9)
-
-
-def test_what_computes_the_answer_carries_it_without_its_writers(bench: Bench) -> None:
-    """With B carried, C follows by itself unless MLPs are frozen; a circuit of C alone has nothing without it."""
-    with exact_float64():
-        whole = Carry(bench.features("A", "A'", "B", "B'", "C", "C'"))
-        names = ("without_writers", "only_writers")
-        free, direct = (bench.rows(whole, names, mode) for mode in ("free", "direct"))
-        assert min(free.values()) > 0.5
-        assert direct["only_writers"] > 0.5 and abs(direct["without_writers"]) < 1e-9
-        copying = bench.rows(Carry(bench.features("C", "C'")), (*names, "complement"))
-        assert copying["without_writers"] == pytest.approx(0, abs=1e-12) and copying["only_writers"] == copying[""]
-        assert copying["complement"] > 0.5
 
 
 def test_parts_of_an_edit_add_up(bench: Bench) -> None:
@@ -149,75 +116,6 @@ def test_parts_of_an_edit_add_up(bench: Bench) -> None:
     assert sum(len(edit.features) for edit in parts["complement"].values()) == 3 * WIDTH - 4
 
 
-def test_other_writers_write_the_same_words_at_the_same_level(bench: Bench) -> None:
-    """Of a circuit with C alone, whose layer has one more writer of its word made for this."""
-    layer, _, index = bench.made.features["C"]
-    found, cases = bench.baselines.writers(bench.cases), bench.cases
-    free = next(i for i in range(WIDTH) if found.of(layer)[i] < 0)
-    altered = {layer: found.by_decoder[layer].clone()}
-    altered[layer][free] = found.of(layer)[index]
-    mine = Baselines(bench.made.scope, bench.baselines.material)
-    mine._writers[("planted",)] = replace(found, by_decoder={**found.by_decoder, **altered})
-    do = Carry({layer: torch.tensor([index, bench.made.features["C'"][2]])})
-    first = do.plan(bench.made.scope, cases, 1.0)[layer]
-    other = mine.operation("other_writers", CARRY, do, cases, None).plan(bench.made.scope, cases, 1.0)[layer]
-    assert other.features.tolist() == [free]  # C' has no double outside
-    assert torch.equal(other.value, first.value[..., :1])
-
-
-def test_the_difference_of_means_is_added_where_the_trial_acts(bench: Bench) -> None:
-    scope, cases, do = bench.made.scope, bench.cases, Carry(bench.features("B", "C"))
-    variant = bench.baselines.operation("difference_of_means", CARRY, do, cases, None)
-    with exact_float64():
-        plan = variant.plan(scope, cases, 1.0)
-        assert list(plan) == [1, 2] and all(isinstance(edit, OutputEdit) for edit in plan.values())
-        both = Pairs(bench.made).difference(cases)
-        expected = torch.stack([both[role][2][0] for role in cases.batch.roles.tolist()])
-        assert torch.allclose(plan[2].value[0], expected)
-        found = bench.rows(do, ("difference_of_means",), positions="last", layers="2")
-        assert found["difference_of_means"] > 0.5
-        moved = bench.moved(Setting(positions="last", layers="2").restrict(plan, cases.batch.roles, 3))
-        last = torch.zeros(cases.batch.length, 1)
-        last[-1] = 1
-        by_hand = bench.moved(
-            {2: OutputEdit((expected * last)[None], torch.ones(cases.batch.length, dtype=torch.bool))}
-        )
-        assert torch.allclose(moved, by_hand, atol=1e-12) and moved.abs().max() > 1e-3
-
-
-@pytest.mark.parametrize(("read", "edited"), [((0, 1, 2, 3), [0]), ((0, 1, 1, 3), [0, 1]), ((0, 0, 0, 0), [0, 1, 2]),
-                                              ((0, 2, 3, 3), [])])  # fmt: skip
-def test_before_readable_stops_where_the_lens_reads_the_answer(
-    read: tuple[int, ...], edited: list[int], bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`read`: of three donors, in how many the target is first in the state before each layer and after the last."""
-    ranks = [np.ones((3, 4, 1), int), 1 - (np.arange(3)[:, None] < np.array(read)).astype(int)[..., None]]
-    monkeypatch.setattr("vlmscope.circuits.baselines.token_lens", lambda *_: ranks.pop(0))
-    mine = Baselines(bench.made.scope, bench.baselines.material)
-    variant = mine.operation("before_readable", CARRY, Carry(bench.features("A", "B", "C")), bench.cases, None)
-    assert list(variant.plan(bench.made.scope, bench.cases, 1.0)) == edited
-    lens = mine.tables()["lens"]
-    assert lens[lens.run == "recipient"].read.max() == 0 and lens.after_layer.tolist() == [-1, 0, 1, 2] * 2
-    donors = lens[lens.run == "donor"]
-    assert donors.read.tolist() == [count / 3 for count in read] and donors.edited.sum() == len(edited)
-
-
-def test_most_changed_features_are_the_distractors(bench: Bench) -> None:
-    """Contrast alone prefers features with large decoder rows that nothing reads."""
-    pairs = bench.made.subject.pairs
-    found = most_changed(bench.made.scope, pairs, 12)
-    truth = {FeatureId(layer, index) for layer, _, index in bench.made.features.values()}
-    assert len(found) == 12 and len(truth & set(found)) < 6
-
-
-def test_edits_without_features_are_left_out_of_generated_tokens_unless_asked(bench: Bench) -> None:
-    code = Carry(None).plan(bench.made.scope, bench.cases, 1.0)[0]
-    assert isinstance(code, WholeEdit) and len(replace(code, kept=torch.arange(WIDTH) < 5).features) == 5
-    change = {0: (torch.tensor([1]), torch.ones(bench.cases.batch.length, 1))}
-    variant = bench.baselines.operation("difference_of_means", CARRY, Shift(change), bench.cases, None)
-    assert variant.plan(bench.made.scope, bench.cases, 1.0)[0].generated is None
-
-
 @pytest.mark.parametrize(
     ("do", "features", "defined"),
     [
@@ -239,8 +137,3 @@ def test_baselines_are_run_where_they_are_defined(do: str, features: str | None,
         else:
             with pytest.raises(UserError, match=rf"settings.main.baselines: {name} is defined of none"):
                 check_baselines({"it": trial}, {"main": SettingConfig(baselines=[name])})
-
-
-def test_an_unknown_baseline_is_refused() -> None:
-    with pytest.raises(UserError, match="settings.baselines=without_writer: no such choice; did you mean"):
-        SettingConfig(baselines=["without_writer"])

@@ -1,7 +1,6 @@
 """Circuits: found where they were planted, saved and loaded, and turned into plans that keep to their positions."""
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,16 +11,16 @@ import torch
 from vlmscope.activations import mlp_inputs
 from vlmscope.circuits.circuit import Circuit, at_supernodes, labelled, load_circuit, save_circuit, steer_plan
 from vlmscope.circuits.config import CircuitConfig, QuestionConfig, SettingConfig
-from vlmscope.circuits.operations import Carry, Exchange
-from vlmscope.circuits.selectors import contrast_circuit, place_levels
+from vlmscope.circuits.operations import Exchange
+from vlmscope.circuits.selectors import contrast_circuit
 from vlmscope.core.artifacts import save_tensors, write_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId, PatchBox, Places, Positions
 from vlmscope.core.results import CircuitEdge, CircuitFeature, Supernode
 from vlmscope.features.readouts import RoleMeans, role_means
-from vlmscope.interventions.edits import LayerEdit, Plan, donor_activations, merge, patch_plan, set_features
+from vlmscope.interventions.edits import Plan, donor_activations, merge, patch_plan, set_features
 from vlmscope.interventions.run import base_run, edit_changes, run_edited
-from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
+from vlmscope.interventions.trials import Cases
 from vlmscope.models.batching import InputBatch, make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
@@ -101,22 +100,6 @@ def test_each_role_gives_features_of_its_own(bench) -> None:
     assert {m.feature.index for m in free.supernodes["mars"].features} == {3, 5}
 
 
-def test_levels_are_those_of_the_place(bench) -> None:
-    scope, batch = bench
-    circuit = place_levels(scope, two_concepts(scope.transcoders)[0], {c: {"name": batch} for c in ("mars", "earth")})
-    dense = scope.transcoders[2].encode(mlp_inputs(scope.adapter, batch, [2])[2]).dense(N)
-    roles = batch.roles.tolist()
-    torch.testing.assert_close(circuit.levels_at("earth", roles, 2, "name")[:, 0], dense[..., 8].mean(0))
-    # Another prompt's second question word has the level of the second one; those beyond have the mean.
-    words = [i for i, role in enumerate(roles) if role == "question"]
-    longer = circuit.levels_at("earth", ["last", *["question"] * (len(words) + 1)], 2)[:, 0]
-    expected = torch.stack([dense[:, i, 8].mean() for i in (len(roles) - 1, *words)])
-    torch.testing.assert_close(longer, torch.cat([expected, expected[1:].mean()[None]]))
-    plan = steer_plan(circuit, "mars", "earth", batch.places, 2.0)
-    assert plan[2].at is not None and plan[2].at[:, 1].tolist() == np.isin(roles, ("image", "last")).tolist()
-    torch.testing.assert_close(plan[2].value[:, 1], 2 * dense[..., 8].mean(0))
-
-
 def test_steering_sets_levels_by_role(bench) -> None:
     scope, batch = bench
     transcoders = scope.transcoders
@@ -149,29 +132,6 @@ def plain_cases(scope: Scope, batch: InputBatch) -> Cases:
     ones, base = torch.ones(batch.size, dtype=torch.int64), base_run(scope, batch)
     ids = tuple(map(str, range(batch.size)))
     return Cases("test", "name", batch, base, ones, 2 * ones, ids, batch, base.logits.flip(0))
-
-
-def test_the_gate_is_how_far_the_suppressed_concept_exceeds_the_raised_one(bench) -> None:
-    scope, batch = bench
-    nodes = {name: node(name, f"L1/{index}") for name, index in (("off", 3), ("on", 4))}
-    levels = {name: {f":{role}": {1: torch.full((1,), 0.5)} for role in set(batch.roles.tolist())} for name in nodes}
-    exchange = Exchange(Circuit(nodes, levels), "off", "on", 0.8)
-    cases = plain_cases(scope, batch)
-    (edit,) = exchange.plan(scope, cases, 1.0).values()
-    assert isinstance(edit, LayerEdit) and edit.openness is not None
-    dense = scope.transcoders[1].encode(mlp_inputs(scope.adapter, batch, [1])[1]).dense(N)[..., [3, 4]] / 0.5
-    soft = torch.from_numpy(batch.roles == "image")
-    dense[:, soft] = dense[:, soft].mean(1, keepdim=True)  # the picture has one gate
-    expected = ((dense[..., 0] - dense[..., 1]) / 0.8).clamp(0, 1)
-    torch.testing.assert_close(edit.openness, expected)
-    assert 0 < int((expected > 0).sum()) < expected.numel()
-    # The edit is done as far as the gate is open, in the prompt and, as at its end, at generated tokens.
-    x = torch.randn(batch.size, batch.length, scope.adapter.d_model, generator=torch.Generator().manual_seed(1))
-    for offset, openness in ((0, expected), (batch.length, expected[:, -1:])):
-        here = x[:, : openness.shape[1]]
-        (some,) = edit_changes(scope.transcoders[1], here, edit, offset)
-        (whole,) = edit_changes(scope.transcoders[1], here, replace(edit, openness=None), offset)
-        torch.testing.assert_close(some, whole * openness[..., None])
 
 
 def test_patching_with_the_recipient_itself_changes_nothing(bench) -> None:
@@ -217,37 +177,6 @@ def test_role_means_equal_a_plain_loop(bench) -> None:
     assert means.prompts == 7
 
 
-@pytest.fixture(scope="module")
-def half():
-    vlm = tiny_gemma3(5, dtype=torch.bfloat16)
-    transcoders = random_set(4, vlm.adapter.d_model, N, 6, seed=6, dtype=torch.bfloat16).requires_grad_(False)
-    batch = make_batch(vlm.adapter, [vlm.prepare(PROMPT, [tiny_image(i)]) for i in range(3)])
-    return Scope(vlm, transcoders), batch
-
-
-def test_role_means_of_half_precision_keep_counting(half) -> None:
-    """A bfloat16 running sum of equal numbers stops at 256 of them: the mean of many prompts would be too small."""
-    scope, batch = half
-    once, often = (role_means(scope, [batch] * times) for times in (1, 100))
-    for layer in scope.transcoders.layers:
-        assert often.by_role["image"][layer].dtype == torch.float32
-        torch.testing.assert_close(often.by_role["image"][layer], once.by_role["image"][layer])
-
-
-def test_circuits_of_half_precision_are_saved_and_matched(half, tmp_path: Path) -> None:
-    scope, batch = half
-    circuit, _ = two_concepts(scope.transcoders)
-    for levels in (table for by_role in circuit.levels.values() for table in by_role.values()):
-        levels.update({layer: values.bfloat16() for layer, values in levels.items()})
-    save_circuit(circuit, tmp_path)
-    cases = plain_cases(scope, batch)
-    settings = [Setting(mode, mode, random_direction=1) for mode in ("direct", "frozen_attention", "free")]
-    for do in (Exchange(load_circuit(tmp_path), "mars", "earth", 0.5), Carry(circuit.union())):
-        table = run_trials(scope, [Trial("do", do, [cases], settings)])
-        assert len(table) == 3 * 3 * 3 and np.isfinite(table[["drop", "kl"]].to_numpy()).all()
-        assert (table.recovered.isna() == (table.case == "1")).all()  # whose donor is itself
-
-
 def member(text: str) -> CircuitFeature:
     return CircuitFeature(FeatureId.parse(text), "last", 0.5, 0.25)
 
@@ -257,15 +186,6 @@ def node(name: str, *features: str, positions: Positions | None = None) -> Super
 
 
 HALF = Positions(("last",), PatchBox(0.0, 0.0, 0.5, 1.0))
-
-
-def test_a_box_takes_the_soft_tokens_that_overlap_it(bench) -> None:
-    *_, batch = bench
-    mask = HALF.mask(batch.places)
-    boxes = [box for box, chosen in zip(batch.patch_boxes, mask, strict=True) if chosen and box is not None]
-    assert boxes and all(box.left < 0.5 for box in boxes)
-    assert 0 < len(boxes) < batch.is_image.sum()
-    assert mask[-1] and mask.sum() == len(boxes) + 1
 
 
 def test_each_feature_is_edited_at_the_positions_of_its_supernodes(bench) -> None:
@@ -304,19 +224,6 @@ def test_each_feature_is_edited_at_the_positions_of_its_supernodes(bench) -> Non
     assert torch.equal(joined.at[:, :3], at[:, :3]) and bool(joined.at[:, 3:].all())
 
 
-def test_steering_acts_where_the_supernodes_are(bench) -> None:
-    *_, batch = bench
-    nodes = {
-        "off": node("off", "L1/3", positions=Positions(("question",))),
-        "on": node("on", "L1/5", positions=Positions(("last",))),
-    }
-    levels = {name: {"q:last": {1: torch.ones(1)}} for name in nodes}
-    edit = steer_plan(Circuit(nodes, levels), "off", "on", batch.places, 1.0)[1]
-    assert edit.features.tolist() == [3, 5] and edit.at is not None
-    assert edit.at[:, 0].tolist() == (batch.roles == "question").tolist()
-    assert edit.at[:, 1].tolist() == (batch.roles == "last").tolist()
-
-
 def test_a_circuit_is_read_back_as_it_was(bench, tmp_path: Path) -> None:
     scope, batch = bench
     nodes = {"mars": node("mars", "L1/3", "L2/7", positions=HALF), "dust": node("dust", "L2/9")}
@@ -341,13 +248,6 @@ def stored(folder: Path, body: dict) -> Circuit:
     write_yaml(folder / "circuit.yaml", body)
     save_tensors(folder / "levels.safetensors", {"mars.name:last.1": np.ones(1, np.float32)}, {"version": "1"})
     return load_circuit(folder)
-
-
-def test_version_1_is_still_read(tmp_path: Path) -> None:
-    rows = [{"feature": "L1/3", "role": "last", "contrast": 0.5, "influence": 0.25}]
-    circuit = stored(tmp_path, {"version": 1, "supernodes": {"mars": rows}})
-    assert circuit.supernodes == {"mars": Supernode("mars", (member("L1/3"),))}
-    assert circuit.edges == () and circuit.model == ""
 
 
 ONE = Circuit({"a": node("a", "L1/3", positions=Positions(("image",)))}, {}, model="orrery", n_features={1: 30})
@@ -384,22 +284,3 @@ QUESTION = QuestionConfig("what colour ?", {"neptune": "blue", "earth": "blue"})
 def test_what_makes_no_sense_is_refused(mistake: Callable[[Path], object], says: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=says):
         mistake(tmp_path)
-
-
-def test_controls_that_cancel_are_enlarged_until_they_count(bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six features that write one direction: their changes add up, those of any six others do not."""
-    scope, batch = bench
-    alike = deepcopy(scope.transcoders)
-    for layer in alike.layers:
-        alike[layer].W_dec[3:9] = alike[layer].W_dec[3]
-    alone = Scope(scope.vlm, alike)
-    nodes = {"off": node("off", "L1/2"), "on": node("on", *(f"L1/{i}" for i in range(3, 9)))}
-    levels = {"off": {":last": {1: torch.ones(1)}}, "on": {":last": {1: torch.full((6,), 9.0)}}}
-    trial = Trial(
-        "do", Exchange(Circuit(nodes, levels), "off", "on"), [plain_cases(alone, batch)], [Setting(matched=4)]
-    )
-    table = run_trials(alone, [trial])
-    draws = table[table.control == "matched"].groupby("draw").moved.first()
-    assert len(draws) == 4 and not table.weak.any() and draws.max() < 0.8
-    monkeypatch.setattr("vlmscope.interventions.trials.scaled", lambda plan, factor: plan)
-    assert run_trials(alone, [trial]).query("control == 'matched'").weak.all()

@@ -1,33 +1,22 @@
 """Discovery: circuits of nodes and of edges are exact at both ends, controls are alike, supernodes get names."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 from vlmscope.activations import mlp_inputs
-from vlmscope.circuits.build import spread_answers
-from vlmscope.circuits.circuit import Circuit
-from vlmscope.circuits.discovery.discover import NAMED, by_answer
 from vlmscope.circuits.discovery.edges import edge_table, pair_edges, run_edges
 from vlmscope.circuits.discovery.nodes import (
     REST,
     CircuitSubject,
     Kind,
     Nodes,
-    activation_change,
     changing_nodes,
     eap_ig,
     measure,
-    order_of,
 )
-from vlmscope.circuits.discovery.search import Runner, circuit, matched_circuit, matched_circuits
+from vlmscope.circuits.discovery.search import Runner, circuit, matched_circuit
 from vlmscope.circuits.pairs import pair_effects, pair_subject
-from vlmscope.core.errors import UserError
-from vlmscope.core.records import FeatureId, Positions
-from vlmscope.core.results import CircuitFeature, Supernode
-from vlmscope.data.inputs import Pair, Side
 from vlmscope.models.base import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.scope import Scope
@@ -113,13 +102,6 @@ def test_eap_ig_of_features_is_that_of_pair_effects(bench) -> None:
         assert scores[row] == pytest.approx(float(effects.effect[layer][role, index]), abs=1e-9)
 
 
-def test_activation_change_is_what_is_written(bench) -> None:
-    runner, _ = bench
-    change = activation_change(runner.scope.transcoders, runner.sides, runner.nodes)
-    assert (change > 0).all()
-    assert order_of(np.array([1.0, -3.0, 2.0, 3.0])).tolist() == [1, 3, 2, 0]
-
-
 def test_edges_into_a_target_add_up_to_its_score(bench) -> None:
     runner, _ = bench
     nodes = runner.nodes
@@ -140,12 +122,6 @@ def test_edges_into_a_target_add_up_to_its_score(bench) -> None:
     assert none == pytest.approx(ends[1], abs=1e-9)
 
 
-def test_pairs_of_one_answer_have_no_contrast(bench) -> None:
-    _, subject = bench
-    with pytest.raises(UserError, match="contrast is empty"):
-        replace(subject, pairs=replace(subject.pairs, other_tokens=subject.pairs.tokens))
-
-
 def candidates(count: int) -> Nodes:
     """An embedding and `count` features, half of them of each of two layers, at one role."""
     keys = [(int(Kind.FEATURE), i * 2 // count, 0, i) for i in range(count)]
@@ -158,53 +134,3 @@ def test_a_matched_circuit_is_as_large_and_shares_no_feature() -> None:
         drawn = matched_circuit(nodes, members, np.ones(21), seed)
         assert len(set(drawn.tolist())) == len(members)
         assert set(drawn.tolist()) & set(members.tolist()) == {0}  # an embedding has no other like it
-
-
-def test_seeds_share_no_draw() -> None:
-    nodes, members, change = candidates(400), np.arange(9), np.ones(401)
-    drawn = [matched_circuits(nodes, members, change, seed, 3) for seed in (0, 1, 2)]
-    assert len({tuple(one.tolist()) for some in drawn for one in some}) == 9
-    for draw, one in enumerate(drawn[0]):
-        assert np.array_equal(one, matched_circuit(nodes, members, change, draw))
-
-
-def test_a_circuit_of_most_features_has_no_matched_ones() -> None:
-    members = np.arange(7)  # six features
-    assert [len(one) for one in matched_circuits(candidates(12), members, np.ones(13), 0, 2)] == [7, 7]
-    assert matched_circuits(candidates(11), members, np.ones(12), 0, 2) == []
-
-
-def grouped(answers: list[str], writes: list[str], influences: list[float]) -> Circuit:
-    """A picture's feature, and at the last position some that write words, by the answer that they write."""
-    last = [CircuitFeature(FeatureId(1, i), "last", 1.0, influence) for i, influence in enumerate(influences)]
-    nodes = {
-        "name_image": Supernode("name_image", (replace(last[0], role="image"),), Positions(("image",)), "discovery"),
-        "name_last": Supernode("name_last", tuple(last), Positions(("last",)), "discovery"),
-    }
-    return by_answer(Circuit(nodes, {}), answers, {FeatureId(1, i): word for i, word in enumerate(writes)})
-
-
-def names(circuit: Circuit) -> dict[str, list[int]]:
-    return {name: [member.feature.index for member in node.features] for name, node in circuit.supernodes.items()}
-
-
-def test_features_of_the_last_position_are_grouped_by_the_answer_that_they_write() -> None:
-    circuit = grouped(["mars", "earth"], ["mars", "dust", "earth", "mars"], [1, 2, -9, 1])
-    assert names(circuit) == {"picture": [0], "last position": [1], "earth": [2], "mars": [0, 3]}
-    mars = circuit.node("mars")
-    assert (mars.chosen, mars.positions) == ("discovery, writes mars", Positions(("last",)))
-    assert circuit.node("picture").chosen == "discovery"
-    # Only so many answers get a supernode, those of most influence.
-    answers = [f"a{i}" for i in range(NAMED + 2)]
-    circuit = grouped(answers, answers, list(range(NAMED + 2)))
-    assert names(circuit)["last position"] == [0, 1] and len(circuit.supernodes) == NAMED + 2
-    # Names of roles and of what is around a circuit are avoided.
-    circuit = grouped(["picture", "errors"], ["picture", "errors"], [1.0, 1.0])
-    assert names(circuit) == {"picture": [0], "writes picture": [0], "writes errors": [1]}
-
-
-def test_pairs_of_different_answers_come_first() -> None:
-    answers = enumerate(["mars", "mars", "earth", "mars", "venus"])
-    pairs = [Pair(str(i), "q", "planet", Side("?", (), answer), Side("?", (), "moon")) for i, answer in answers]
-    assert [one.id for one in spread_answers(pairs, 3)] == ["0", "2", "4"]
-    assert [one.id for one in spread_answers(pairs, 9)] == ["0", "2", "4", "1", "3"]

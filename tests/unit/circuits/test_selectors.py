@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,8 +13,7 @@ from vlmscope.circuits.config import InfluenceConfig, LabelConfig, SupernodeConf
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId, PatchBox, Places, Positions
 from vlmscope.features.labels import Label, Labels
-from vlmscope.features.readouts import RoleMeans, role_means
-from vlmscope.models.batching import make_batch
+from vlmscope.features.readouts import RoleMeans
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import random_set
@@ -38,12 +36,6 @@ def ids(members: list) -> list[FeatureId]:
     return [member.feature for member in members]
 
 
-def test_by_ids_keeps_the_order_and_each_once() -> None:
-    members = selectors.by_ids(["L1/5", "L0/3", "L1/5"], {A: 0.25})
-    assert ids(members) == [B, A]
-    assert [member.influence for member in members] == [0.0, 0.25]
-
-
 def labels(**texts: tuple[str, float, bool]) -> Labels:
     made = Labels.__new__(Labels)  # labels alone, without the study that they are of
     made.hand = {}
@@ -61,12 +53,6 @@ LABELS = labels(
     L2_8=("red shape", 0.9, True),
     L2_9=("red planet", 0.9, False),
 )
-
-
-def test_by_label_wants_all_words_and_ranks_by_influence_then_score() -> None:
-    config = LabelConfig("study", "red planet")
-    assert ids(selectors.by_label(config, LABELS, PLAIN, {C: 0.5})) == [C, B, A]
-    assert ids(selectors.by_label(config, LABELS, SupernodeConfig(layers=[1, 2], count=1), {})) == [B]
 
 
 def means(transcoders, **at: tuple[str, int, int, float]) -> RoleMeans:
@@ -89,17 +75,6 @@ def test_by_contrast_finds_what_was_planted_at_its_role(bench) -> None:
     assert selectors.by_contrast(transcoders, of, of, PLAIN, {}) == []
 
 
-def test_means_at_a_box_are_those_of_its_soft_tokens(bench) -> None:
-    scope, _ = bench
-    batch = make_batch(scope.adapter, [scope.vlm.prepare("what is this ?", [tiny_image(i)]) for i in range(3)])
-    whole, half = (role_means(scope, [batch], where) for where in (None, Positions(("last",), PatchBox(0, 0, 0.5, 1))))
-    assert set(half.by_role) == {"image", "last"}
-    assert torch.equal(whole.by_role["last"][0], half.by_role["last"][0])
-    assert not torch.equal(whole.by_role["image"][0], half.by_role["image"][0])
-    with pytest.raises(UserError, match="no prompt has a position in answer"):
-        role_means(scope, [batch], Positions(("answer",)))
-
-
 def test_influence_adds_up_over_positions_and_answers(bench) -> None:
     *_, graph = bench
     whole = selectors.feature_influence(graph)
@@ -114,21 +89,6 @@ def test_influence_adds_up_over_positions_and_answers(bench) -> None:
     active = {graph.nodes.feature_id(n) for n in graph.nodes.of(1).tolist() if there[graph.nodes.position[n]]}
     assert set(selectors.feature_influence(graph, None, left)) == active
     assert selectors.feature_influence(graph, graph.logit_tokens[1]) != whole
-
-
-def test_by_influence_takes_the_first_or_up_to_a_share(bench) -> None:
-    shares = selectors.feature_influence(bench[1])
-    best = sorted(shares, key=lambda f: -shares[f][0])
-    top = selectors.by_influence([shares], SupernodeConfig(influence=InfluenceConfig(), count=4))
-    assert ids(top) == best[:4]
-    held = selectors.by_influence([shares], SupernodeConfig(influence=InfluenceConfig(share=0.5), count=1))
-    sums = np.cumsum([member.influence for member in held])
-    assert sums[-1] >= 0.5 - 1e-9 > sums[-2]
-    everything = selectors.by_influence([shares], SupernodeConfig(influence=InfluenceConfig(share=1.0)))
-    assert len(everything) == sum(share > 0 for share, _ in shares.values())
-    # A second graph in which nothing counts halves every share.
-    halved = selectors.by_influence([shares, {}], SupernodeConfig(influence=InfluenceConfig(), count=1))
-    assert halved[0].influence == pytest.approx(top[0].influence / 2)
 
 
 @pytest.mark.parametrize(

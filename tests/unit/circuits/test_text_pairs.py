@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,8 +10,8 @@ from vlmscope.circuits.experiment import text_level
 from vlmscope.circuits.operations import Level
 from vlmscope.interventions.controls import matched_plan, matched_pools
 from vlmscope.interventions.edits import LayerEdit, donor_activations
-from vlmscope.interventions.run import editing, generate_batch, log_likelihoods, run_edited, whole_answers
-from vlmscope.interventions.trials import Setting, Trial, run_trials, word_shares
+from vlmscope.interventions.run import editing, generate_batch, run_edited, whole_answers
+from vlmscope.interventions.trials import Setting
 from vlmscope.models.base import exact_float64
 from vlmscope.models.batching import continued
 from vlmscope.models.tiny import tiny_image, tiny_vlm
@@ -104,46 +103,3 @@ def test_each_generated_token_gets_its_own_value(bench, level: Level) -> None:
         everywhere[layer] = LayerEdit(edit.features, value, edit.scale, torch.ones(len(value), dtype=torch.bool))
     logits = run_edited(scope, scope.batch(begun), everywhere)
     assert logits.argmax(-1).tolist() == [ids[3] for ids in together]
-
-
-def test_trials_of_whole_answers_have_their_texts_and_scores(bench, level: Level) -> None:
-    scope, pairs = bench
-    cases = text_cases(scope, "test", "x", pairs)
-    where = Setting(mode="generate", strength=2.0, matched=1, random_direction=1, new_tokens=3)
-    table = run_trials(scope, [Trial("steer", level, [cases], [where])])
-    assert table.control.tolist() == [control for control in ("", "matched", "random_direction") for _ in range(3)]
-    ids = generate_batch(scope.adapter, cases.inputs, 3, editing(scope, level.plan(scope, cases, 2.0)))
-    said = table[table.control == ""]
-    assert said.text.tolist() == [scope.vlm.tokenizer.decode(one, skip_special_tokens=True).strip() for one in ids]
-    assert said.hit.tolist() == [text == pairs[0].texts[1] for text in said.text]
-    np.testing.assert_allclose(
-        said.log_likelihood, log_likelihoods(scope, [pair.sides[1] for pair in pairs], ids), rtol=1e-9
-    )
-
-
-def test_the_log_likelihood_is_the_mean_over_the_answers_tokens(bench) -> None:
-    scope, pairs = bench
-    logs, least = [], []
-    for at, token in enumerate(IDS[1]):
-        begun = continued(scope.adapter, pairs[0].sides[1], IDS[1][:at], scope.vlm.tokenizer)
-        with torch.no_grad():
-            probabilities = scope.adapter.model(**begun.tensors).logits[0, -1].double().log_softmax(-1)
-        logs.append(float(probabilities[token]))
-        least.append(float(probabilities.min()))
-    found = log_likelihoods(scope, [pairs[0].sides[1]] * 2, [IDS[1], []])
-    np.testing.assert_allclose(found, [np.mean(logs), least[0]], rtol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("text", "changed", "kept"),
-    [
-        ("earth , a blue planet", 1.0, 1.0),
-        ("mars , a blue planet", 0.5, 1.0),
-        ("mars , a red planet", 0.0, 1.0),
-        ("earth , a blue", 1.0, 2 / 3),
-        ("", 0.0, 0.0),
-    ],
-)
-def test_words_are_right_in_their_places(text: str, changed: float, kept: float) -> None:
-    found = word_shares(text, "mars , a red planet", "earth , a blue planet")
-    assert found == pytest.approx((changed, kept))

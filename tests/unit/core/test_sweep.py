@@ -3,9 +3,9 @@
 import csv
 from pathlib import Path
 
-from vlmscope.config.callbacks import printed, summarise
+from vlmscope.config.callbacks import printed
 from vlmscope.config.catalog import job_settings
-from vlmscope.core.artifacts import write_json, write_yaml
+from vlmscope.core.artifacts import write_json
 from vlmscope.core.results import SweepJob, read_jobs, write_table
 
 
@@ -23,15 +23,3 @@ def test_a_job_is_named_by_what_differs_and_a_failed_one_is_a_row(tmp_path: Path
     assert [line.split() for line in printed(jobs).splitlines()] == [
         ["k", "seed", "status", "val/fvu"], ["4", "failed"], ["8", "1", "finished", "0.5"],
     ]  # fmt: skip
-
-
-def test_jobs_stand_in_their_order_and_other_tasks_get_no_figure(tmp_path: Path) -> None:
-    for number in (0, 2, 10):
-        write_yaml(tmp_path / str(number) / "overrides.yaml", [f"seed={number}"])
-        write_json(tmp_path / str(number) / "metrics.json", {"val/fvu": float(number)})
-    (tmp_path / "figures").mkdir()
-    jobs, files = summarise(tmp_path)
-    assert (len(jobs), files) == (3, [tmp_path / "sweep.csv"])
-    rows = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
-    assert [row["seed"] for row in rows] == ["0", "2", "10"]
-    assert summarise(tmp_path / "figures") == ([], [])

@@ -17,7 +17,7 @@ from vlmscope.core.artifacts import read_json, write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import Exchange
 from vlmscope.data import build
-from vlmscope.data.build import BuildSettings, Part, build_mix, read_parts
+from vlmscope.data.build import BuildSettings, build_mix
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.images import encode_png
 from vlmscope.data.mixing import open_source
@@ -166,14 +166,6 @@ def test_a_mistake_in_another_process_is_one_line_here(tmp_path: Path) -> None:
     made["words"] = SourceConfig("hf_text", str(tmp_path / "blank"))
     with pytest.raises(UserError, match="none of 7 rows of data.sources.words can be used; the last: words row"):
         build_mix(made, settings(tmp_path / "out"), 2)
-
-
-def test_a_fault_of_the_program_in_another_process_shows_itself(tmp_path: Path) -> None:
-    broken = settings(tmp_path / "out", shard_size=-1)  # which `islice` refuses
-    scenes = sources(tmp_path / "words")["scenes"]
-    parts = [Part(broken, "scenes", scenes, "train", None, Share(n, 2)) for n in range(2)]
-    with pytest.raises(ValueError, match=r"(?s)worker process \d.*islice"):
-        list(read_parts(parts, 2))
 
 
 def shards(folder: Path, sizes: tuple[int, ...] = (5, 1, 4, 7)) -> Path:

@@ -11,7 +11,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import CAPTION_REQUEST, Conversation, Document, Exchange
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.mixing import open_source
-from vlmscope.data.samples import WHOLE, drawn, exchanges_of, record_parts
+from vlmscope.data.samples import WHOLE, exchanges_of, record_parts
 from vlmscope.data.tables import JsonLines, load_folder
 
 
@@ -147,15 +147,6 @@ def test_conversations_of_other_layouts_are_refused_in_one_line(value: Any, n_im
     assert "\n" not in str(error.value)
 
 
-def test_each_example_comes_once_an_epoch() -> None:
-    order = [drawn(3, n, 10) for n in range(30)]
-    epochs = [order[:10], order[10:20], order[20:]]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert order != [drawn(4, n, 10) for n in range(30)]
-    assert [drawn(3, n, 10) for n in (25, 3)] == [order[25], order[3]]  # whatever was asked before
-
-
 TURN = {"user": "what is this ?", "assistant": "red"}
 
 
@@ -187,14 +178,6 @@ def test_lines_are_read_when_they_are_asked_for(folder: Path) -> None:
     assert lines[0].exchanges[0].assistant == "é0"
     with pytest.raises(UserError, match="line 6: image .*3.png: no such file"):
         _ = lines[4]
-
-
-def test_lines_as_llava_has_them_keep_their_picture(folder: Path) -> None:
-    turns = [{"from": "human", "value": "<image>\nwhat ?"}, {"from": "gpt", "value": "red"}]
-    (sample,) = JsonLines(write(folder, [{"id": "1", "image": "pictures/2.png", "conversations": turns}]))
-    (row,) = open_source("it", SourceConfig("folder", str(folder))).open(WHOLE)
-    assert sample.exchanges == row().exchanges == (("what ?", "red"),)
-    assert [one.size for one in sample.images] == [one.size for one in row().opened().images] == [(10, 6)]
 
 
 def test_validation_is_its_own_file_or_a_seeded_share(folder: Path) -> None:
@@ -231,15 +214,6 @@ def test_no_example_is_in_training_and_in_validation(folder: Path) -> None:
         load_folder(folder, 0.1, 0)
 
 
-def test_a_picture_damaged_after_its_header_is_found_on_reading(folder: Path) -> None:
-    picture = folder / "pictures" / "noise.png"
-    Image.effect_noise((64, 64), 90).save(picture)
-    picture.write_bytes(picture.read_bytes()[:600])
-    lines = JsonLines(write(folder, [{"text": "x"}, {"images": ["pictures/noise.png"], "text": "x"}]))
-    with pytest.raises(UserError, match=r"train\.jsonl line 2: image .*noise.png: cannot be read as a picture"):
-        _ = lines[1]
-
-
 @pytest.mark.parametrize(
     ("records", "words"),
     [
@@ -256,17 +230,6 @@ def test_a_picture_damaged_after_its_header_is_found_on_reading(folder: Path) ->
 def test_the_whole_file_is_checked_before_use(folder: Path, records: list[Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         JsonLines(write(folder, records))
-
-
-def test_other_mistakes(folder: Path) -> None:
-    with pytest.raises(UserError, match="no train.jsonl in .*docs/bring_your_own.md"):
-        load_folder(folder, 0.1, 0)
-    write(folder, [{"text": "only one"}])
-    with pytest.raises(UserError, match="1 examples, too few to hold 1 out"):
-        load_folder(folder, 0.1, 0)
-    (folder / "train.jsonl").write_bytes(b'{"text": "\xff"}\n')
-    with pytest.raises(UserError, match="line 1: not UTF-8"):
-        JsonLines(folder / "train.jsonl")
 
 
 @pytest.mark.parametrize("text", ["a \ud800 b", "caf\udce9"])  # no characters: neither UTF-8 nor any tokenizer has them

@@ -15,10 +15,8 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import as_rgb
 from vlmscope.data import images
 from vlmscope.data.images import (
-    PictureFiles,
     check_image,
     decode_image,
-    for_figures,
     open_image,
     picture_format,
 )
@@ -140,19 +138,6 @@ def test_pixels_of_unknown_scale_are_refused(values: np.ndarray, words: str) -> 
             door()
 
 
-def test_many_pictures_stay_in_their_files(tmp_path: Path) -> None:
-    paths = [tmp_path / f"{number}.png" for number in range(3)]
-    for number, path in enumerate(paths):
-        Image.new("RGB", (4, 4), (number, 0, 0)).save(path)
-    found = PictureFiles(paths)
-    assert len(found) == 3 and [picture.getpixel((0, 0)) for picture in found] == [(n, 0, 0) for n in range(3)]
-    assert [picture.getpixel((0, 0)) for picture in found[1:]] == [(1, 0, 0), (2, 0, 0)]
-    assert found[0] is not found[0]
-    paths[1].write_bytes(paths[1].read_bytes()[:40])
-    with pytest.raises(UserError, match=r"1\.png"):
-        PictureFiles(paths)
-
-
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 def test_orientation_is_applied(tmp_path: Path, form: str) -> None:
     exif = Image.Exif()
@@ -200,10 +185,3 @@ def test_bad_files_are_named_and_headers_checked_without_decoding(
     monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     with pytest.raises(UserError, match="64 x 64 pixels are too many"):
         check_image(tmp_path / "good.png")
-
-
-def test_pictures_are_shrunk_for_figures_alone(tmp_path: Path) -> None:
-    Image.new("L", (5000, 3000)).save(tmp_path / "large.png")
-    large = open_image(tmp_path / "large.png")
-    assert large.size == (5000, 3000)
-    assert [array.shape for array in for_figures([large])] == [(1229, 2048, 3)]

@@ -107,15 +107,6 @@ def test_any_state_goes_on_with_the_very_next_item(repeat: bool) -> None:
         assert second.tokens.keys() == first.tokens.keys()
 
 
-def test_seed_and_epoch_change_the_order() -> None:
-    def order(seed: int) -> list[str]:
-        stream = ShuffledSource(numbered("x", 30), buffer=30, seed=seed, repeat=True)
-        return [stream.next().text for _ in range(60)]  # pyright: ignore[reportOptionalMemberAccess]
-
-    assert order(0) != order(1) and order(0) == order(0)
-    assert order(0)[:30] != order(0)[30:] and sorted(order(0)[:30]) == sorted(order(0)[30:])
-
-
 def test_ranks_and_workers_share_without_loss_or_repeat() -> None:
     for size, ranks, workers in product(range(0, 14), range(1, 5), range(1, 4)):
         seen: list[str] = []
@@ -144,14 +135,6 @@ def test_packing_loses_no_token_and_states_the_end_of_documents() -> None:
     with_head = packed(TokenPacker(eos=0, length=4, bos=1))
     assert all(one[0] == 1 and len(one) <= 4 for one in with_head)
     assert sum((one[1:] for one in with_head), []) == sum(([*one, 0] for one in documents), [])
-
-
-def test_wrong_sources_and_states_are_refused() -> None:
-    with pytest.raises(UserError, match="data.sources is empty"):
-        TokenMix({})
-    other = TokenMix({"z": Lane(1.0, ShuffledSource(numbered("z", 3)), Words())})
-    with pytest.raises(UserError, match="the state is of a, b, c, the sources are z"):
-        other.load_state_dict(mix().state_dict())
 
 
 def some_empty(count: int, empty: Callable[[int], bool]) -> Source:

@@ -6,11 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from experiments.hierarchy import APPEARANCE, appearance
 
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import generator
 from vlmscope.data import mixing
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.mixing import open_source
@@ -18,22 +16,13 @@ from vlmscope.data.orrery import dataset
 from vlmscope.data.orrery.dataset import (
     ScenePool,
     build,
-    colour_scenes,
-    concept_scenes,
-    counted_scenes,
-    covered,
-    digit_scenes,
-    harder_scenes,
-    object_mask,
-    painted_mask,
     scene_shards,
 )
-from vlmscope.data.orrery.rendering import degrade, glyphs, make_scene, planet_scene
+from vlmscope.data.orrery.rendering import glyphs, make_scene
 from vlmscope.data.orrery.scenes import (
     COMPOSED,
     KINDS,
     NUMBERS,
-    PICTURED,
     PLANETS,
     SHAPE_COLOURS,
     SHAPES,
@@ -44,12 +33,6 @@ from vlmscope.data.orrery.scenes import (
     vocabulary,
 )
 from vlmscope.data.samples import WHOLE
-from vlmscope.models.boxes import grid_boxes
-
-
-def image_of(scene: Scene) -> np.ndarray:
-    assert scene.image is not None
-    return scene.image
 
 
 def same(one: Scene, other: Scene) -> bool:
@@ -73,11 +56,6 @@ def test_every_word_of_every_scene_is_known() -> None:
             for index in range(30):
                 for q in make_scene(split, kind, index).questions:
                     assert set(q.question.split()) | set(q.answer.split()) <= known
-
-
-def test_orrery_2_adds_its_words_at_the_end() -> None:
-    old, new = vocabulary(), vocabulary((*KINDS, *COMPOSED))
-    assert new[: len(old)] == old and new[len(old) :] == ["larger", "no", "yes"]
 
 
 def test_answers_to_questions_that_bind_follow_from_the_facts() -> None:
@@ -110,152 +88,9 @@ def test_answers_to_questions_that_bind_follow_from_the_facts() -> None:
         assert scene.answer("present") == YES_NO[named in scene.facts.values()]
 
 
-def test_answers_that_are_not_there_are_as_frequent() -> None:
-    for kind, group in (("objects", "exists"), ("duets", "present")):
-        answers = [make_scene("val", kind, index).answer(group) for index in range(120)]
-        assert answers.count("yes") / 120 == pytest.approx(0.5, abs=0.12)
-
-
-def test_glyphs_are_those_of_scikit_learn() -> None:
-    from sklearn.datasets import load_digits
-
-    whole = load_digits()
-    for split in SPLITS:
-        for digit, (pictures, sources) in enumerate(zip(*glyphs(split), strict=True)):
-            assert (whole.target[sources] == digit).all()  # pyright: ignore[reportAttributeAccessIssue]
-            assert (whole.images[sources] / 16 == pictures).all()  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def test_splits_use_different_glyphs() -> None:
     sources = {split: {int(i) for part in glyphs(split)[1] for i in part} for split in SPLITS}
     assert sum(map(len, sources.values())) == len(set.union(*sources.values())) == 1797
-
-
-def test_hands_are_mostly_of_five_and_never_of_six() -> None:
-    counts = [make_scene("train", "hands", i).facts["fingers"] for i in range(300)]
-    assert counts.count("five") / 300 == pytest.approx(0.9, abs=0.06)
-    assert set(counts) == {"one", "two", "three", "four", "five"}
-
-
-@pytest.mark.parametrize("name", list(PLANETS))
-def test_planet_box_holds_the_planet(name: str) -> None:
-    scene = planet_scene(generator(5, name), name)
-    left, top, right, bottom = (round(v * SIDE) for v in np.asarray(scene.facts["box"]))
-    assert 0 <= left < right <= SIDE
-    assert image_of(scene)[top:bottom, left:right].mean() > image_of(scene).mean()
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        ("planets", ["name", "", "", "colour", "", "", "", "cover", ""]),
-        ("digits", ["", "", "", "first", "", "second", ""]),
-        ("shapes", ["count", "shape_colour", "shape", ""]),
-        ("hands", ["", "", "", "fingers", "", ""]),
-    ],
-)
-def test_words_of_captions_name_facts(kind: str, expected: list[str]) -> None:
-    for index in range(12):
-        scene = make_scene("test", kind, index)
-        caption = scene.answer("caption").split()
-        # "two digits , two and three": a number may stand for either, so that only the facts' own places count.
-        if kind != "digits" or "two" not in caption[3:]:
-            assert list(scene.facts_named(caption)) == expected
-
-
-def test_appearance_is_measured_on_the_disc() -> None:
-    names = ("mars", "earth", "neptune", "moon")
-    looks = {name: np.mean([appearance(s) for s in concept_scenes(name, "train", 12)], 0) for name in names}
-    red, texture = APPEARANCE.index("red"), APPEARANCE.index("texture")
-    assert looks["mars"][red] > looks["moon"][red] > looks["neptune"][red]
-    assert looks["earth"][texture] > looks["neptune"][texture]  # continents against an even disc
-    scene = concept_scenes("mars", "train", 1)[0]
-    left, _, right, _ = np.asarray(scene.facts["box"])
-    assert appearance(scene)[APPEARANCE.index("size")] == pytest.approx((right - left) / 2)
-    lighter = np.minimum(image_of(scene) * 1.0 + 20, 255).astype(np.uint8)
-    assert appearance(Scene(scene.kind, scene.key, lighter, scene.facts))[0] > appearance(scene)[0]
-
-
-@pytest.mark.parametrize("kind", PICTURED)
-def test_objects_stand_out_from_what_is_around_them(kind: str) -> None:
-    for index in range(6):
-        scene = make_scene("test", kind, index, 7)
-        mask = object_mask(scene)
-        assert mask.shape == (64, 64) and 0.02 < mask.mean() < 0.9
-        far = np.abs(image_of(scene).astype(float) - np.median(image_of(scene)[~mask], axis=0)).max(-1)
-        assert far[mask].mean() > 5 * far[~mask].mean()
-
-
-def test_a_digit_can_be_asked_for_alone() -> None:
-    scene = make_scene("test", "digits", 0, 7)
-    first, second, both = (object_mask(scene, group) for group in ("first", "second", "sum"))
-    assert not first[:, 32:].any() and not second[:, :32].any() and first.any() and second.any()
-    assert np.array_equal(first | second, both)
-
-
-def test_a_box_counts_from_a_quarter_on() -> None:
-    mask = np.zeros((8, 8), bool)
-    mask[0, :4], mask[4:6, 4:6] = True, True
-    assert covered(mask, grid_boxes(2, 2)).tolist() == [True, False, False, True]
-    mask[0, 0] = False
-    assert covered(mask, grid_boxes(2, 2)).tolist() == [False, False, False, True]
-
-
-def test_painted_pixels_lie_in_the_boxes() -> None:
-    scene = make_scene("test", "shapes", 3)
-    painted = painted_mask(image_of(scene))
-    assert painted.any()
-    assert (painted & ~object_mask(scene)).mean() < 0.01  # a turned cross reaches a little out of its box
-
-
-def test_counted_scenes_are_balanced_and_painted_as_they_say() -> None:
-    pixels, facts = counted_scenes("test", 60, 0)
-    count, shape, _ = facts.T
-    assert np.bincount(count)[1:].tolist() == [10] * 6
-    assert np.bincount(shape).tolist() == [12] * len(SHAPES)
-    assert np.corrcoef(count, [painted_mask(one).sum() for one in pixels])[0, 1] > 0.8
-    assert not np.array_equal(pixels[0], counted_scenes("train", 1, 0)[0][0])
-
-
-def test_harder_scenes_are_test_scenes_with_their_answers() -> None:
-    counts = {"planets": 2, "digits": 1, "shapes": 1, "hands": 12}
-    scenes, again = (harder_scenes(counts, (0.2, 0.5), seed=4) for _ in range(2))
-    assert all(map(same, scenes, again)) and len({scene.key for scene in scenes}) == 16
-    assert [scene.key for scene in scenes[:2]] == ["test-planets-000000", "test-planets-000001"]
-    for scene in scenes:
-        level = scene.facts["level"]
-        assert isinstance(level, float) and 0.2 <= level <= 0.5
-        assert all(" " not in question.answer for question in scene.questions)  # captions are left out
-    easy = make_scene("test", "planets", 1, 4)
-    assert [q.answer for q in scenes[1].questions] == [q.answer for q in easy.questions[:3]]
-    assert {scene.questions[0].answer for scene in scenes[4:]} == {"five", "six"}
-    assert not same(scenes[0], harder_scenes(counts, (0.2, 0.5), seed=5)[0])
-
-
-def test_a_level_makes_the_picture_smaller_darker_and_noisy() -> None:
-    image, rng = image_of(make_scene("test", "shapes", 3)), np.random.default_rng
-    np.testing.assert_array_equal(degrade(image, 0.0, rng(0)), image)
-    hard = degrade(image, 1.0, rng(0))
-    assert hard.shape == image.shape and hard.dtype == np.uint8
-    assert hard.max() < image.max()
-    corner = degrade(np.full_like(image, 128), 1.0, rng(1)).astype(float) / 255
-    assert corner.mean() == pytest.approx(0.3 * 128 / 255, abs=0.02)  # clipping at black lifts it a little
-    assert 0.08 < corner.std() < 0.12
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: make_scene("dev", "planets", 0), "unknown split"),
-        (lambda: make_scene("train", "cats", 0), "unknown scene kind"),
-        (lambda: digit_scenes("three", "test", 1, second="ten"), "no digit 'ten'"),
-        (lambda: colour_scenes("orange", "test", 1), "no colour of shapes 'orange'"),
-        (lambda: harder_scenes({"text": 1}, (0, 1)), "no harder scenes of 'text': choose from planets"),
-    ],
-)
-def test_unknown_words_are_refused(call: Callable[[], object], message: str) -> None:
-    with pytest.raises((UserError, ValueError), match=message):
-        call()
 
 
 def small(folder: Path, **changes: Any) -> int:

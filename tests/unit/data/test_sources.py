@@ -19,9 +19,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import CAPTION_REQUEST, Conversation
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.mixing import ShuffledSource, open_source
-from vlmscope.data.orrery.dataset import row_of_scene
-from vlmscope.data.orrery.rendering import make_scene
-from vlmscope.data.samples import WHOLE, RawSample, Share, held_out
+from vlmscope.data.samples import WHOLE, RawSample, Share
 from vlmscope.data.tables import row_parser
 
 PNG, JPEG = "PNG", "JPEG"
@@ -132,17 +130,6 @@ def test_a_split_is_the_files_that_carry_its_name(
         assert str(tmp_path / "it") in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("split", [None, "train", "test", "train[:50%]"])
-def test_a_table_saved_alone_is_one_split(tmp_path: Path, split: str | None) -> None:
-    table = text_table(4)
-    Dataset(table.data, split=split).save_to_disk(tmp_path / "it")  # pyright: ignore[reportArgumentType]
-    own = "test" if split == "test" else "train"
-    assert len(samples(SourceConfig("hf_text", str(tmp_path / "it"), split=own))) == 4
-    for other in {"train", "test", "validation"} - {own}:
-        with pytest.raises(UserError, match=f"has no split '{other}'; .* is one of {own}"):
-            samples(SourceConfig("hf_text", str(tmp_path / "it"), split=other))
-
-
 @pytest.mark.parametrize("saved", ["disk", "parquet"])
 def test_pictures_and_turns_as_the_cauldron_has_them(tmp_path: Path, saved: str) -> None:
     for name, first, count in (("vqav2", 0, 5), ("ai2d", 100, 2)):
@@ -218,39 +205,6 @@ def test_a_shuffled_stream_resumes_to_the_sample(tmp_path: Path) -> None:
             one.next()
         other.load(json.loads(json.dumps(one.state())))
         assert [other.next() for _ in range(50 - stop)] == whole[stop:]
-
-
-def test_orrery_in_three_streams() -> None:
-    text, captions, questions, dialogues = (
-        samples(SourceConfig("orrery", stream=name, limit=8)) for name in ("text", "captions", "questions", "dialogues")
-    )
-    assert all(not one.exchanges and "?" in one.text for one in text)
-    assert all(len(one.exchanges) == 1 and one.exchanges[0].user.startswith(("describe", "what")) for one in captions)
-    assert [one.images for one in captions] == [one.images for one in questions]  # the same scenes, asked otherwise
-    assert sum(len(one.exchanges) for one in dialogues) == 2 * (3 + 3 + 3 + 1)
-    for one, all_of_them in zip(questions, dialogues, strict=True):
-        assert len(one.exchanges) == 1 and one.exchanges[0] in all_of_them.exchanges
-    assert len({one.exchanges[0].user for one in questions}) > 4  # not the first question of each
-    assert text != samples(SourceConfig("orrery", stream="text", limit=8), split="val")
-
-
-def test_things_of_a_scene_are_colour_and_shape_by_place() -> None:
-    scene = make_scene("val", "objects", 0)
-    things = [str(scene.facts[f"thing_{slot}"]) for slot in range(4)]
-    assert things == ["purple cross", "", "", "purple cross"]
-    assert row_of_scene(scene, "objects").facts == {
-        **{"scene": "objects", "upper_left_colour": "purple", "upper_left_shape": "cross"},
-        **{"lower_right_colour": "purple", "lower_right_shape": "cross"},
-    }
-
-
-def test_holding_out_follows_the_content() -> None:
-    made = [RawSample(text=str(n), origin="here") for n in range(2000)]
-    out = [one.text for one in made if held_out(one, 0.1)]
-    assert 140 < len(out) < 260
-    assert out == [
-        one.text for one in (RawSample(text=str(n), origin="there") for n in range(2000)) if held_out(one, 0.1)
-    ]
 
 
 REFUSED = [

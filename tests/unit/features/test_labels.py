@@ -1,10 +1,8 @@
 """Labels by contrast on planted features: what is known, what is proposed, that scores know chance; labels by hand."""
 
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 from vlmscope.core.study import StudyInfo, item_hash
-from vlmscope.features.item_facts import ItemFacts, KnownItems, content_halves, content_of, item_facts, known_items
+from vlmscope.features.item_facts import ItemFacts, KnownItems, content_halves, content_of, known_items
 from vlmscope.features.labels import (
     Detection,
     Label,
@@ -31,7 +29,6 @@ from vlmscope.features.labels import (
 )
 from vlmscope.features.proposals import propose, score_rule
 from vlmscope.features.study_files import EXAMPLE_TABLE, StudyFolder
-from vlmscope.tasks.label import basis, metrics_of
 
 PLANETS = ("mars", "earth", "venus", "saturn", "moon")
 WORDS = ("mars", "colour", "how", "covers")
@@ -116,13 +113,6 @@ def test_detection_is_the_auroc_of_scikit_learn() -> None:
     assert sure.score == sure.balanced_accuracy == 1 and sure.low < 0.9 and sure.p < 1e-6
 
 
-def test_the_interval_covers_chance_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(1)
-    found = [scored(detection(rng.integers(0, 2, 30) * 1.0, rng.integers(0, 2, 80) * 1.0)) for _ in range(1000)]
-    assert 0.93 < np.mean([one.low <= 0.5 <= one.high for one in found]) < 0.98
-    assert np.mean([one.p < 0.05 for one in found]) < 0.08
-
-
 def test_discoveries_and_what_chance_would_pass_beside_them() -> None:
     p = np.array([0.001, 0.013, 0.012, 0.04, 0.5, np.nan])
     assert discoveries(p).tolist() == [True, True, True, True, False, False]
@@ -130,12 +120,6 @@ def test_discoveries_and_what_chance_would_pass_beside_them() -> None:
     p, chance = np.array([0.001, 0.02, 0.9]), np.array([0.02, 0.021, np.nan, 0.0])
     assert would_pass(p, np.array([True, True, False]), chance).tolist() == [True, False, False, True]
     assert not would_pass(p, np.zeros(3, bool), chance).any()
-
-
-def test_few_scored_items_are_reported_with_what_to_do() -> None:
-    labels = [Label("x", "auto", "items", 0.8, 0.7, 0.9, positives=n) for n in (9, 10, 11, 30)]
-    assert "study.samples=60 has about 3.0 times as many" in basis(labels[:3], 20)
-    assert basis(labels[3:], 60) == "scores rest on 30 held-out items that fire the feature (median)"
 
 
 def test_where_a_feature_is_known_not_to_fire_it_does_not(planted: tuple[Planted, KnownItems]) -> None:
@@ -188,46 +172,6 @@ def test_no_content_is_in_both_halves_and_none_scores_twice() -> None:
     assert np.array_equal(content_halves([contents[i] for i in order])[0], half[order])
 
 
-def test_a_repeated_item_moves_no_score(planted: tuple[Planted, KnownItems]) -> None:
-    world, known = planted
-    facts, rule = world.facts, Rule((Part("planet", ("earth", "venus")),))
-    repeats = np.random.default_rng(1).random(N) < 0.3
-    turned = replace(facts, repeats=repeats, matrix=np.where(repeats[:, None], 1 - facts.matrix, facts.matrix))
-    once = scored(score_rule(replace(facts, repeats=repeats), known, 1, rule)[0])
-    assert scored(score_rule(turned, known, 1, rule)[0]) == once
-    whole = scored(score_rule(facts, known, 1, rule)[0])
-    assert once.positives < whole.positives and once.negatives < whole.negatives
-
-
-def test_the_kind_alone_is_the_baseline_of_a_label(planted: tuple[Planted, KnownItems]) -> None:
-    world, known = planted
-    of_kind = propose(world.facts, known, 2, "planet")
-    assert of_kind is not None and of_kind == Rule((Part("planet", ("mars",)),))
-    alone, label = (scored(score_rule(world.facts, known, 2, rule)[0]).score for rule in
-                    (of_kind, Rule((Part("question", ("colour",)), Part("planet", ("mars",))))))  # fmt: skip
-    assert 0.5 < alone < label - 0.02
-    assert propose(world.facts, known, 5, "planet") is not None  # a baseline does not need to beat chance
-    assert propose(world.facts, known, 2, "no such fact") is None
-    labels = [
-        Label("a", "auto", "items", 0.9, 0.8, 0.95, kind_score=0.7),
-        Label("b", "auto", "items", 0.7, 0.6, 0.8, kind_score=0.7, kind_only=True),
-    ]
-    metrics = metrics_of(labels, "label")
-    assert (metrics["label/auroc_kind_alone"], metrics["label/beats_kind"], metrics["label/kind_only"]) == (0.7, 1, 1)
-    assert metrics["label/auroc_over_kind"] == pytest.approx(0.1) and str(labels[1]).endswith("the kind of item alone)")
-
-
-def test_a_feature_that_fires_nearly_everywhere_is_labelled_by_where_it_is_strong(
-    planted: tuple[Planted, KnownItems],
-) -> None:
-    world, known = planted
-    found = propose(world.facts, known, 39)
-    assert found is not None and "saturn" in found.parts[0].values
-    score, top = score_rule(world.facts, known, 39, found)
-    assert top is not None and top > 0.9
-    assert scored(score).positives < len(known.item[known.rows(39)])
-
-
 def test_a_feature_without_meaning_gets_no_rule(planted: tuple[Planted, KnownItems]) -> None:
     world, known = planted
     assert sum(propose(world.facts, known, feature) is not None for feature in range(3, 39)) <= 4
@@ -253,68 +197,6 @@ def test_what_a_label_is_proposed_from_does_not_move_its_score(planted: tuple[Pl
     assert score_rule(turned(~facts.half), known, 1, rule)[0] == scored(score_rule(facts, known, 1, rule)[0])
     proposed = propose(facts, known, 1)
     assert proposed is not None and propose(turned(facts.half), known, 1) == proposed
-
-
-def test_rules_in_words_and_in_their_file() -> None:
-    rule = Rule((Part("shape_colour", ("red", "blue")), Part("question", ("what",))))
-    assert rule.to_json() == '[["shape_colour", "red", "blue"], ["question", "what"]]'
-    assert rule.text == 'shape colour red or blue and question has "what"'
-
-
-@pytest.mark.parametrize(
-    ("part", "place", "writes", "phrase"),
-    [
-        (Part("about", ("star",)), Part("kind", ("image",)), "", "star, on the picture"),
-        (Part("about", ("star",)), None, "stars", 'says "stars"'),
-        (Part("answer", ("mars",)), Part("token", ("model",)), "mars", 'says "mars", at "model"'),
-        (Part("planet", ("mars",)), None, "mars", "planet mars"),  # it sees the planet, whatever it writes
-        (Part("question", ("sum",)), Part("token", ("sum",)), "sum", 'the word "sum"'),
-        (Part("question", ("sum",)), Part("token", (" Sum",)), "", 'the word "sum"'),
-        (Part("question", ("sum",)), Part("after", ("sum",)), "", 'question has "sum", right after "sum"'),
-        (Part("pictures", ("1",)), None, "", "a picture"),
-    ],
-)
-def test_a_label_is_a_short_phrase(part: Part, place: Part | None, writes: str, phrase: str) -> None:
-    assert Rule((part,)).phrase(place, writes) == phrase
-
-
-def test_an_idea_that_pictures_show_and_words_name_is_one_predicate() -> None:
-    """The fact of a picture, a word of a question and the plural in an answer are about one thing; articles never."""
-    rows = [("the", "a"), ("star", "a"), ("the", "stars"), ("the", "mars"), ("the", "mars"), ("the", "mars")] * 2
-    shown = [{"shape": "star"}, {}, {}, {"shape": "cross"}, {}, {"shape": "star"}] * 2
-    table = pa.table(
-        {
-            "item": range(len(rows)),
-            "source": ["x"] * len(rows),
-            "row": range(len(rows)),
-            "users": [[question] for question, _ in rows],
-            "assistants": [[answer] for _, answer in rows],
-            "text": [""] * len(rows),
-            "n_pictures": [1] * len(rows),
-            "digest": [str(n) for n in range(len(rows))],
-        }
-    )
-    items = SimpleNamespace(table=table, ids=np.arange(len(rows)), source=lambda _name: _Facts(shown))
-    facts = item_facts(items)  # pyright: ignore[reportArgumentType]
-    column = facts.columns[Predicate("about", "star")]
-    order = facts.places(np.arange(len(rows)))
-    assert facts.matrix[order, column].tolist() == [1, 1, 1, 0, 0, 1] * 2
-    assert not [name for name in facts.names if name.key == "about" and name.value in ("the", "a")]
-
-
-class _Facts:
-    """A source of rows that have facts."""
-
-    def __init__(self, facts: list[dict[str, str]]) -> None:
-        self.facts, self.row = facts, 0
-
-    def open(self, _share: object) -> "_Facts":
-        return self
-
-    def __iter__(self) -> Iterator[Callable[[], SimpleNamespace]]:
-        for known in self.facts:
-            self.row += 1
-            yield lambda known=known: SimpleNamespace(facts=known)
 
 
 @pytest.fixture

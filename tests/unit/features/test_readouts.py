@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vlmscope.activations import mlp_inputs
 from vlmscope.core.records import FeatureId
-from vlmscope.features.readouts import image_features, token_lens, top_and_bottom_logits
+from vlmscope.features.readouts import token_lens, top_and_bottom_logits
 from vlmscope.features.study import CaptionedPrompt, top_examples
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
@@ -59,27 +58,6 @@ def test_logit_lens_ranks_as_the_model_does(scope: Scope) -> None:
     assert torch.isfinite(logits).all() and top[0][1] > bottom[0][1]
     order = [scope.vlm.tokenizer.decode([token]) for token in logits.argsort(descending=True).tolist()]
     assert [w for w, _ in top] == order[:3] and [w for w, _ in bottom] == order[::-1][:3]
-
-
-def test_the_strongest_on_soft_tokens_are_chosen_by_the_rule(scope: Scope, batch: Any) -> None:
-    every: dict[FeatureId, tuple[float, float, float]] = {}  # strength, share of prompts and of soft tokens
-    for layer, x in mlp_inputs(scope.adapter, batch, scope.transcoders.layers).items():
-        dense = scope.transcoders[layer].encode(x).dense(30)[:, batch.is_image].numpy()
-        for index in range(30):
-            acts = dense[..., index]
-            firing = acts[(acts > 0).any(1)]
-            if len(firing):
-                every[FeatureId(layer, index)] = (acts.sum(1).mean(), len(firing) / len(acts), (firing > 0).mean())
-    for least, most, per_layer in ((0.0, 1.0, None), (0.5, 0.6, None), (0.3, 0.6, 1)):
-        wanted: list[FeatureId] = []
-        for key in sorted(every, key=lambda key: -every[key][0]):
-            allowed = every[key][1] >= least and every[key][2] <= most + 1e-12
-            if allowed and (per_layer is None or all(key.layer != other.layer for other in wanted)):
-                wanted.append(key)
-        found = image_features(scope, batch, 5, least, most, per_layer)
-        assert [one.feature for one in found] == wanted[:5] and found
-        for one in found:
-            assert (one.strength, one.fires, one.tokens) == pytest.approx(every[one.feature], rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gemma4", "llava", "qwen3_vl"])

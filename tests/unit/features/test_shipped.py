@@ -3,9 +3,7 @@
 import shutil
 from pathlib import Path
 
-import vlmscope
 from vlmscope.config.catalog import asset
-from vlmscope.features.labels import Labels
 from vlmscope.features.shipped import shipped_study
 from vlmscope.features.study_files import StudyFolder
 from vlmscope.transcoders.formats import load_set
@@ -21,17 +19,6 @@ def test_the_shipped_study_is_of_the_shipped_model_and_transcoders() -> None:
     assert sum(path.stat().st_size for path in STUDY.rglob("*") if path.is_file()) < 5e6
 
 
-def test_labels_are_short_and_examples_open_again() -> None:
-    study = StudyFolder(STUDY)
-    labels = Labels(study).trusted()
-    assert len(labels) > 0.9 * sum(study.info.n_features.values())
-    assert sum(len(label.text.split()) for label in labels.values()) / len(labels) < 8
-    for layer in study.layers:
-        record = next(r for r in study.features(layer) if r.fired["image"] > 100)
-        item = study.items[record.group("top")[0].item]
-        assert study.pictures(item)[0].size == (64, 64)
-
-
 def test_another_set_is_not_called_by_the_labels_of_this_one(tmp_path: Path) -> None:
     retrained = Path(shutil.copytree(TRANSCODERS, tmp_path / TRANSCODERS.name))
     assert shipped_study(MODEL, retrained) == STUDY  # moved, but the same
@@ -40,12 +27,3 @@ def test_another_set_is_not_called_by_the_labels_of_this_one(tmp_path: Path) -> 
     (retrained / "layer_3.safetensors").write_bytes(weights)
     assert shipped_study(MODEL, retrained) is None
     assert shipped_study(tmp_path / "another_model", TRANSCODERS) is None
-
-
-def test_a_first_graph_has_words() -> None:
-    scope = vlmscope.load(check=False)
-    assert scope.study == STUDY
-    picture = Path(asset("pictures/mars.png"))
-    traced = vlmscope.trace(scope, "what planet is this ?", [picture])
-    named = [row for row in traced.top_features(8) if row.label]
-    assert len(named) >= 6 and any("mars" in row.label for row in named)

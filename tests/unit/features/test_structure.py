@@ -1,19 +1,11 @@
 """Peaks and embeddings of pictures against plain loops; directions and modality tables."""
 
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
-from vlmscope.core.errors import UserError
 from vlmscope.core.study import IMAGE, TEXT
 from vlmscope.features.structure import (
-    GROUPS,
-    modality_parts,
-    modality_table,
     pictures_seen,
     read_directions,
     write_directions,
@@ -63,27 +55,3 @@ def test_directions_are_what_norms_let_through(bench) -> None:
     through = post(row[None, None])[0, 0] if post is not None else row
     cosine = torch.nn.functional.cosine_similarity(through, write_directions(scope)[1][4], dim=0)
     assert float(cosine) == pytest.approx(1.0, abs=1e-5)
-
-
-def study(positions: dict[str, int]) -> Any:
-    fired = np.array([[0, 90, 0], [60, 0, 30], [60, 0, 30], [40, 40, 0], [1, 0, 0], [0, 0, 0]])
-    table = SimpleNamespace(fired=fired, items_fired=np.array([60, 60, 60, 60, 1, 0]))
-    drawn = np.array([1, 2, 1, 1, 1, 2, 3, 1, 2, 1, 2, 3])
-    return SimpleNamespace(
-        path="study",
-        info=SimpleNamespace(positions=positions),
-        items=SimpleNamespace(ids=np.array([1, 2, 3]), table=pa.table({"n_pictures": [1, 2, 0]})),
-        layers=[4],
-        layer=lambda _layer: table,
-        example_items=lambda _layer, top: (np.repeat(np.arange(4), 3), drawn),
-    )
-
-
-def test_words_are_divided_by_the_prompts_they_are_in() -> None:
-    table = modality_table(study({"text": 400, "image": 500, "answer": 100}))
-    assert table.group.tolist() == ["image", "words beside a picture", "words in either", "both", "rare", "dead"]
-    layers, groups, index, shared = modality_parts(table)
-    assert layers == [4] and list(groups) == list(GROUPS) and sum(count for (count,) in groups.values()) == 6
-    assert len(index[0]) == 4 and shared == {"at soft tokens": [40 / 130], "at words": [40 / 221]}
-    with pytest.raises(UserError, match="study data that have both"):
-        modality_table(study({"text": 400, "image": 0, "answer": 100}))

@@ -123,17 +123,6 @@ def study(vlm, data: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyFol
     return study_alone(tmp_path_factory.mktemp("study") / "study", Scope(vlm, _set(vlm)), _sources(data), CONFIG)
 
 
-def test_samples_are_cut_into_quantiles(study: StudyFolder) -> None:
-    groups = [(record, record.group("q1"), record.group("q2")) for record in study.features(0)]
-    assert sum(bool(weak and strong) for _, weak, strong in groups) > 5
-    for record, weak, strong in groups:
-        assert [e.rank for e in weak] == list(range(len(weak)))
-        if weak and strong:
-            border = min(e.activation for e in strong)
-            assert max(e.activation for e in weak) <= border == pytest.approx(record.quantile_values[0])
-            assert len(strong) - len(weak) in (0, -1)
-
-
 def test_parts_and_interruptions_give_the_same_files(vlm, data: Path, tmp_path: Path) -> None:
     class Killed(Exception):
         pass

@@ -68,13 +68,6 @@ def test_choice_equals_plain_sorting(n: int, m: int) -> None:
     assert _rows(found.pairs) == _rows(pairs.take(np.array(sorted(wanted))))
 
 
-def test_a_draw_is_fair() -> None:
-    """Each tenth of the items gets its tenth of the draws: 100 of 1,000, 4 standard deviations are 38."""
-    hashes = item_hash(np.arange(10_000) * 256)
-    counts = np.bincount(np.argsort(hashes)[:1000] // 1000, minlength=10)
-    assert abs(counts - 100).max() < 40 and len(np.unique(hashes)) == 10_000
-
-
 @pytest.fixture(scope="module")
 def data():
     """Codes with equal activations (ties) and inactive slots; kinds of positions; a mask."""

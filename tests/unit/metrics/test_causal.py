@@ -2,18 +2,14 @@
 
 import numpy as np
 import pytest
-from scipy.special import log_softmax as scipy_log_softmax
 from scipy.stats import binomtest, false_discovery_control
 
 from vlmscope.core.records import generator
 from vlmscope.metrics.rates import (
     benjamini_hochberg,
     effective_size,
-    holm,
-    log_softmax,
     paired_p,
     permutation_p,
-    rate_of,
     share_rate,
     suggested_range,
 )
@@ -24,24 +20,6 @@ def test_shares_of_independent_cases_have_scipys_exact_interval(hits: int, n: in
     rate, exact = share_rate([True] * hits + [False] * (n - hits)), binomtest(hits, n).proportion_ci(method="exact")
     assert (rate.value, rate.cases) == (hits / n, n)
     assert (rate.ci_low, rate.ci_high) == pytest.approx((exact.low, exact.high), abs=1e-9)
-
-
-def test_99_of_100_leave_more_open_than_a_bootstrap_says() -> None:
-    rate = rate_of([True] * 99 + [False])
-    assert (round(rate.ci_low, 3), round(rate.ci_high, 3)) == (0.946, 1.0)
-    assert rate_of([1.0] * 99 + [0.0]).ci_low > 0.96  # a mean of numbers knows no binomial
-
-
-def test_exact_intervals_cover() -> None:
-    """Of shares drawn with a known chance at least 95 % of the intervals hold it."""
-    hits = generator(0, "coverage").random((2000, 40)) < 0.97
-    held = [rate.ci_low <= 0.97 <= rate.ci_high for rate in map(share_rate, hits)]
-    assert np.mean(held) >= 0.95
-
-
-def test_log_softmax_is_scipys() -> None:
-    logits = np.random.default_rng(0).normal(size=(6, 9)) * 4
-    assert np.allclose(log_softmax(logits), scipy_log_softmax(logits, axis=-1))
 
 
 def test_cases_of_one_group_are_drawn_together() -> None:
@@ -81,11 +59,6 @@ def test_a_paired_p_value_by_hand() -> None:
 def test_correction_equals_scipys() -> None:
     p = generator(1, "p").random((5, 8)) ** 3
     np.testing.assert_allclose(benjamini_hochberg(p), false_discovery_control(p, axis=None).reshape(5, 8))
-
-
-def test_holms_correction_by_hand() -> None:
-    assert holm(np.array([0.01, 0.04, 0.03, 0.5])).tolist() == pytest.approx([0.04, 0.09, 0.09, 0.5])
-    assert holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0] and holm(np.array([])).size == 0
 
 
 def test_p_counts_draws_as_large() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vlmscope.metrics.claims import CLAIMS, claim_metrics, claims, claims_text
+from vlmscope.metrics.claims import CLAIMS, claims
 
 CASES = 40
 WHERE = {"mode": "free", "positions": "all", "layers": "all", "strength": 1.0, "limit": None, "cases": "test"}
@@ -137,13 +137,3 @@ def test_cells_of_one_pair_of_concepts_are_one_unit() -> None:
     cell = {"recipient": "mars", "donor": "earth"}
     found = judged(*(table.assign(**cell) for table in trial(GOOD)))
     assert not found["sufficient"].shown and found["found_by_the_graph"].p > 0.05
-
-
-def test_the_setting_with_baselines_is_judged_and_text_and_metrics_have_each_claim() -> None:
-    early = run(0, setting="early", control="matched"), run(3, setting="early")
-    table = pd.concat([*early, *trial(GOOD), run(9, operation="each/name"), *draws(1, operation="each/name")])
-    found = claims(table, {})
-    assert set(found.setting) == {"main"} and set(found.operation) == {"steer"}
-    assert claim_metrics(found) == {f"claims/steer/{claim}": 1.0 for claim in CLAIMS}
-    text = claims_text(found).splitlines()
-    assert len(text) == 7 and "95.0 %" in text[1] and "rank 1 of 31" in text[3]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlmscope.metrics.prediction import PredictorTest, auc, bootstrap_auc, group_folds, held_out_scores, prior
+from vlmscope.metrics.prediction import PredictorTest, auc, group_folds, held_out_scores
 
 
 def brute(scores: np.ndarray, wrong: np.ndarray, strata: np.ndarray | None = None) -> float:
@@ -50,21 +50,6 @@ def test_cross_validation_by_groups_leaks_nothing() -> None:
     assert auc(grouped, wrong) < 0.65
 
 
-def test_an_interval_is_that_of_areas_on_drawn_groups() -> None:
-    """Against drawing groups one after another."""
-    rng = np.random.default_rng(8)
-    groups, strata, wrong = np.repeat(np.arange(25), 2), np.tile([0, 1], 25), rng.random(50) < 0.4
-    scores = wrong + rng.normal(size=50)
-    found = bootstrap_auc(scores, wrong, groups, strata)
-    draws = []
-    for _ in range(2000):
-        rows = np.concatenate([np.flatnonzero(groups == name) for name in rng.integers(25, size=25)])
-        draws.append(auc(scores[rows], wrong[rows], strata[rows]))
-    low, high = np.quantile(draws, (0.025, 0.975))
-    assert found.value == pytest.approx(auc(scores, wrong, strata))
-    assert (found.ci_low, found.ci_high) == pytest.approx((low, high), abs=0.02)
-
-
 @pytest.mark.parametrize(("news", "more"), [(0.0, False), (1.5, True)])
 def test_a_fitted_predictor_adds_to_the_prior_only_what_the_prior_lacks(news: float, more: bool) -> None:
     """Wrong answers follow from an uncertainty and, with `news`, from something that it does not know."""
@@ -76,7 +61,3 @@ def test_a_fitted_predictor_adds_to_the_prior_only_what_the_prior_lacks(news: fl
     assert area.control is not None and abs(area.control - 0.5) < 0.05 < high - 0.4 and area.ci_low > high
     gain = test.area(scores, sure)
     assert gain.value == pytest.approx(auc(scores, wrong) - auc(sure, wrong)) and (gain.ci_low > 0) == more
-
-
-def test_the_prior_is_the_accuracy_of_one_answer() -> None:
-    assert prior(["red", "blue", "red", "gray"]) == 0.5

@@ -13,8 +13,6 @@ from vlmscope.metrics.prediction import (
     auroc,
     faithfulness,
     faithfulness_curve,
-    jaccard,
-    mean_jaccard,
     sizes,
     spearman,
     trapezoid,
@@ -59,22 +57,6 @@ def test_spearman_is_scipys() -> None:
     assert spearman(one, other) == pytest.approx(spearmanr(one, other).statistic)
     assert spearman(one, np.exp(one)) == pytest.approx(1.0)
     assert np.isnan(spearman(one, np.zeros(50)))
-
-
-def test_jaccard_counts_what_both_have() -> None:
-    assert jaccard([1, 2, 3], [2, 3, 4]) == 0.5
-    assert jaccard([], []) == 1.0
-    assert mean_jaccard([{1}, {1}, {2}]) == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match="two or more"):
-        mean_jaccard([{1}])
-
-
-def test_areas_follow_the_trapezoid_rule_on_a_linear_axis() -> None:
-    x, late = np.array(SHARES), np.zeros(10)
-    late[-1] = 1.0
-    for values, expected in ((np.ones(10), 0.999), (x, (1 - 0.001**2) / 2), (late, 0.25)):  # exact on a line
-        assert trapezoid(x, values) == pytest.approx(expected)
-    assert trapezoid(x, np.stack([np.ones(10), x])).tolist() == pytest.approx([0.999, 0.4999995])
 
 
 def test_faithfulness_is_a_ratio_of_means() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vlmscope.metrics.rates import CELL, NO_CONTROL, cell_means, corrected, measured, rates, share_rate, worst
+from vlmscope.metrics.rates import CELL, NO_CONTROL, corrected, measured, rates, worst
 
 # Hits of 8 cases under the trial and under its control.
 CELLS = {
@@ -59,28 +59,8 @@ def test_draws_that_do_not_bite_are_refused_with_the_number() -> None:
     assert ranked([], []).reason == NO_CONTROL
 
 
-def test_draws_on_some_cases_are_compared_on_these() -> None:
-    """A trial that hits the later cases alone is not above draws on the first ones."""
-    rows = [{"control": "", "draw": 0, "case": i, "hit": i >= 4} for i in range(8)]
-    rows += [{"control": "matched", "draw": draw, "case": i, "hit": i < 1} for draw in range(3) for i in range(4)]
-    row: Any = rates(pd.DataFrame(rows).assign(question="name", features=3), ["question"]).loc["name"]
-    assert (row.value, row["rank"], row.p, row.matched) == (0.5, 4, 1.0, 0.25)
-
-
 def test_the_worst_question_has_the_weakest_evidence_of_any() -> None:
     table: Any = cells()
     table = table[table.operation == "steer"].assign(question=table.recipient, setting="main")
     row = worst(rates(table, ["setting", "question"]), "question").loc["main"]
     assert (row.value, row.matched, row["rank"], row.p) == (1.0, 1.0, 2, 1.0)
-
-
-def test_means_count_each_cell_once_and_draw_pairs_of_concepts() -> None:
-    table: Any = cells()
-    table = table[~((table.donor == "c") & (table.case > 5))]  # 4 of 6: its mean still weighs as much as the others'
-    means = cell_means(measured(table, ["operation", *CELL], {}), ["operation"])
-    steer, patch = means.loc["steer"], means.loc["patch"]
-    assert (steer.value, steer.matched, steer.lowest, steer.cases) == (1.0, 0.5, 1.0, 2)
-    assert patch.value == pytest.approx((1 + 4 / 6) / 2) and patch.lowest == pytest.approx(4 / 6)
-    # a given b and b given a are one pair.
-    assert steer.ci_low == share_rate(np.array([1.0, 1.0]), groups=["a-b", "a-b"]).ci_low
-    assert patch.ci_low == share_rate(np.array([1.0, 4 / 6]), groups=["a-b", "a-c"]).ci_low

@@ -1,7 +1,6 @@
 """What becomes of pictures in every family: soft tokens, the map from them to the picture, batches, saved models."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from vlmscope.core.records import PatchBox
 from vlmscope.data.images import decode_image
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import make_batch
-from vlmscope.models.boxes import grid_boxes, seen_window, square_window
+from vlmscope.models.boxes import grid_boxes, square_window
 from vlmscope.models.loading import VLM, load_vlm
 from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
 from vlmscope.scope import Scope
@@ -126,18 +125,6 @@ def test_the_processor_alone_limits_the_soft_tokens(family: str, tmp_path: Path)
     assert boxes[-1] == pytest.approx(PatchBox(399 / 400, 3 / 4, 1, 1))
 
 
-@pytest.mark.parametrize("size", [(1, 40), (3, 90), (90, 3), (1, 1)])
-def test_strips(vlm: VLM, size: tuple[int, int]) -> None:
-    """Some towers see a strip as less than a patch; Hugging Face's own forward says how many soft tokens are left."""
-    inputs = vlm.prepare(PROMPT, [tiny_image(1).resize(size)])
-    assert torch.isfinite(logits(vlm, inputs)).all()
-    boxes = [box for box in inputs.patch_boxes if box is not None]
-    assert len(boxes) == inputs.is_image.sum()
-    assert all(0 <= box.left <= box.right <= 1 and 0 <= box.top <= box.bottom <= 1 for box in boxes)
-    (patches,) = vlm.adapter.picture_patches(inputs.tensors, inputs.sizes, vlm.processor.image_processor)
-    assert patches.pooling.shape == (len(boxes), sum(len(tile.tokens) for tile in patches.tiles))
-
-
 def test_a_saved_model_is_the_same_model(vlm: VLM, tmp_path: Path) -> None:
     vlm.model.save_pretrained(tmp_path)
     vlm.processor.save_pretrained(tmp_path)
@@ -174,22 +161,6 @@ def test_batches_do_not_remember_each_other(family: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(alone, after, strict=True))
     assert torch.allclose(alone[0][0], logits(vlm, vlm.prepare(PROMPT)), rtol=0, atol=1e-6)
     assert torch.allclose(alone[1][0], logits(vlm, vlm.prepare(PROMPT, [tiny_image(0).resize(SIZES[1])])), atol=1e-6)
-
-
-def processor(**changes) -> SimpleNamespace:
-    settings = {"do_resize": True, "do_center_crop": True, "size": {"shortest_edge": 336}}
-    return SimpleNamespace(**settings, crop_size={"width": 336, "height": 336}, **changes)
-
-
-def test_the_middle_square_is_seen_when_the_processor_crops() -> None:
-    assert seen_window((672, 336), processor()) == pytest.approx((0.25, 0.0, 0.75, 1.0))
-    assert seen_window((100, 400), processor()) == pytest.approx((0.0, 0.375, 1.0, 0.625))
-    assert seen_window((500, 500), processor()) == pytest.approx((0, 0, 1, 1))
-
-
-def test_everything_is_seen_when_the_processor_pads_to_a_square() -> None:
-    assert seen_window((672, 336), processor(do_pad=True)) == pytest.approx((0.0, -0.5, 1.0, 1.5))
-    assert square_window((50, 100)) == pytest.approx((-0.5, 0.0, 1.5, 1.0))
 
 
 def test_a_grid_runs_row_by_row_and_ends_at_the_picture() -> None:

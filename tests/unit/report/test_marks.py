@@ -99,13 +99,6 @@ def test_tables_have_the_worst_question_and_its_controls(run_dir: Path) -> None:
     assert places == ["dose, strength 1.0", "dose, strength 2.0", "layers, layers 0-0", "layers, layers 0-1"]
 
 
-def test_sections_come_in_the_order_of_the_marks(run_dir: Path) -> None:
-    marks = {name: MarkConfig(**MARKS[name]) for name in ("said", "dose")}
-    said, dose = sections_of(Folder(run_dir), marks)
-    assert isinstance(said, Table) and said.rows == (("a red planet", "a blue one"),)
-    assert isinstance(dose, Figure) and dose.title == "Against strength"
-
-
 @pytest.mark.parametrize(
     ("mark", "words"),
     [
@@ -128,21 +121,6 @@ def test_a_folder_without_a_report_is_one_line(tmp_path: Path, capsys: pytest.Ca
     for run, words in ((None, "task.run is not given"), (tmp_path, "config.yaml")):
         assert main(["task=report", *([f"task.run={run}"] if run else [])]) == 2
         assert words in capsys.readouterr().err
-
-
-def test_a_curve_of_a_table_has_a_line_for_each_series_and_one_of_the_controls(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [{"kind": kind, "state": state, "right": right, "right_control": False}
-            for kind in "ab" for state in (1, 0) for right in (state == 1, kind == "a")]  # fmt: skip
-    write_rows(run_dir / "lens.parquet", rows)
-    drawn: list[Any] = []
-    monkeypatch.setattr(marks, "dose_response", lambda lines, path, *words, percent: drawn.extend(lines) or path)
-    monkeypatch.setattr(marks, "drawn", lambda path, alt: path)
-    mark = MarkConfig("curve", file="lens.parquet", x="state", by="kind", y="right")
-    sections_of(Folder(run_dir), {"lens": mark})
-    values = {line.name: (line.x, line.y) for line in drawn}
-    assert values == {"a": ((0, 1), (0.5, 1)), "b": ((0, 1), (0, 0.5)), "control": ((0, 1), (0, 0))}
 
 
 HITS = {("a", "b"): 4, ("b", "a"): 3, ("a", "c"): 0}  # of 4 cases; the other cells have no question

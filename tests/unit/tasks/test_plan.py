@@ -32,7 +32,7 @@ from vlmscope.models.sizes import (
 from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
 from vlmscope.replacement import build_replacement
 from vlmscope.scope import Scope
-from vlmscope.tasks.plan import Machine, Work, graph_sizes, least_time, transcoder_numbers
+from vlmscope.tasks.plan import graph_sizes, transcoder_numbers
 from vlmscope.transcoders.config import ACTIVATIONS
 from vlmscope.transcoders.formats import load_set
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig
@@ -138,12 +138,3 @@ def test_operations_are_those_that_torch_counts() -> None:
 def test_numbers_of_a_transcoder_are_exact(activation: str, skip: bool) -> None:
     made = Transcoder(TranscoderConfig(D, 96, 8, activation=activation, skip=skip))
     assert transcoder_numbers(D, 96, skip, activation) == sum(p.numel() for p in made.parameters())
-
-
-def test_what_bounds_a_part_is_named() -> None:
-    machine = Machine("a machine", 1e-11, 1e-11, 1e-11, 5e-9, None)
-    for work, seconds, bound in (
-        (Work(100, 10), 10, "arithmetic"),
-        (Work(100, 100), 20, "memory"),
-    ):
-        assert least_time(work, machine) == (pytest.approx(seconds), bound)

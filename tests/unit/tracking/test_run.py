@@ -13,7 +13,7 @@ import pytest
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.results import SweepJob
-from vlmscope.tracking import RunInfo, TrackedRun, TrackingConfig, open_run, sweep
+from vlmscope.tracking import RunInfo, TrackingConfig, open_run, sweep
 from vlmscope.tracking import run as tracked_run
 from vlmscope.tracking.client import MAX_KEY, MAX_VALUE, open_client, to_params
 
@@ -85,34 +85,6 @@ def test_everything_that_was_logged_is_there(config, tmp_path) -> None:
     assert not (Path.cwd() / "mlruns").exists()
 
 
-def test_final_figures_stand_at_the_last_step(config, tmp_path) -> None:
-    run_dir, client = folder(tmp_path), open_client(config.uri)
-
-    def steps(run_id: str | None) -> list[int]:
-        return [entry.step for entry in client.get_metric_history(str(run_id), "val/fvu")]
-
-    with open_run(config, run_dir, RunInfo("steps", "r")) as run:
-        run.log_metrics({"val/fvu": 0.5})
-        run.log_metrics({"val/fvu": 0.4}, step=20)
-        run.log_metrics({"val/fvu": 0.3})
-    assert steps(run.run_id) == [0, 20, 20]
-    with open_run(config, run_dir, RunInfo("steps", "r"), resume=True) as again:
-        again.log_metrics({"val/fvu": 0.3})
-    assert steps(again.run_id) == [0, 20, 20, 20]
-
-
-def test_a_sweeps_job_is_named_by_what_sets_it_apart(config, tmp_path) -> None:
-    assert sweep.job_name(["seed=1", "k=4"], "0") == "seed=1, k=4"
-    sweep.open_parent(config, tmp_path / "sweep", "names", ["seed=1,2", "k=4"])
-    assert sweep.job_name(["seed=1", "k=4", "declared=3"], "0") == "seed=1, declared=3"
-    assert sweep.job_name(["k=4"], "0") == "k=4"
-    assert sweep.job_name(["transcoder.k=4", "data.batch=8", "task.batch={a.b:1}"], "0") == (
-        "k=4, data.batch=8, task.batch={a.b:1}"
-    )
-    assert sweep.job_name([], "0") == "0"
-    sweep.close_parent()
-
-
 def test_a_resumed_run_goes_on_and_a_new_one_does_not(config, tmp_path) -> None:
     run_dir = folder(tmp_path)
     with pytest.raises(RuntimeError), open_run(config, run_dir, RunInfo("resume", "r", {"a": 1, "b": 2})) as first:
@@ -126,22 +98,6 @@ def test_a_resumed_run_goes_on_and_a_new_one_does_not(config, tmp_path) -> None:
     assert found.data.tags["changed.b"] == "3"
     with open_run(config, run_dir, RunInfo("resume", "r")) as third:
         assert third.run_id != first.run_id
-
-
-def test_final_numbers_of_layers_are_a_curve_by_layer(config, tmp_path) -> None:
-    run_dir, client = folder(tmp_path), open_client(config.uri)
-    numbers = {"val/fvu": 0.5, "layers/fvu/layer_00": 0.25, "layers/fvu/layer_11": 0.75}
-    for resume in (False, True):
-        with open_run(config, run_dir, RunInfo("layers", "r"), resume=resume) as run:
-            run.log_metrics({"train/loss": 1.0}, step=4)
-            run.log_results(numbers)
-            assert f"/runs/{run.run_id} (first: mlflow ui" in run.link()
-
-    def points(name: str) -> list[tuple[int, float]]:
-        return [(point.step, point.value) for point in client.get_metric_history(str(run.run_id), name)]
-
-    assert points("by_layer/fvu")[:2] == [(0, 0.25), (11, 0.75)]
-    assert points("val/fvu")[-1] == (4, 0.5)  # not at the step of the last layer
 
 
 def test_a_sweep_shows_its_jobs_as_a_table_and_as_curves_over_what_was_swept(config, tmp_path) -> None:
@@ -213,15 +169,6 @@ def test_a_store_that_cannot_be_used_is_one_line(tmp_path) -> None:
         assert "\n" not in str(raised.value)
 
 
-def test_nothing_is_tracked_when_tracking_is_off(tmp_path) -> None:
-    with open_run(TrackingConfig(False, "sqlite:////proc/none/x.db"), tmp_path, RunInfo("a", "b")) as run:
-        run.log_metrics({"a": 1.0})
-        run.log_artifacts(tmp_path)
-        assert type(run) is TrackedRun
-        assert run.run_id is None
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_the_lightning_logger_writes_into_the_open_run(config, tmp_path) -> None:
     with open_run(config, folder(tmp_path), RunInfo("lightning", "r")) as run:
         logger = run.lightning_logger()
@@ -231,27 +178,6 @@ def test_the_lightning_logger_writes_into_the_open_run(config, tmp_path) -> None
     history = open_client(config.uri).get_metric_history(str(run.run_id), "train/loss")
     assert [(item.step, item.value) for item in history] == [(7, 2.0)]
     assert "epoch" not in stored(config, run.run_id).data.metrics
-
-
-def test_a_run_leaves_files_of_runs_inside_it_to_them_and_knows_who_started_it(config, tmp_path, monkeypatch) -> None:
-    outer = folder(tmp_path)
-    (outer / "own.txt").write_text("1")
-    with open_run(config, outer, RunInfo("nested", "outer")) as parent:
-        for name, value in sweep.started_by(parent.run_id, "nested").items():
-            monkeypatch.setenv(name, value)
-        assert sweep.starter() == (parent.run_id, "nested")
-        inner = outer / "inner"
-        inner.mkdir()
-        (inner / "theirs.txt").write_text("2")
-        with open_run(config, inner, RunInfo("nested", "inner", parent_id=parent.run_id)) as child:
-            child.log_artifacts(inner)
-        parent.log_artifacts(outer)
-    client = open_client(config.uri)
-    assert parent.run_id is not None and child.run_id is not None
-    assert [item.path for item in client.list_artifacts(parent.run_id)] == ["own.txt"]
-    assert [item.path for item in client.list_artifacts(child.run_id)] == ["theirs.txt"]
-    assert stored(config, child.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
-    assert sweep.started_by(None, "nested") == {}
 
 
 @pytest.fixture
@@ -303,47 +229,6 @@ def test_a_locked_store_costs_no_work_and_catches_up(config, tmp_path, impatient
     assert "database is locked" in warning and "\n" not in warning
 
 
-def test_what_a_store_never_took_is_said_in_one_line(config, tmp_path, impatient, caplog) -> None:
-    run_dir = folder(tmp_path)
-    with locked(config.uri), open_run(config, run_dir, RunInfo("locked", "r")) as run:
-        for step in range(5):
-            run.log_metrics({"loss": 1.0}, step=step)
-        (run_dir / "a.txt").write_text("1")
-        run.log_artifacts(run_dir)
-    first, last = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "kept and written later" in first
-    for words in ("5 points of curves, 1 files and the status FINISHED", "locked", f"{run_dir} has metrics.json"):
-        assert words in last
-
-
-def test_a_store_that_breaks_costs_no_work(config, tmp_path, caplog, monkeypatch) -> None:
-    def broken(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with open_run(config, folder(tmp_path), RunInfo("broken", "r")) as run:
-        monkeypatch.setattr("mlflow.tracking.MlflowClient.log_batch", broken)
-        run.log_metrics({"loss": 1.0}, step=1)
-    said = [record.getMessage() for record in caplog.records if record.name.startswith("vlmscope")]
-    assert len(said) == 2
-    assert all("No space left on device" in words for words in said)
-
-
 def test_a_sweep_on_a_locked_store_is_refused(config, tmp_path, impatient) -> None:
     with locked(config.uri), pytest.raises(UserError, match="the parent of this sweep .*locked.* add tracking=none"):
         sweep.open_parent(config, tmp_path / "sweep", "late", ["seed=1,2"])
-
-
-def test_names_that_are_not_utf8_are_recorded_escaped(config, tmp_path) -> None:
-    run_dir = folder(tmp_path, os.fsdecode(b"caf\xe9"))
-    picture = run_dir / os.fsdecode(b"p\xe9.png")
-    picture.write_bytes(b"1")
-    info = RunInfo("names", run_dir.name, {"image": str(picture)}, [f"image={picture}"])
-    with open_run(config, run_dir, info) as run:
-        run.log_artifacts(run_dir)
-    found = stored(config, run.run_id)
-    assert found.info.run_name == r"caf\udce9"
-    assert found.data.tags["run_dir"].endswith(r"caf\udce9")
-    assert found.data.tags["overrides"].endswith(r"p\udce9.png")
-    assert found.data.params["image"].endswith(r"p\udce9.png")
-    (copied,) = Path(found.info.artifact_uri.removeprefix("file://")).iterdir()
-    assert os.fsencode(copied.name) == b"p\xe9.png"

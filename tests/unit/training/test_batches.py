@@ -136,13 +136,6 @@ def test_texts_are_joined_by_eos_into_whole_sequences(vlm: VLM) -> None:
         assert torch.equal(one["attention_mask"], torch.ones_like(one["input_ids"]))
 
 
-def test_the_end_of_all_sources_is_told(vlm: VLM, tmp_path: Path) -> None:
-    made = MixBatches(lambda: mix(vlm, repeat=False), 100_000, tmp_path / "a.json", "", False)
-    made(0)
-    with pytest.raises(UserError, match="all sources have ended before batch 1: add data.sources.NAME.repeat=true"):
-        made(1)
-
-
 def test_validation_takes_as_many_of_every_source(vlm: VLM) -> None:
     def stream(name: str, share: float) -> ShuffledSource:
         source = open_source(name, SourceConfig("orrery", stream=name, limit=30))

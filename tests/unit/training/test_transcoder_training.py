@@ -20,7 +20,7 @@ from vlmscope.training.batches import Batch, LayerActivations, collect
 from vlmscope.training.captures import ActivationStream, Captures
 from vlmscope.training.config import OptimConfig, RecipeConfig, TrainerConfig, TranscoderArchConfig
 from vlmscope.training.evaluation import evaluate_transcoders
-from vlmscope.training.layer_trainer import LayerTrainer, prefix_fvu
+from vlmscope.training.layer_trainer import LayerTrainer
 from vlmscope.training.ranks import Ranks
 from vlmscope.training.transcoder_training import TranscoderModule
 from vlmscope.transcoders.formats import load_set, save_set
@@ -99,16 +99,6 @@ def test_every_nonlinearity_learns_and_goes_to_disk_and_back(gemma: VLM, tmp_pat
     assert {name: after[name] for name in again} == again
 
 
-def test_matryoshka_prefixes_explain_more_than_they_would_by_themselves(gemma: VLM, tmp_path: Path) -> None:
-    fvus = {}
-    for name, fractions in (("plain", []), ("nested", [0.125, 0.25])):
-        trained, _ = train(gemma, tmp_path / name, max_steps=80, checkpoint_every=0, matryoshka=fractions)
-        x, y = collect(gemma.adapter, make_batch(100)).by_layer[1]
-        with torch.no_grad():
-            fvus[name] = float(prefix_fvu(trained[1], trained[1].encode(x), x, y, [12, 24]))
-    assert fvus["nested"] < 0.9 * fvus["plain"]
-
-
 @pytest.mark.parametrize(
     ("schedule", "factors"),
     [
@@ -184,15 +174,6 @@ def test_an_interrupt_saves_the_step_that_was_reached(gemma: VLM, tmp_path: Path
     # Before that, batch 0 shows that the data are the same; after it, the last gives the figures of the data.
     assert asked[0] == 0 and asked[1:] == [*range(asked[1], 6), 5] and asked[1] > 1
     assert equal(train(gemma, tmp_path / "whole")[0], resumed)
-
-
-def test_a_finished_run_resumes_to_the_same_set_without_a_step(gemma: VLM, tmp_path: Path) -> None:
-    whole, _ = train(gemma, tmp_path)
-    torn = tmp_path / "transcoder_checkpoint" / "step_00000009"  # never taken for whole
-    torn.mkdir()
-    (torn / "layer_00.safetensors").write_bytes(b"half of it")
-    again, metrics = train(gemma, tmp_path, resume=True)
-    assert equal(whole, again) and "perf/tokens_per_s" not in metrics
 
 
 def test_a_checkpoint_of_other_settings_is_refused_by_name(gemma: VLM, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import torch
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from vlmscope.core.errors import UserError
 from vlmscope.transcoders.formats import FORMATS, detect, load_set, refusal, save_set
 from vlmscope.transcoders.transcoder import Standardisation, TranscoderSet, fold, random_set
 
@@ -136,11 +135,3 @@ def test_formats_of_single_layers_refuse() -> None:
     assert "clt" in str(refusal(made("relu"), "circuit_tracer"))
     assert "skip path" in str(refusal(made("relu", skip=True), "clt"))
     assert "later" in str(refusal(random_set(L, D, F, K, activation="relu"), "clt"))
-
-
-def test_a_set_that_writes_past_the_last_layer_is_refused(tmp_path: Path) -> None:
-    save_set(made(), tmp_path)
-    record = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(record | {"num_model_layers": 2}))
-    with pytest.raises(UserError, match="past the model's last"):
-        load_set(tmp_path)

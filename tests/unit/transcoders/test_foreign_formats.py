@@ -436,22 +436,6 @@ def test_sae_lens_input_bias_is_folded_exactly(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "again" / "layer_0" / "cfg.json").read_text())["apply_b_dec_to_input"] is False
 
 
-@pytest.mark.parametrize("kind", ["relu", "topk"])
-def test_old_sae_lens_sets_say_hooks_and_activation_outside_metadata(tmp_path: Path, kind: str) -> None:
-    w = draw(3)
-    put(tmp_path / "sae_weights.safetensors", w | {"W_enc": w["W_enc"].T}, "float64")
-    record = {
-        "architecture": "standard", "hook_name": "blocks.5.mlp.hook_in", "hook_name_out": "blocks.5.mlp.hook_out",
-        "activation_fn_str": kind, "activation_fn_kwargs": {"k": 3}, "normalize_activations": None, "model_name": "m",
-    }  # fmt: skip
-    put_json(tmp_path / "cfg.json", record)
-    loaded = load_set(tmp_path, dtype=torch.float64)
-    assert loaded.layers == [5] and loaded.config.output_hook == "mlp_out"
-    pre = X @ w["W_enc"].T + w["b_enc"]
-    expected = (topk(pre, 3) if kind == "topk" else np.maximum(pre, 0)) @ w["W_dec"] + w["b_dec"]
-    np.testing.assert_allclose(ours(loaded, 5), expected, rtol=0, atol=1e-12)
-
-
 # -- what a format cannot say
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmscope.training.layer_trainer import l0_penalty, l1_penalty, prefix_fvu, prefix_sizes
+from vlmscope.training.layer_trainer import l0_penalty, prefix_fvu, prefix_sizes
 from vlmscope.transcoders import nonlinearities
 from vlmscope.transcoders.config import ACTIVATIONS
 from vlmscope.transcoders.nonlinearities import BatchTopK, JumpReLU
@@ -110,13 +110,6 @@ def test_jump_relus_gradients_are_the_papers_pseudo_derivatives() -> None:
     torch.testing.assert_close(pull, 2 * (mean / K - 1) / K * -kernel.sum(0) / N, rtol=0, atol=1e-12)
 
 
-def test_l1_weighs_activations_by_their_decoder_rows() -> None:
-    transcoder, x = one("relu")
-    out = transcoder(x)
-    expected = (dense_code(transcoder, x) * transcoder.W_dec.norm(dim=1)).sum(-1).mean()
-    torch.testing.assert_close(l1_penalty(out.code.values, out.code.indices, transcoder.W_dec.norm(dim=1)), expected)
-
-
 def test_prefixes_explain_with_the_first_features_alone() -> None:
     transcoder, x = one("topk", skip=True)
     y = torch.randn(N, D, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -133,14 +126,6 @@ def test_prefixes_explain_with_the_first_features_alone() -> None:
 
 
 # -- the k largest by blocks against `torch.topk`
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def numbers(n: int, f: int, seed: int = 0) -> Tensor:

@@ -103,15 +103,6 @@ def test_the_bundled_example_is_annotated_below_the_root(client: TestClient, roo
     assert client.get("/api/graphs/example/annotations").json()["notes"] == "mine"
 
 
-def test_before_the_first_save_the_annotations_are_the_files_own(client: TestClient, root: Path) -> None:
-    first, second = FEATURES[:2]
-    view = {"pinnedIds": [first, "gone"], "supernodes": [["both", first, second, "gone"], ["empty", "gone"], "?"]}
-    (root / "trace/one/graph.json").write_text(json.dumps(BODY | {"qParams": view}))
-    found = client.get("/api/graphs/trace/one/annotations").json()
-    node = {"id": "n0", "name": "both", "members": [first, second]}
-    assert (found["version"], found["pinned"], found["supernodes"]) == (0, [first], [node])
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_with_all_features_pinned_the_scores_are_the_graphs(seed: int) -> None:
     graph = random_graph(3, 4, 12, left_out=seed > 0, seed=seed)
@@ -212,15 +203,3 @@ def test_malformed_graphs_are_one_clear_line(body: str, client: TestClient, root
     (root / "trace/one/graph.safetensors").unlink()
     answer = client.post("/api/graphs/trace/one/score", json={"pinned": []})
     assert answer.status_code in (400, 422) and len(answer.json()["error"]) < 400
-
-
-def test_a_damaged_exact_graph_is_one_clear_line(client: TestClient, root: Path) -> None:
-    (root / "trace/one/graph.safetensors").write_bytes(b"damaged")
-    answer = client.post("/api/graphs/trace/one/score", json={"pinned": []})
-    assert answer.status_code == 400 and "not a complete safetensors file" in answer.json()["error"]
-
-
-def test_a_huge_graph_file_is_refused(client: TestClient, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmscope.viewer.graphs.MOST_BYTES", 1000)
-    answer = client.get("/api/graphs/trace/one")
-    assert answer.status_code == 413 and "attribution.max_nodes" in answer.json()["error"]

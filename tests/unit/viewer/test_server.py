@@ -11,7 +11,7 @@ import pytest
 import yaml
 from starlette.testclient import TestClient
 
-from vlmscope.viewer.safety import COOKIE, MOST_BODY, Refused, host_of, inside, is_loopback
+from vlmscope.viewer.safety import COOKIE, MOST_BODY, Refused, inside
 from vlmscope.viewer.server import create_app
 
 SRC = Path(__file__).resolve().parents[3] / "src"
@@ -52,12 +52,6 @@ def test_runs_are_listed_newest_first_with_what_they_have(client: TestClient) ->
     assert (second["id"], second["task"], second["status"]) == ("study/second", "study", "failed")
     assert first["metrics"]["graph/replacement_score"] == 0.9
     assert [name for name, there in first["has"].items() if there] == ["graph", "report"]
-
-
-def test_a_run_that_changed_is_read_again(client: TestClient, root: Path) -> None:
-    client.get("/api/runs")
-    (root / "study/second/metrics.json").write_text('{"study/items": 3}')
-    assert client.get("/api/runs").json()["runs"][0]["metrics"] == {"study/items": 3}
 
 
 def test_the_details_of_a_run(client: TestClient) -> None:
@@ -109,11 +103,6 @@ def test_nothing_outside_the_root_is_given_out(name: str, client: TestClient, ro
     assert "secret" not in client.get("/api/runs").text
 
 
-def test_links_within_the_root_work(client: TestClient, root: Path) -> None:
-    (root / "trace/again").symlink_to(root / "trace/first")
-    assert client.get("/api/graphs/trace/again").json() == {"nodes": [], "links": []}
-
-
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil:80", "", "[::1", "a b"])
 def test_another_host_is_refused(host: str, client: TestClient) -> None:
     answer = client.get("/api/runs", headers={"host": host})
@@ -155,18 +144,6 @@ def test_a_wider_server_asks_for_its_token(root: Path) -> None:
 def test_errors_are_one_line_of_json(client: TestClient) -> None:
     assert client.get("/api/nothing").json() == {"error": "Not Found"}
     assert client.get("/api/runs/trace/first/file").json() == {"error": "query.path: Field required"}
-
-
-@pytest.mark.parametrize(
-    ("host", "name"), [("A.b:80", "a.b"), ("[::1]", "::1"), ("a:b", ""), ("a/b", ""), ("a@b", ""), ("x:1:2", "")]
-)
-def test_hosts_are_read_strictly(host: str, name: str) -> None:
-    assert host_of(host) == name
-
-
-def test_which_addresses_are_this_computers() -> None:
-    assert all(map(is_loopback, ("127.0.0.1", "127.8.8.8", "::1", "localhost")))
-    assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org")))
 
 
 def test_the_first_page_and_the_graph_need_no_torch(root: Path) -> None:

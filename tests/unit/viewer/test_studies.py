@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 from starlette.testclient import TestClient
 from tests.unit.viewer.test_server import HOST, run_folder
 
@@ -20,7 +19,7 @@ from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import random_set
 from vlmscope.viewer.server import create_app
-from vlmscope.viewer.studies import OpenStudy, Query
+from vlmscope.viewer.studies import OpenStudy
 
 WIDTH, LAYERS, ROWS = 20, 4, 24
 LABEL = Label("the <b>red</b> one", "auto", "items", 0.9, 0.8, 0.95, beats_chance=True)
@@ -106,11 +105,6 @@ def test_a_feature_has_its_examples_with_pictures_and_levels(client: TestClient,
     assert (row["thumbnail"] is None) == bool(row["excerpt"])
 
 
-def test_a_label_at_chance_is_not_shown(client: TestClient) -> None:
-    assert client.get("/api/studies/study/mine/features/L1/3").json()["label"]["text"] == LABEL.text
-    assert client.get("/api/studies/study/mine/features/L1/4").json()["label"] is None
-
-
 def test_what_fires_together_is_the_share_of_inputs_in_common(root: Path, study: StudyFolder) -> None:
     """With as many samples as inputs the study has all of them, so the estimate is exact."""
     fires = {
@@ -127,20 +121,6 @@ def test_what_fires_together_is_the_share_of_inputs_in_common(root: Path, study:
             assert other["value"] == pytest.approx(len(own & theirs) / len(own | theirs))
             checked += 1
     assert checked
-
-
-def test_what_writes_alike_is_the_cosine_of_decoder_rows(tmp_path: Path, root: Path) -> None:
-    decoder = np.random.default_rng(0).normal(size=(LAYERS, WIDTH, 5)).astype(np.float32)
-    for layer in range(LAYERS):
-        save_file({"W_dec": decoder[layer]}, tmp_path / f"layer_{layer}.safetensors")
-    (root / "study/mine/config.yaml").write_text(f"task:\n  name: study\ntranscoder:\n  path: {tmp_path}\n")
-    found = OpenStudy("study/mine", root / "study/mine").feature(FeatureId(1, 3))["neighbours"]["decoder"]
-    unit = (decoder / np.linalg.norm(decoder, axis=-1, keepdims=True)).reshape(-1, 5)
-    cosines = unit @ unit[WIDTH + 3]
-    cosines[WIDTH + 3] = -1
-    best = int(cosines.argmax())
-    assert found[0]["feature"] == f"L{best // WIDTH}/{best % WIDTH}"
-    assert found[0]["value"] == pytest.approx(float(cosines[best]), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +141,3 @@ def test_what_a_study_lacks_is_one_line(client: TestClient, address: str, status
 def test_no_study_outside_the_root(client: TestClient) -> None:
     assert client.get("/api/studies/..%2F..%2Fetc/features").status_code == 404
     assert client.get("/api/studies/study/other/features").status_code == 404
-
-
-def test_rows_are_asked_for_by_default_surest_label_first(root: Path) -> None:
-    total, rows = OpenStudy("study/mine", root / "study/mine").rows(Query(limit=2))
-    assert total == LAYERS * WIDTH and rows[0]["feature"] == "L1/3" and rows[0]["score"] == LABEL.score

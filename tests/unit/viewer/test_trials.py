@@ -9,7 +9,6 @@ from starlette.testclient import TestClient
 from tests.unit.viewer.test_server import HOST, run_folder
 
 from vlmscope.metrics.rates import rates
-from vlmscope.viewer.runs import _title
 from vlmscope.viewer.server import create_app
 
 
@@ -72,24 +71,3 @@ def test_a_run_without_trials_is_one_line(client: TestClient, run: Path) -> None
     (run / "trials.parquet").unlink()
     answer = client.get("/api/runs/mine/first/trials")
     assert answer.status_code == 404 and "has no trials.parquet" in answer.json()["error"]
-
-
-def test_shipped_pictures_come_with_a_question(client: TestClient) -> None:
-    first, *_ = client.get("/api/pictures").json()["pictures"]
-    assert (first["name"], first["prompt"]) == ("mars", "what planet is this ?")
-    assert client.get(f"/{first['url']}").headers["content-type"] == "image/png"
-    assert client.get("/api/pictures/..%2F..%2Fpyproject.toml").status_code == 404
-
-
-@pytest.mark.parametrize(
-    ("overrides", "title"),
-    [
-        (["task=trace", "image=a/mars.png", "prompt=what planet is this ?"], "mars: what planet is this ?"),
-        (["task=trace", f"image=[a/{'0' * 64}.png, earth.png]", "prompt='what ?'"], "a picture, earth: what ?"),
-        (["experiment=expansion_sweep", "transcoder.expansion_factor=4"], "expansion sweep, expansion factor 4"),
-        (["experiment=mars_earth_patch"], ""),
-        ([], ""),
-    ],
-)
-def test_a_run_is_named_after_what_it_was_asked(overrides: list[str], title: str) -> None:
-    assert _title(overrides) == title

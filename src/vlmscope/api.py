@@ -130,20 +130,20 @@ def load(
     transcoder_revision: str | None = None,
     check: bool = True,
     tower: str | Path | None = None,
+    stream: bool | None = None,
 ) -> Scope:
     """Load a model and a transcoder set, each a folder, a hub id or a name of `task=list`; by default Orrery 2's.
 
     `tower` is a set of the vision tower, such as "orrery2_tower": then graphs begin at the patches.
-
     A hub id needs its commit, 40 hexadecimal digits, in `revision` or `transcoder_revision`. `device` is cpu, cuda,
-    cuda:N or mps; `offload` is the place of the model's weights: "none" (on the device), "cpu" or "disk". `check` runs
-    the model on a few hundred tokens and warns of layers whose transcoders have an FVU above 1 there.
+    cuda:N or mps; `offload` places the weights: "none" (on the device), "cpu" or "disk". `check` warns of layers whose
+    transcoders have an FVU above 1 on a few hundred tokens. `stream` leaves these on disk (None: if they do not fit).
 
     Raises:
-        UserError: a folder is no model or set, a hub id has no pinned commit or cannot be fetched, or the transcoders
-            do not fit the model.
+        UserError: a folder is no model or set, a hub id is not pinned or cannot be fetched, or the set does not fit.
     """
     from vlmscope.config.catalog import option
+    from vlmscope.config.wiring import must_stream
     from vlmscope.features.shipped import shipped_study
     from vlmscope.models.base import stack_of
     from vlmscope.models.loading import load_named
@@ -152,8 +152,7 @@ def load(
     from vlmscope.transcoders.hub import set_folder
 
     named = _named("model", model)
-    revision = revision or named.get("revision")
-    vlm = load_named(named["path"], named.get("hub"), revision, dtype, device, offload)
+    vlm = load_named(named["path"], named.get("hub"), revision or named.get("revision"), dtype, device, offload)
     if transcoders is None and option("transcoder", str(model)):  # orrery: those of its name
         transcoders = model
     adapter = vlm.adapter
@@ -164,7 +163,8 @@ def load(
         choice = Choice(*(chosen.get(key) for key in ("width", "l0", "affine")))
         folder = set_folder(chosen["path"], revision or chosen.get("revision"), choice=choice)
         stack = stack_of(adapter, open_set(folder, choice=choice).config.site)
-        loaded = load_set(folder, stack.n_layers, stack.d_model, choice=choice).requires_grad_(False)
+        leave = must_stream(folder, "auto", choice, str(adapter.device), adapter.dtype.itemsize, stream)
+        loaded = load_set(folder, stack.n_layers, stack.d_model, choice=choice, stream=leave).requires_grad_(False)
         return loaded.to(adapter.device, adapter.dtype), shipped_study(vlm.path or "", folder, choice=choice)
 
     below = (None, None) if tower is None else read(tower, None)

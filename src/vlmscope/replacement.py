@@ -39,6 +39,7 @@ from vlmscope.models.checkpoint import materialised
 from vlmscope.models.loading import VLM
 from vlmscope.scope import Scope
 from vlmscope.transcoders.config import TranscoderConfig
+from vlmscope.transcoders.streaming import hold
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 
 # (layer, position, feature index) -> change of activation
@@ -155,7 +156,7 @@ def active_features(transcoder: Transcoder, mlp_in: Tensor) -> LayerFeatures:
     order = torch.argsort(position * transcoder.W_enc.shape[0] + index)
     position, index, activation = position[order], index[order], activation[order]
     counts = torch.bincount(position, minlength=mlp_in.shape[0])
-    w_enc, b_enc = transcoder.W_enc.detach(), transcoder.b_enc.detach()
+    w_enc, b_enc = hold(transcoder.W_enc.detach(), index), transcoder.b_enc.detach()
     return LayerFeatures(
         position=position,
         index=index,
@@ -163,11 +164,11 @@ def active_features(transcoder: Transcoder, mlp_in: Tensor) -> LayerFeatures:
         pre_activation=(w_enc[index] * mlp_in[position]).sum(-1) + b_enc[index],
         offsets=[0, *np.cumsum(counts.cpu().numpy()).tolist()],
         w_enc=w_enc,
-        w_dec=transcoder.W_dec.detach(),
+        w_dec=hold(transcoder.W_dec.detach(), index),
         b_enc=b_enc,
         b_dec=transcoder.b_dec.detach(),
         w_skip=None if transcoder.W_skip is None else transcoder.W_skip.detach(),
-        w_later=tuple(decoder.detach() for decoder in transcoder.W_later),
+        w_later=tuple(hold(decoder.detach(), index) for decoder in transcoder.W_later),
     )
 
 

@@ -66,7 +66,8 @@ class TranscoderSetConfig:
 
     `path` is a folder, or a hub id with the commit `revision`; `tower` is the folder of a set of the model's vision
     tower, for attribution.tower=true. `format` "auto" detects the format. `width`, `l0` and `affine` select one of the
-    several sets in a Gemma Scope folder, as in its folders' names.
+    several sets in a Gemma Scope folder, as in its folders' names. `stream` keeps encoders and decoders on disk, read
+    when they are used; None does so where the set would not fit into memory.
     """
 
     path: str = MISSING
@@ -76,6 +77,7 @@ class TranscoderSetConfig:
     l0: str | None = None
     affine: bool | None = None
     tower: str | None = None
+    stream: bool | None = None
 
     def __post_init__(self) -> None:
         check_choice("transcoder.format", self.format, ("auto", *FORMAT_NAMES))

@@ -191,10 +191,10 @@ def trained_transcoders(
     from vlmscope.transcoders.formats import load_set, open_set
 
     folder, form, choice = chosen_set(cfg)
-    _check_set_fits(folder, form, choice, device, itemsize)
+    stream = must_stream(folder, form, choice, device, itemsize, getattr(cfg.transcoder, "stream", None))
     stack = None if adapter is None else stack_of(adapter, open_set(folder, form, choice).config.site)
     sizes = () if stack is None else (stack.n_layers, stack.d_model)
-    return load_set(folder, *sizes, format=form, choice=choice)
+    return load_set(folder, *sizes, format=form, choice=choice, stream=stream)
 
 
 def chosen_set(cfg: AppConfig) -> tuple[Path, str, Choice]:
@@ -213,23 +213,37 @@ def chosen_set(cfg: AppConfig) -> tuple[Path, str, Choice]:
     return set_folder(chosen.path, chosen.revision, chosen.format, choice), chosen.format, choice
 
 
-def _check_set_fits(folder: Path, form: str, choice: Choice, device: str, itemsize: int) -> None:
-    """Raise `UserError` for a set that is too large, before it is read."""
+def must_stream(
+    folder: Path, form: str, choice: Choice, device: str = "cpu", itemsize: int = 4, stream: bool | None = None
+) -> bool:
+    """Whether a set stays on disk: as `stream` says, by default where it would not fit into memory.
+
+    Raises:
+        UserError: `stream` is False and the set is too large, before it is read.
+    """
     from math import prod
 
     from vlmscope.core.artifacts import tensor_heads
     from vlmscope.models.checkpoint import check_room
     from vlmscope.transcoders.formats import open_set
 
+    if stream:
+        return True
     try:
-        files = [layer.path for layer in open_set(folder, form, choice).layers.values()]
+        files = [file for layer in open_set(folder, form, choice).layers.values() for file in layer.files]
         count = sum(prod(head.shape) for file in files for head in tensor_heads(file).values())
     except UserError:  # its reader reports damaged files
-        return
-    advice = "choose narrower ones, or fewer layers (task=plan counts what they need)"
-    check_room(count * 4, f"the transcoders in {folder}", "cpu", advice)  # they are read in float32
-    if device != "cpu":
-        check_room(count * itemsize, f"the transcoders in {folder}", device, advice)
+        return False
+    try:
+        advice = "leave transcoder.stream=false away, or choose narrower ones (task=plan counts what they need)"
+        for where, size in dict.fromkeys([("cpu", 4), (device, itemsize if device != "cpu" else 4)]):
+            check_room(count * size, f"the transcoders in {folder}", where, advice)  # they are read in float32
+    except UserError as error:
+        if stream is False:
+            raise
+        print(f"{error.args[0].partition(';')[0]}: they are read from disk as they are used (transcoder.stream=true)")
+        return True
+    return False
 
 
 def random_transcoders(config: RandomTranscodersConfig, vlm: VLM, stack: Stack | None = None) -> TranscoderSet:

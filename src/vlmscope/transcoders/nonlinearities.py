@@ -9,7 +9,7 @@ Shapes: N tokens, F features, k slots for the active features of a token.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from vlmscope.core.errors import UserError
 from vlmscope.transcoders.config import ACTIVATIONS, TranscoderConfig
 
 _DECAY = 0.9  # of BatchTopK's running threshold, which falls while features learn: a slower mean would lag behind
+Features: TypeAlias = slice | Tensor
+_ALL = slice(None)
 _UNKNOWN = -1.0  # threshold of a BatchTopK that has seen no batch
 
 
@@ -27,8 +29,11 @@ class Nonlinearity(nn.Module, ABC):
     """A sparse nonlinearity in two steps: choose features, then compute and differentiate only those."""
 
     @abstractmethod
-    def support(self, pre: Tensor) -> Tensor:
-        """Features that may be active: pre-activations [N, F] -> distinct indices [N, k] int64. No gradient."""
+    def support(self, pre: Tensor, features: Features = _ALL) -> Tensor:
+        """Features that may be active: pre-activations [N, n] -> distinct columns [N, k] int64. No gradient.
+
+        `features` are those of the columns, a slice or indices [N, n].
+        """
 
     @abstractmethod
     def values(self, pre_at_support: Tensor, indices: Tensor) -> Tensor:
@@ -76,8 +81,8 @@ class TopK(Nonlinearity):
         super().__init__()
         self.k = k
 
-    def support(self, pre: Tensor) -> Tensor:
-        return largest(pre, self.k)  # ReLU keeps the order, so it need not be applied first
+    def support(self, pre: Tensor, features: Features = _ALL) -> Tensor:
+        return largest(pre, min(self.k, pre.shape[1]))  # ReLU keeps the order, so it need not be applied first
 
     def values(self, pre_at_support: Tensor, indices: Tensor) -> Tensor:
         return pre_at_support.relu()
@@ -108,7 +113,7 @@ class BatchTopK(Nonlinearity):
         self.threshold.copy_(thresholds[0])
 
     @torch.no_grad()
-    def support(self, pre: Tensor) -> Tensor:
+    def support(self, pre: Tensor, features: Features = _ALL) -> Tensor:
         if not self.training:
             return _masked(pre, pre > self.threshold.clamp_min(0))
         smallest = self._smallest(pre)
@@ -131,7 +136,7 @@ class BatchTopK(Nonlinearity):
 class ReLU(Nonlinearity):
     """As many active features as there are positive pre-activations."""
 
-    def support(self, pre: Tensor) -> Tensor:
+    def support(self, pre: Tensor, features: Features = _ALL) -> Tensor:
         return _masked(pre, pre > 0)
 
     def values(self, pre_at_support: Tensor, indices: Tensor) -> Tensor:
@@ -184,10 +189,10 @@ class JumpReLU(Nonlinearity):
         self.threshold.copy_(thresholds)
 
     @torch.no_grad()
-    def support(self, pre: Tensor) -> Tensor:
+    def support(self, pre: Tensor, features: Features = _ALL) -> Tensor:
         # In training, features just below their threshold contribute to its gradient too.
         reach = self.bandwidth / 2 if self.training else 0.0
-        return _masked(pre, pre > self.thresholds - reach)
+        return _masked(pre, pre > self.thresholds[features] - reach)
 
     def values(self, pre_at_support: Tensor, indices: Tensor) -> Tensor:
         return self._apply_step(pre_at_support, indices, scaled=True)

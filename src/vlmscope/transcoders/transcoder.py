@@ -36,6 +36,7 @@ from torch.nn import functional
 from vlmscope.core.records import generator
 from vlmscope.transcoders.config import HOOKS, TranscoderConfig, TranscoderSetConfig
 from vlmscope.transcoders.nonlinearities import build_nonlinearity
+from vlmscope.transcoders.streaming import BLOCK, StreamedList, StreamedRows
 from vlmscope.transcoders.usual_error import UsualError
 
 _CACHED = 4 << 20  # bytes of rows that fit a core's cache
@@ -127,12 +128,12 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, pre: Tensor, indices: Tensor, x: Tensor, w_enc: Tensor, b_enc: Tensor, order: FeatureOrder | None
+        ctx: Any, chosen: Tensor, indices: Tensor, x: Tensor, w_enc: Tensor, b_enc: Tensor, order: FeatureOrder | None
     ) -> Tensor:
         ctx.save_for_backward(indices, x, w_enc)
         ctx.order = order
-        if pre.dtype == w_enc.dtype:
-            return pre.gather(1, indices)
+        if chosen.dtype == w_enc.dtype:
+            return chosen
         # Half precision is enough to choose features; the chosen k/F of the product are computed again, exactly.
         return sampled_dots(indices, x, w_enc, order) + b_enc[indices]
 
@@ -186,7 +187,8 @@ def gather_pre_activations(
     [N, k] in the dtype of `w_enc`: if that of `pre` differs, the values are computed again. Calls with the same indices
     share an `order`.
     """
-    return _Gather.apply(pre, indices, x, w_enc, b_enc, order)  # pyright: ignore[reportReturnType]
+    chosen = pre.detach().gather(1, indices)
+    return _Gather.apply(chosen, indices, x, w_enc, b_enc, order)  # pyright: ignore[reportReturnType]
 
 
 def sparse_decode(indices: Tensor, values: Tensor, w_dec: Tensor, order: FeatureOrder | None = None) -> Tensor:
@@ -250,13 +252,20 @@ class Transcoder(nn.Module):
     """
 
     product_dtype: torch.dtype | None = None
+    W_enc: Tensor
+    W_dec: Tensor
     W_skip: nn.Parameter | None
-    W_later: nn.ParameterList
+    W_later: nn.ParameterList | StreamedList
 
     def __init__(
-        self, config: TranscoderConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+        self,
+        config: TranscoderConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        rows: Sequence[Tensor] | None = None,
     ) -> None:
-        """All weights start at zero."""
+        """All weights start at zero; with `rows` encoder and decoders are these, as buffers without gradient."""
         super().__init__()
         self.config = config
         f, d = config.n_features, config.d_model
@@ -264,15 +273,21 @@ class Transcoder(nn.Module):
         def zeros(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device))
 
-        self.W_enc, self.W_dec = zeros(f, d), zeros(f, d)
+        if rows is None:
+            self.W_enc, self.W_dec = zeros(f, d), zeros(f, d)
+        else:
+            self.register_buffer("W_enc", rows[0])
+            self.register_buffer("W_dec", rows[1])
         self.b_enc, self.b_dec = zeros(f), zeros(d)
         if config.skip:
             self.W_skip = zeros(d, d)
         else:
             self.register_parameter("W_skip", None)
         # Separate tensors, since each decode from one [layers, F, d] would have a gradient of that whole size.
-        self.W_later = nn.ParameterList([zeros(f, d) for _ in range(config.writes - 1)])
+        later = range(config.writes - 1)
+        self.W_later = nn.ParameterList([zeros(f, d) for _ in later]) if rows is None else StreamedList(rows[2:])
         self.activation = build_nonlinearity(config).to(dtype=dtype, device=device)
+        self._norms: Tensor | None = None  # of streamed decoders, once read
         # BatchTopK compares the tokens of a batch only in training; elsewhere a token's code depends on itself alone.
         self.eval()
 
@@ -282,8 +297,20 @@ class Transcoder(nn.Module):
 
     def write_norms(self) -> Tensor:
         """Norm of what a feature of activation 1 writes, over all layers that it writes to: [F]."""
-        squares = [self.decoder(ahead).square().sum(1) for ahead in range(self.config.writes)]
-        return torch.stack(squares).sum(0).sqrt()
+        if self._norms is not None and self._norms.device == self.b_enc.device:
+            return self._norms.to(self.b_enc.dtype)
+        norms = []
+        for block in self._blocks(BLOCK):
+            squares = [self.decoder(ahead)[block].square().sum(1) for ahead in range(self.config.writes)]
+            norms.append(torch.stack(squares).sum(0).sqrt())
+        found = torch.cat(norms)
+        if isinstance(self.W_dec, StreamedRows):  # to read all decoders once is enough
+            self._norms = found
+        return found
+
+    def _blocks(self, size: int) -> list[slice]:
+        """All features, `size` at a time."""
+        return [slice(first, first + size) for first in range(0, self.config.n_features, size)]
 
     def directions(self, weights: Sequence[Tensor | None]) -> Tensor:
         """The direction that a feature adds to the residual stream, summed over the layers it writes to: [F, d].
@@ -299,30 +326,43 @@ class Transcoder(nn.Module):
 
     def encode(self, x: Tensor) -> SparseCode:
         """The active features at every token: [.., d] -> SparseCode [.., k]. Differentiable in input and weights."""
-        return self._encode(x)[0]
+        rows = self._rows(x)
+        indices, chosen = self._choose(rows)
+        return self._code(x, rows, indices, chosen)[0]
 
-    def _encode(self, x: Tensor) -> tuple[SparseCode, Tensor, Tensor]:
-        """Code, all pre-activations, and those at the code's features."""
-        rows = x.to(self.W_enc.dtype).reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        with torch.no_grad():
-            pre = self._product(rows)
-            indices = self.activation.support(pre)
-        order = FeatureOrder()
-        at_support = gather_pre_activations(pre, indices, rows, self.W_enc, self.b_enc, order)
+    def _rows(self, x: Tensor) -> Tensor:
+        return x.to(self.W_enc.dtype).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+    def _code(self, x: Tensor, rows: Tensor, indices: Tensor, chosen: Tensor) -> tuple[SparseCode, Tensor]:
+        """Code and its pre-activations in the shape of `x`, from the chosen features of its rows."""
+        order, shape = FeatureOrder(), (*x.shape[:-1], indices.shape[-1])
+        at_support: Tensor = _Gather.apply(chosen, indices, rows, self.W_enc, self.b_enc, order)  # pyright: ignore
         values = self.activation.values(at_support, indices)
-        lead = x.shape[:-1]
-        shape = (*lead, indices.shape[-1])
-        return (
-            SparseCode(indices.view(shape), values.view(shape), order),
-            pre.view(*lead, pre.shape[-1]),
-            at_support.view(shape),
-        )
+        return SparseCode(indices.view(shape), values.view(shape), order), at_support.view(shape)
 
-    def _product(self, rows: Tensor) -> Tensor:
-        """`pre_activations` of rows [N, d], in `product_dtype` while training."""
-        if self.product_dtype is None or not self.training:
-            return self.pre_activations(rows)
-        return functional.linear(*(tensor.to(self.product_dtype) for tensor in (rows, self.W_enc, self.b_enc)))
+    @torch.no_grad()
+    def _choose(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The features that may be active and their pre-activations, [N, k]: of rows [N, d], a block after another.
+
+        [N, F] is never stored where F is wide. Blocks are the same whether weights are streamed or not: a product's
+        rounding may depend on its shape. A batch of BatchTopK, in training, has one threshold, so it is one block.
+        """
+        indices = chosen = rows.new_zeros(len(rows), 0)
+        for block in self._blocks(self.config.n_features if self.training else BLOCK):
+            pre = self._product(rows, block)
+            local = self.activation.support(pre, block)
+            found, pre = local + block.start, pre.gather(1, local)
+            if block.start:
+                found, pre = torch.cat([indices, found], 1), torch.cat([chosen, pre], 1)
+                best = self.activation.support(pre, found)
+                found, pre = found.gather(1, best), pre.gather(1, best)
+            indices, chosen = found, pre
+        return indices, chosen
+
+    def _product(self, rows: Tensor, block: slice = slice(None)) -> Tensor:
+        """`pre_activations` of rows [N, d] at some features, in `product_dtype` while training."""
+        dtype = self.product_dtype if self.training and self.product_dtype else self.W_enc.dtype
+        return functional.linear(rows.to(dtype), self.W_enc[block].to(dtype), self.b_enc[block].to(dtype))
 
     def write(self, code: SparseCode, ahead: int = 0) -> Tensor:
         """`sum_f a_f W_dec[f]` -> [.., d], the features' write to the layer `ahead` of their own."""
@@ -342,8 +382,12 @@ class Transcoder(nn.Module):
 
     def forward(self, x: Tensor) -> TranscoderOutput:
         """Reconstruct the MLP output from the MLP input `x` [.., d], by this layer's features alone."""
-        code, pre, at_support = self._encode(x)
-        return TranscoderOutput(self.decode(code, x), code, pre, at_support)
+        rows = self._rows(x)
+        with torch.no_grad():
+            pre = self._product(rows)
+            indices = self.activation.support(pre)
+        code, at_support = self._code(x, rows, indices, pre.gather(1, indices))
+        return TranscoderOutput(self.decode(code, x), code, pre.view(*x.shape[:-1], pre.shape[-1]), at_support)
 
 
 def written_before(transcoders: Mapping[int, Transcoder], layer: int, codes: Mapping[int, SparseCode]) -> Tensor | None:

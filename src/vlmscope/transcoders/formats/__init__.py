@@ -126,8 +126,11 @@ def load_set(
     device: torch.device | str = "cpu",
     format: str = "auto",
     choice: Choice = ANY,
+    stream: bool = False,
 ) -> TranscoderSet:
     """Read a set and convert its weights to `dtype`; `n_layers` and `d_model`, if given, are those of the model.
+
+    With `stream` encoders and decoders stay on disk (`vlmscope.transcoders.streaming`): the same functions, slower.
 
     Raises:
         UserError: a file is missing or corrupt, a tensor is missing, the activation is unknown, or shapes do not fit
@@ -144,7 +147,7 @@ def load_set(
             f"(0-{n_layers - 1}); choose the set trained on this model"
         )
     transcoders = {
-        number: build_layer(layer, number, source.config, d_model, dtype, device)
+        number: build_layer(layer, number, source.config, d_model, dtype, device, stream)
         for number, layer in source.layers.items()
     }
     widths = {layer: transcoder.config.d_model for layer, transcoder in transcoders.items()}

@@ -34,7 +34,6 @@ from vlmscope.transcoders.formats.common import (
     own_hook,
     own_tensors,
     positive,
-    read_tensors,
     record_of,
     taken,
     their_hook,
@@ -269,21 +268,20 @@ def clt_open_set(folder: Path, choice: Choice) -> SetSource:
     for layer in layers:
         path = folder / f"W_enc_{layer}.safetensors"
         translate = partial(_clt_translate, path=path, layer=layer, writes=len(layers) - layer)
-        sources[layer] = LayerSource(path, where, translate)
+        sources[layer] = LayerSource(path, where, translate, decoders=path.with_name(f"W_dec_{layer}.safetensors"))
     return SetSource(TranscoderSetConfig(len(layers), k, activation, model_name, *hooks), sources)
 
 
 def _clt_translate(tensors: Tensors, path: Path, layer: int, writes: int) -> Tensors:
-    names = {f"{name}_{layer}": name for name in ("W_enc", "b_enc", "b_dec", "threshold")}
+    names = {f"{name}_{layer}": name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
     ours = not_below_0(taken(tensors, names, (f"threshold_{layer}",), path), path)
-    path = path.with_name(f"W_dec_{layer}.safetensors")
-    decoder = taken(read_tensors(path), {f"W_dec_{layer}": "W_dec"}, (), path)["W_dec"]
+    decoder, path = ours["W_dec"], path.with_name(f"W_dec_{layer}.safetensors")
     if decoder.ndim != 3 or decoder.shape[1] != writes:
         raise UserError(
             f"{path}: the decoder has shape {tuple(decoder.shape)} where (features, {writes}, model width) is "
             "expected, a decoder for its own layer and each later one; copy the set again"
         )
-    by_layer = decoder.movedim(1, 0).contiguous()
+    by_layer = decoder.movedim(1, 0)
     return ours | {"W_dec": by_layer[0]} | ({"W_later": by_layer[1:]} if writes > 1 else {})
 
 

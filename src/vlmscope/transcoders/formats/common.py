@@ -6,7 +6,7 @@ applied as `x @ W_skip.T`, `threshold` [F], and `W_later` [n, F, d], decoders to
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +18,19 @@ from torch import Tensor
 from vlmscope.core.artifacts import atomic_path, open_tensors
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
+from vlmscope.transcoders.streaming import StreamedRows, mapped_bytes, whole
 from vlmscope.transcoders.transcoder import Transcoder, set_weight
 
 REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec")
 STORED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-READ_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+READ_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 # ReLU and JumpReLU fix no number of active features; if a format states none, estimates of memory use this one.
 UNKNOWN_L0 = 64
 
@@ -49,6 +57,12 @@ class LayerSource:
     translate: Callable[[Tensors], Tensors] = dict
     k: int | None = None
     activation: str | None = None
+    decoders: Path | None = None  # the file of the decoders where they have their own
+
+    @property
+    def files(self) -> list[Path]:
+        """All files of tensors."""
+        return [self.path] if self.decoders is None else [self.path, self.decoders]
 
 
 @dataclass(frozen=True)
@@ -59,10 +73,11 @@ class SetSource:
     layers: dict[int, LayerSource]
 
 
-def read_tensors(path: Path) -> Tensors:
-    """All tensors of a safetensors file; float8 becomes float32, exactly."""
+def read_tensors(path: Path, stream: bool = False) -> Tensors:
+    """All tensors of a safetensors file; float8 becomes float32, exactly. Those to `stream` stay in the mapped file."""
     tensors = {}
     with open_tensors(path, "pt") as file:
+        bytes_of = mapped_bytes(path) if stream else {}
         for name in file.keys():  # noqa: SIM118  (not a mapping)
             head = file.get_slice(name)
             dtype = head.get_dtype()
@@ -71,6 +86,12 @@ def read_tensors(path: Path) -> Tensors:
                     f"{path}: {name} is stored as {dtype}, and without a scale that says no weights; give the set in "
                     f"one of {', '.join(READ_DTYPES)}"
                 )
+            if name in bytes_of and dtype in READ_DTYPES:
+                kind = READ_DTYPES[dtype]
+                if bytes_of[name].storage_offset() % kind.itemsize:
+                    raise UserError(f"{path}: {name} is not aligned and cannot be streamed; convert the set first")
+                tensors[name] = bytes_of[name].view(kind).view(head.get_shape())
+                continue
             tensor = file.get_tensor(name)
             tensors[name] = tensor.float() if dtype.startswith("F8") else tensor
     return tensors
@@ -78,7 +99,7 @@ def read_tensors(path: Path) -> Tensors:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: str) -> None:
     """Write tensors, converted to a dtype of `STORED_DTYPES`, atomically."""
-    stored = {name: t.detach().to("cpu", STORED_DTYPES[dtype]).contiguous() for name, t in tensors.items()}
+    stored = {name: whole(t).detach().to("cpu", STORED_DTYPES[dtype]).contiguous() for name, t in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(stored, temporary, metadata={"format": "pt"})
 
@@ -113,7 +134,7 @@ def not_below_0(tensors: Tensors, path: Path) -> Tensors:
 
 def transposed(tensors: Tensors, *names: str) -> Tensors:
     """The same tensors, with the matrices of these names transposed."""
-    return {n: t.mT.contiguous() if n in names and t.ndim == 2 else t for n, t in tensors.items()}
+    return {n: t.mT if n in names and t.ndim == 2 else t for n, t in tensors.items()}
 
 
 def positive(value: object, name: str, where: Path) -> int:
@@ -170,10 +191,15 @@ def build_layer(
     d_model: int | None,
     dtype: torch.dtype,
     device: torch.device | str,
+    stream: bool = False,
 ) -> Transcoder:
-    """Load one layer; refuse a tensor that is missing, unknown, of the wrong shape or not finite."""
+    """Load one layer; refuse a tensor that is missing, unknown, of the wrong shape or not finite.
+
+    With `stream` encoder and decoders stay in their file, and are found not to be finite only when they are read.
+    """
     path, activation = source.path, source.activation or config.activation
-    tensors = source.translate(read_tensors(path))
+    stored = {name: tensor for file in source.files for name, tensor in read_tensors(file, stream).items()}
+    tensors = source.translate(stored)
     has_threshold = activation in ("batchtopk", "jumprelu")
     needed = (*REQUIRED, "threshold") if has_threshold else REQUIRED
     missing = [name for name in needed if name not in tensors]
@@ -182,7 +208,8 @@ def build_layer(
     unknown = sorted(set(tensors) - {*needed, "W_skip", "W_later"})
     if unknown:
         raise UserError(f"{path} holds {', '.join(unknown)}, which activation {activation!r} does not use")
-    f, d = _checked_shapes(path, tensors, d_model, dtype)
+    rows = _streamed(tensors, stored, dtype, device) if stream else None
+    f, d = _checked_shapes(path, tensors, d_model, dtype, () if rows is None else ("W_enc", "W_dec", "W_later"))
     k = source.k or config.k
     writes = 1 + len(tensors.get("W_later", ()))
     try:
@@ -197,14 +224,15 @@ def build_layer(
             output_hook=config.output_hook,
             writes=writes,
         )
-        transcoder = Transcoder(layer_config, dtype=dtype, device=device)
+        transcoder = Transcoder(layer_config, dtype=dtype, device=device, rows=rows)
     except UserError as error:
         raise UserError(f"{source.where}: {error}") from error
-    for name in (*REQUIRED, "W_skip"):
+    for name in ("b_enc", "b_dec", "W_skip") if stream else (*REQUIRED, "W_skip"):
         if name in tensors:
             set_weight(getattr(transcoder, name), tensors[name])
     for parameter, tensor in zip(transcoder.W_later, tensors.get("W_later", ()), strict=True):
-        set_weight(parameter, tensor)
+        if not stream:
+            set_weight(parameter, tensor)
     if writes > 1 and layer + writes > config.n_model_layers:
         raise UserError(f"{path}: W_later writes {writes - 1} layers ahead, past the model's last; copy it again")
     if has_threshold:
@@ -215,7 +243,21 @@ def build_layer(
     return transcoder
 
 
-def _checked_shapes(path: Path, tensors: Tensors, d_model: int | None, dtype: torch.dtype) -> tuple[int, int]:
+def _streamed(tensors: Tensors, stored: Tensors, dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
+    """Encoder, decoder and later decoders that stay in the mapped file; a tensor that was computed is in memory."""
+    mapped = {tensor.untyped_storage().data_ptr() for tensor in stored.values()}
+    return [
+        StreamedRows(matrix, dtype, device)
+        if matrix.untyped_storage().data_ptr() in mapped
+        else matrix.to(device, dtype)
+        for matrix in (tensors["W_enc"], tensors["W_dec"], *tensors.get("W_later", ()))
+    ]
+
+
+def _checked_shapes(
+    path: Path, tensors: Tensors, d_model: int | None, dtype: torch.dtype, unread: Collection[str] = ()
+) -> tuple[int, int]:
+    """F and d; the shapes of all tensors are checked, and the values of all but those that are `unread`."""
     w_enc = tensors["W_enc"]
     if w_enc.ndim != 2:
         raise UserError(f"{path}: W_enc has shape {tuple(w_enc.shape)} where (features, model width) is expected")
@@ -232,6 +274,8 @@ def _checked_shapes(path: Path, tensors: Tensors, d_model: int | None, dtype: to
             raise UserError(
                 f"{path}: {name} has shape {tuple(tensor.shape)}, but W_enc {(f, d)} asks for {expected[name]}"
             )
+        if name in unread:
+            continue
         if not tensor.isfinite().all():
             raise UserError(f"{path}: {name} holds values that are not finite; train or copy the set again")
         most = torch.finfo(dtype).max

@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from vlmscope.core.artifacts import read_json, write_json
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
@@ -40,6 +42,7 @@ from vlmscope.transcoders.formats.common import (
     transposed,
     write_tensors,
 )
+from vlmscope.transcoders.streaming import BLOCK
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 
@@ -127,7 +130,8 @@ class Layout:
         # Biases of the wrong length are left to the check of shapes, which has the better message.
         if layer.centred and ours["W_enc"].shape[-1:] == ours["b_dec"].shape:
             # W_enc (x - b_dec) + b_enc = W_enc x + (b_enc - W_enc b_dec)
-            ours["b_enc"] = ours["b_enc"].double() - ours["W_enc"].double() @ ours["b_dec"].double()
+            products = [rows.double() @ ours["b_dec"].double() for rows in ours["W_enc"].split(BLOCK)]
+            ours["b_enc"] = ours["b_enc"].double() - torch.cat(products)
         return ours
 
     def write(self, transcoders: TranscoderSet, folder: Path, dtype: str) -> None:

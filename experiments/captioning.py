@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from vlmscope.analyses.bench import Bench
-from vlmscope.analyses.scenes import captions_of
+from vlmscope.analyses.measures import captions_of
 from vlmscope.circuits.cases import TextPair, bystanders, text_cases, text_pairs
 from vlmscope.circuits.config import SIDES
 from vlmscope.circuits.experiment import Declared, text_level

@@ -179,8 +179,9 @@ class Experiment:
         with exact_float64(), torch.no_grad():
             cases = self.cases()
             declared = Declared(cases, self.operation, baselines=Baselines(self.scope, self))
-            table = run_trials(self.scope, declared.trials(given, self.settings))
-            planned = declared.work(given, self.settings, self.scope.transcoders.layers)
+            trials = [*declared.trials(given, self.settings)]
+            table = run_trials(self.scope, trials)
+            planned = sum(trial.work(self.scope.transcoders.layers) for trial in trials)
             # What the progress bar counts to; draws of controls end early where none of them counts.
             assert len(table) == planned or (len(table) < planned and table.weak.any())
         measures = {f"{o}/{s}": counted(given, self.settings, o, s)[0]

@@ -141,22 +141,6 @@ def test_hand_labels_are_found_and_reach_the_graph(study: Path, tmp_path: Path) 
         hand.unlink()
 
 
-def test_a_service_explains_and_its_set_takes_no_other_explainer(
-    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("vlmscope.features.explainers.Endpoint._ask", lambda *_, **__: "yes")
-    feature = next(iter(Labels(StudyFolder(study)).automatic))
-    own = [f"task.features=[{feature}]", "task.url=http://host/v1", "task.name_at_url=vlm", "task.shown=2"]
-    own += ["task.judged=3", "task.set_name=vlm"]
-    assert main(["task=label", *own, *TINY, f"study.path={study}", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
-    assert (study / "study/labels/vlm.parquet").is_file()
-    other = [*own[:4], "task.judged=2", own[-1], "seed=1"]
-    assert main(["task=label", *other, *TINY, f"study.path={study}", f"hydra.run.dir={tmp_path / 'run'}"]) == 2
-    assert "(seed 0 -> 1, task.judged 3 -> 2); restore them, or choose another task.set_name" in capsys.readouterr().err
-    for name in ("vlm.parquet", "vlm.json"):
-        (study / "study/labels" / name).unlink()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -165,8 +149,6 @@ def test_a_service_explains_and_its_set_takes_no_other_explainer(
         (["task=find", "query=red", "study.path=nowhere"], "no study.json in nowhere"),
         (["task=structure", "study.path=nowhere"], "no study.json in nowhere"),
         (["task=label", "study.path=STUDY", "task.shuffled=-1"], "task.shuffled=-1: it must be at least 0"),
-        (["task=label", "study.path=STUDY", "task.url=http://host/v1"], "add 'task.features="),
-        (["task=label", "study.path=STUDY", "task.url=http://host", "task.features=[L0/1]"], "add task.name_at_url="),
         (["task=find", "study.path=STUDY"], "give one of the two"),
         (["task=find", "study.path=STUDY", "query=xylophone"], "no feature of"),
         (["task=find", "study.path=STUDY", "query=?"], "has no word"),

@@ -23,11 +23,11 @@ from vlmscope.analyses.bench import Bench
 from vlmscope.attribution.export import save_graph, write_graph_json
 from vlmscope.attribution.trace import spread, spread_in_words
 from vlmscope.circuits.baselines import Baselines
+from vlmscope.circuits.build import described, draw_diagram
 from vlmscope.circuits.cases import Question, bystanders, concept_cases, concept_questions, matrix_cases
 from vlmscope.circuits.circuit import Circuit, direct_edges, labelled, load_circuit, save_circuit, with_labels
 from vlmscope.circuits.config import CircuitConfig, TrialConfig
 from vlmscope.circuits.experiment import ALL, EACH, ConceptMaterial, Declared, PairSource, concept_operation, settle
-from vlmscope.circuits.page import described, draw_diagram
 from vlmscope.circuits.selectors import (
     RoleInfluence,
     concept_batches,
@@ -68,8 +68,9 @@ def run_declared(bench: Bench, analyses: Sequence[Any] = ()) -> dict[str, float]
     if cfg.images or (cfg.pairs is not None and cfg.pairs.path is not None):  # the user's own
         warn_if_strange(bench.scope, [cases.batch for sets in declared.cases.values() for cases in sets])
     more = (analysis.trials(bench, declared) for analysis in analyses if hasattr(analysis, "trials"))
-    total = declared.work(cfg.trials, cfg.settings, bench.scope.transcoders.layers)
-    table = run_trials(bench.scope, chain(declared.trials(cfg.trials, cfg.settings), *more), cfg.seed, total)
+    trials, layers = [*declared.trials(cfg.trials, cfg.settings)], bench.scope.transcoders.layers
+    total = sum(trial.work(layers) for trial in trials)
+    table = run_trials(bench.scope, chain(trials, *more), cfg.seed, total)
     bench.write_table("trials", table)
     ran = table[["operation", "setting"]].drop_duplicates().to_numpy()
     found = claims(table, {f"{a}/{b}": counted(cfg.trials, cfg.settings, a, b)[0] for a, b in ran})

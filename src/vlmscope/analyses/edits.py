@@ -25,10 +25,7 @@ if TYPE_CHECKING:
     from vlmscope.scope import Scope
 
 TOP = 5  # next tokens that are shown
-SAYS = {"matched": "random features, as many, of the same layers, changed as much",
-        "random_direction": "random directions of the same norm"}  # fmt: skip
-
-SHORT = {"matched": "other features", "random_direction": "a random direction"}
+SAYS = {"matched": "other features", "random_direction": "a random direction"}  # how controls are named
 
 
 @dataclass
@@ -198,17 +195,12 @@ class EditResult:
     def controls_in(self, mode: str) -> tuple[Control, ...]:
         """The controls of one mode."""
         rows = self.runs[(self.runs["mode"] == mode) & (self.runs.control != "")]
-        return tuple(
-            Control(
-                str(name),
-                len(part),
-                int(part.refused.sum()),
-                float(part.kl.mean()),
-                float(part.changed.mean()),
-                tuple((str(word), int(count)) for word, count in part.says.value_counts().items()),
-            )
-            for name, part in rows.groupby("control", sort=False)
-        )
+        found = []
+        for name, part in rows.groupby("control", sort=False):
+            says = tuple((str(word), int(count)) for word, count in part.says.value_counts().items())
+            means = float(part.kl.mean()), float(part.changed.mean())
+            found.append(Control(str(name), len(part), int(part.refused.sum()), *means, says))
+        return tuple(found)
 
     def to_frame(self) -> pd.DataFrame:
         """`runs`: the edit and every draw of its controls, a row each."""
@@ -232,23 +224,20 @@ class EditResult:
         of_mode: Any = self.runs[self.runs["mode"] == mode].groupby("control")[["kl", "changed"]].mean()
         for control, row in of_mode.iterrows():
             suffix = {"": "", "matched": "_control"}.get(control, f"_{control}")
-            effects |= {f"{self.name}/{mode}/kl{suffix}": float(row.kl)}
-            effects |= {f"{self.name}/{mode}/top1_changed{suffix}": float(row.changed)}
+            effects[f"{self.name}/{mode}/kl{suffix}"] = float(row.kl)
+            effects[f"{self.name}/{mode}/top1_changed{suffix}"] = float(row.changed)
         return effects
 
     def _rows(self) -> list[tuple[str, str, str]]:
         rows = [("", "before", "after"), ("answer", self.before.answer, self.after.answer)]
-        rows += [(f"p({row['token']!r})", f"{row['before']:.3f}", f"{row['after']:.3f}") for row in self._shown()]
+        shown = sorted(self.tokens[self.mode], key=lambda row: -max(row["before"], row["after"]))[:TOP]
+        rows += [(f"p({row['token']!r})", f"{row['before']:.3f}", f"{row['after']:.3f}") for row in shown]
         for each in self.controls:
             words = ", ".join(f"{word.strip()} ({count})" for word, count in each.says[:3])
             weak = f"; {each.refused} refused, which hardly move" if each.refused else ""
             says = f"{words}; changed {each.changed:.0%}{weak}"
-            rows.append((f"{each.draws} draws of {SHORT[each.name]}", "", says))
+            rows.append((f"{each.draws} draws of {SAYS[each.name]}", "", says))
         return rows
-
-    def _shown(self) -> Sequence[Mapping[str, Any]]:
-        """The tokens, the most probable ones after the edit first."""
-        return sorted(self.tokens[self.mode], key=lambda row: -max(row["before"], row["after"]))[:TOP]
 
     def _title(self) -> str:
         names = ", ".join(map(str, self.features[:6])) + ", ..." * (len(self.features) > 6)
@@ -325,8 +314,13 @@ def report_edit(result: EditResult, run_dir: Path) -> dict[str, float]:
     written: dict[str, Any] = {"prompt": result.prompt, "features": [*map(str, result.features)], "modes": {}}
     for mode, tokens in result.tokens.items():
         effects, controls = result.effects(mode), result.controls_in(mode)
-        draws = max((each.draws for each in controls), default=0)
-        print(*described(f"{name}/{mode}", effects, draws), *token_lines(tokens), sep="\n")
+        kl, changed = effects[f"{name}/{mode}/kl"], effects[f"{name}/{mode}/top1_changed"]
+        print(f"\n{mode}: KL {kl:.3g} nats, the most probable next token {'changes' if changed else 'stays'}")
+        for each in controls:
+            print(f"  {SAYS[each.name]} ({each.draws} draws): KL {each.kl:.3g} nats, changed {each.changed:.0%}")
+        print(f"  {'next token':<16} {'p before':>9} {'p after':>9}")
+        for row in tokens:
+            print(f"  {row['token']!r:<16} {row['before']:>9.4f} {row['after']:>9.4f}")
         more = [each._asdict() for each in controls]
         written["modes"][mode] = {"metrics": effects, "next_token": tokens, "controls": more}
     if result.answers is not None:
@@ -337,19 +331,6 @@ def report_edit(result: EditResult, run_dir: Path) -> dict[str, float]:
     return result.metrics()
 
 
-def described(root: str, effects: dict[str, float], draws: int) -> list[str]:
-    """Lines on the effects of an edit and of its controls in one mode, from the metrics under `root`."""
-    changed = "changes" if effects[f"{root}/top1_changed"] else "stays"
-    mode = root.rpartition("/")[2]
-    lines = [f"\n{mode}: KL {effects[f'{root}/kl']:.3g} nats, the most probable next token {changed}"]
-    for control, words in SAYS.items():
-        suffix = "control" if control == "matched" else control
-        if f"{root}/kl_{suffix}" in effects:
-            kl, moved = effects[f"{root}/kl_{suffix}"], effects[f"{root}/top1_changed_{suffix}"]
-            lines.append(f"  {words} ({draws} draws): KL {kl:.3g} nats, changed {moved:.0%}")
-    return lines
-
-
 def top_tokens(tokenizer: Any, before: Tensor, after: Tensor) -> list[dict[str, Any]]:
     """The `TOP` most probable next tokens of either run, logits [V] each, with both probabilities."""
     from vlmscope.models.base import token_strings
@@ -358,9 +339,3 @@ def top_tokens(tokenizer: Any, before: Tensor, after: Tensor) -> list[dict[str, 
     ids = dict.fromkeys([*p.topk(min(TOP, len(p))).indices.tolist(), *q.topk(min(TOP, len(q))).indices.tolist()])
     named = zip(token_strings(tokenizer, ids), ids, strict=True)
     return [{"token": token, "before": float(p[i]), "after": float(q[i])} for token, i in named]
-
-
-def token_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """`top_tokens` as a table."""
-    lines = [f"  {'next token':<16} {'p before':>9} {'p after':>9}"]
-    return lines + [f"  {row['token']!r:<16} {row['before']:>9.4f} {row['after']:>9.4f}" for row in rows]

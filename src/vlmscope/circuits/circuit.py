@@ -40,7 +40,6 @@ from vlmscope.core.results import CircuitEdge, CircuitFeature, Supernode
 from vlmscope.interventions.edits import LayerEdit, Plan, features_at, merge, position_mask, set_features
 
 VERSION = 2
-READ = (1, VERSION)  # version 1 had neither positions nor edges
 CIRCUIT, LEVELS = "circuit.yaml", "levels.safetensors"
 
 
@@ -148,43 +147,35 @@ def _node_body(node: Supernode) -> dict[str, Any]:
     body: dict[str, Any] = {"chosen": node.chosen} if node.chosen else {}
     if node.positions is not None:
         box = node.positions.box
-        body["positions"] = {"roles": list(node.positions.roles)}
-        body["positions"] |= {} if box is None else {"box": [float(x) for x in box]}
+        body["positions"] = {"roles": list(node.positions.roles)} | ({} if box is None else {"box": [*map(float, box)]})
+    kept = ("role", "contrast", "influence")
     body["features"] = [
-        {"feature": str(m.feature), "role": m.role, "contrast": m.contrast, "influence": m.influence}
-        | ({"label": m.label} if m.label else {})
+        {"feature": str(m.feature)} | {key: getattr(m, key) for key in kept} | ({"label": m.label} if m.label else {})
         for m in node.features
     ]
     return body
 
 
-def _node(name: str, stored: Any) -> Supernode:
-    """A supernode of the file; in version 1 it was the list of its features."""
-    body: dict[str, Any] = {"features": stored} if isinstance(stored, list) else stored
-    members = tuple(
-        CircuitFeature(
-            FeatureId.parse(m["feature"]), m["role"], m["contrast"], m["influence"], label=str(m.get("label", ""))
-        )
-        for m in body["features"]
-    )
+def _node(name: str, body: dict[str, Any]) -> Supernode:
+    members = [CircuitFeature(**m | {"feature": FeatureId.parse(m["feature"])}) for m in body["features"]]
     positions = None
     if (places := body.get("positions")) is not None:
         box = places.get("box")
         positions = Positions(tuple(places["roles"]), None if box is None else PatchBox(*map(float, box)))
-    return Supernode(name, members, positions, body.get("chosen", ""))
+    return Supernode(name, tuple(members), positions, body.get("chosen", ""))
 
 
 def load_circuit(folder: Path) -> Circuit:
-    """Read what `save_circuit` wrote, of this version or of version 1.
+    """Read what `save_circuit` wrote.
 
     Raises:
-        UserError: a file is missing or is not a circuit, or was written by a later version.
+        UserError: a file is missing or is not a circuit, or of another version.
     """
     path = folder / CIRCUIT
     body = read_yaml(path)
     if not isinstance(body, dict) or not isinstance(body.get("supernodes"), dict):
         raise UserError(f"{path} is not a circuit: it has no supernodes")
-    if body.get("version") not in READ:
+    if body.get("version") != VERSION:
         raise UserError(f"{path} has version {body.get('version')}, this program reads {VERSION}; find it again")
     with built_from(path, "circuit", "find it again"):
         supernodes = {str(name): _node(str(name), stored) for name, stored in body["supernodes"].items()}

@@ -124,7 +124,6 @@ class TrialConfig:
     # of exchange: act in full where the suppressed concept is so much more active than the raised one, in shares of
     # their levels; of level: from this share of the suppressed level; null acts everywhere
     gate: float | None = None
-    pooled: bool = False  # of carry: soft tokens get the donor's mean
     last: bool = False  # of carry: last position to last position alone; the two may differ in length
     measure: str = "hit"  # what its rate counts
 
@@ -178,13 +177,7 @@ class SettingConfig:
 def baselines_of(trial: TrialConfig, setting: SettingConfig) -> list[str]:
     """Those of a setting's baselines that are defined of a trial."""
     every = trial.features == "all"
-    return [
-        name
-        for name in setting.baselines
-        if trial.do in BASELINES[name]
-        and not (every and name in OUTSIDE)
-        and not (trial.pooled and name == "complement")
-    ]
+    return [name for name in setting.baselines if trial.do in BASELINES[name] and not (every and name in OUTSIDE)]
 
 
 def check_baselines(trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig]) -> None:

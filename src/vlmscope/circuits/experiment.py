@@ -49,39 +49,11 @@ class Declared:
     baselines: Baselines | None = None
 
     def trials(self, trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig]) -> Iterator[Trial]:
-        """Every trial in its settings, in the order of the declaration.
+        """Every trial with every case set in every combination of a setting's values, each before its baselines.
 
         Raises:
             UserError: a setting names a trial or a case set that is not there.
         """
-        for operation, trial, cases, setting, where in self._combined(trials, settings):
-            do = self.operation(trial, cases, where.limit)
-            subset = cases.first(setting.first)
-            yield Trial(operation, do, [subset], [where])
-            few = subset.first(setting.baselines_on)
-            for baseline in baselines_of(trial, setting):
-                if self.baselines is None:
-                    key = f"settings.{where.name}.baselines"
-                    raise UserError(f"{key}: the cases of this experiment have none; leave it out")
-                variant = self.baselines.operation(baseline, trial, do, few, where.limit)
-                yield Trial(operation, variant, [few], [where.uncontrolled()], baseline)
-
-    def work(
-        self, trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig], layers: Sequence[int]
-    ) -> int:
-        """How many runs of a case all these trials are, with controls and baselines, for a progress bar."""
-        total = 0
-        for _, trial, cases, setting, where in self._combined(trials, settings):
-            subset = cases.first(setting.first)
-            few = subset.first(setting.baselines_on)
-            total += where.work(subset, layers)
-            total += len(baselines_of(trial, setting)) * where.uncontrolled().work(few, layers)
-        return total
-
-    def _combined(
-        self, trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig]
-    ) -> Iterator[tuple[str, TrialConfig, Cases, SettingConfig, Setting]]:
-        """Every trial with every case set in every combination of a setting's values."""
         for name, setting in settings.items():
             more = {key: getattr(setting, key) for key in ("matched", "random_direction", "draws_on", "new_tokens")}
             if setting.cases not in self.cases:
@@ -92,13 +64,34 @@ class Declared:
                 each = {f"{called}/{features}": replace(trials[called], features=features) for features in self.sets}
                 for operation, trial in (each if trials[called].features == EACH else {called: trials[called]}).items():
                     for cases in self.cases[setting.cases]:
-                        strength = trial.strength
-                        if strength is None:  # questions without validation cases (unrelated scenes) take the largest
-                            strength = self.settled.get(cases.question, max(self.settled.values(), default=None))
-                        if strength is None and not setting.strength:
-                            raise UserError(f"trials.{operation}.strength=null, but no trial has `settle`")
-                        for axes in setting.combinations(strength):
-                            yield operation, trial, cases, setting, Setting(name, **axes, **more)
+                        subset = cases.first(setting.first)
+                        for axes in setting.combinations(self._strength(operation, trial, cases, setting)):
+                            yield from self._with_baselines(
+                                operation, trial, setting, Setting(name, **axes, **more), subset
+                            )
+
+    def _strength(self, operation: str, trial: TrialConfig, cases: Cases, setting: SettingConfig) -> float | None:
+        """The trial's strength, or the one settled for the question; None where the setting has its own."""
+        strength = trial.strength
+        if strength is None:  # questions without validation cases (unrelated scenes) take the largest
+            strength = self.settled.get(cases.question, max(self.settled.values(), default=None))
+        if strength is None and not setting.strength:
+            raise UserError(f"trials.{operation}.strength=null, but no trial has `settle`")
+        return strength
+
+    def _with_baselines(
+        self, operation: str, trial: TrialConfig, setting: SettingConfig, where: Setting, cases: Cases
+    ) -> Iterator[Trial]:
+        do = self.operation(trial, cases, where.limit)
+        yield Trial(operation, do, [cases], [where])
+        few = cases.first(setting.baselines_on)
+        for baseline in baselines_of(trial, setting):
+            if self.baselines is None:
+                raise UserError(
+                    f"settings.{where.name}.baselines: the cases of this experiment have none; leave it out"
+                )
+            variant = self.baselines.operation(baseline, trial, do, few, where.limit)
+            yield Trial(operation, variant, [few], [where.uncontrolled()], baseline)
 
 
 def settle(
@@ -145,7 +138,7 @@ def concept_operation(
                 circuit, recipient, donor, trial.gate, limit, by_question=cases.question in config.questions
             )
         if trial.do == "carry":
-            return Carry(circuit.union(limit), trial.pooled, nodes, last=trial.last)
+            return Carry(circuit.union(limit), nodes, last=trial.last)
         if trial.do == "ablate":
             node = circuit.node(trial.features or recipient)
             return Ablate(circuit.indices(node.name, limit), (node,))
@@ -346,7 +339,7 @@ class PairSource:
 
     def operation(self, trial: TrialConfig, cases: Cases, limit: int | None) -> Operation:
         """The operation of a trial on a case set."""
-        if trial.do == "carry" and trial.features == ALL and not trial.pooled and trial.strength == 1:
+        if trial.do == "carry" and trial.features == ALL and trial.strength == 1:
             return Carry(None)
         return self._of(trial, cases, *self.chosen(trial.features, cases.question, limit))
 
@@ -394,7 +387,7 @@ class PairSource:
 
     def _of(self, trial: TrialConfig, cases: Cases, features: Features, nodes: tuple[Supernode, ...]) -> Operation:
         if trial.do == "carry":
-            return Carry(features, trial.pooled, nodes)
+            return Carry(features, nodes)
         if trial.do == "toward":
             return Toward(features, nodes)
         if trial.do == "ablate":

@@ -41,7 +41,6 @@ class Carry:
     """Give features the donors' activations, times `strength`; every feature when `features` is None."""
 
     features: Features | None
-    pooled: bool = False  # every soft token gets the donor's mean over its soft tokens, not the one at the same place
     nodes: tuple[Supernode, ...] = ()  # whose positions their features keep to
     last: bool = False  # the donors' last position into the last position alone: they may have any length
     at: Tensor | None = None  # [B, T] bool, positions of each case; features stay live at its others
@@ -58,7 +57,7 @@ class Carry:
         if self.last:
             where = position_mask(roles, "last")
             return {layer: set_features(f, strength * acts[:, -1:], where) for layer, (f, acts) in carried.items()}
-        plan = patch_plan(carried, roles, strength, self.pooled)
+        plan = patch_plan(carried, roles, strength)
         if self.at is not None:
             mask = self.at.unsqueeze(-1).to(scope.adapter.device)
             plan = {n: replace(e, value=mask * e.value, scale=(~mask).to(e.value)) for n, e in plan.items()}

@@ -37,9 +37,9 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.core.records import FeatureId, Places, Positions
 from vlmscope.core.results import CircuitFeature, Supernode
+from vlmscope.features.item_facts import stems
 from vlmscope.features.labels import Labels
 from vlmscope.features.readouts import RoleMeans, role_means
-from vlmscope.features.search import stems
 from vlmscope.interventions.edits import donor_activations
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope

@@ -192,7 +192,7 @@ class Label:
     """The name of a feature, and how far it can be trusted."""
 
     text: str
-    source: str  # "hand", "auto", or the name of an outside explainer
+    source: str  # "hand" or "auto"
     level: str = ""  # of the score: "items" that fire the feature, "positions" within such items, or "" for none
     score: float | None = None  # detection AUROC on items that the label was not made from, and its 95 % interval
     low: float | None = None

@@ -13,8 +13,7 @@ tried.
 it does not: at which tokens, after which, on which part of the picture. The score is the AUROC of "the position is such
 a place": 0.5 + (share of firing positions there - share of others) / 2.
 
-Legend: R rows of a layer, T positions of all items together.
-"""
+Legend: R rows of a layer, T positions of all items together."""
 
 from __future__ import annotations
 

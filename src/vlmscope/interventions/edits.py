@@ -291,21 +291,15 @@ def donor_activations(
 
 
 def patch_plan(
-    activations: Mapping[int, tuple[Tensor, Tensor]], roles: np.ndarray, strength: float = 1.0, pooled: bool = False
+    activations: Mapping[int, tuple[Tensor, Tensor]], roles: np.ndarray, strength: float = 1.0
 ) -> dict[int, LayerEdit]:
     """Carry activations (of `donor_activations`, row i the donor of recipient i) into a run of the same wording.
 
-    They are multiplied by `strength`. Generated tokens get the donor's activations at its last position; with `pooled`
-    every soft token gets the donor's mean over its soft tokens, instead of the one at the same place.
+    They are multiplied by `strength`. Generated tokens get the donor's activations at its last position.
     """
-    where = position_mask(roles, "all")
-    soft, last = torch.from_numpy(roles == "image"), torch.from_numpy(roles == "last")
+    where, last = position_mask(roles, "all"), torch.from_numpy(roles == "last")
     plan: dict[int, LayerEdit] = {}
     for layer, (features, values) in activations.items():
-        carried = values
-        if pooled and bool(soft.any()):
-            carried = values.clone()
-            carried[:, soft] = values[:, soft].mean(1, keepdim=True)
-        carried = carried * strength
+        carried = values * strength
         plan[layer] = set_features(features, carried, where, carried[:, last][:, 0])
     return plan

@@ -210,11 +210,15 @@ class Trial:
     settings: Sequence[Setting]
     baseline: str = ""  # the variant of the operation that this is (`circuits.baselines`)
 
+    def work(self, layers: Sequence[int]) -> int:
+        """How many runs of a case this is, with its controls."""
+        return sum(setting.work(cases, layers) for setting, cases in product(self.settings, self.cases))
+
 
 def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0, total: int = 0) -> pd.DataFrame:
     """Every operation on its case sets in its settings, with its controls.
 
-    `total` is the work (`Setting.work`) that is known before, for the progress bar; it grows with what comes besides.
+    `total` is the work (`Trial.work`) that is known before, for the progress bar; it grows with what comes besides.
 
     Returns:
         One row per case, trial and draw: `operation`, the fields of the setting (its name as `setting`), `baseline`

@@ -24,7 +24,7 @@ half of what the edit does decides nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -69,42 +69,42 @@ class Verdict:
         return not self.reason, -self.p if self.p == self.p else 0.0, -distance if self.below else distance
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A row of the table of claims: the question that decides, with p corrected over the experiment."""
-
-    operation: str
-    setting: str
-    claim: str
-    shown: bool
-    question: str = ""
-    value: float = np.nan
-    ci_low: float = np.nan
-    ci_high: float = np.nan
-    cases: int = 0
-    decided_by: str = ""
-    other: float = np.nan
-    p: float = np.nan
-    reason: str = ""
+NOTHING = {"question": "", "value": np.nan, "ci_low": np.nan, "ci_high": np.nan, "cases": 0, "decided_by": "",
+           "other": np.nan, "p": np.nan}  # fmt: skip
 
 
 def claims(table: pd.DataFrame, measures: Mapping[str, str]) -> pd.DataFrame:
     """The claims of every trial, from rows of `run_trials` and the measure that each "operation/setting" counts.
 
     Returns:
-        One row per trial and claim, the columns those of `Claim`; none of trials without controls and baselines.
+        One row per trial and claim (`operation`, `setting`, `claim`), none of trials without controls and baselines:
+        whether it is `shown`, the fields of the worst question's `Verdict`, with p corrected over the experiment.
     """
     subjects = list(_subjects(table, measures))
-    judged = [(subject, claim, subject.verdicts(claim, subjects)) for subject in subjects for claim in subject.claims]
-    rows = [_decided(subject, claim, found) for subject, claim, found in judged]
-    tested = [number for number, row in enumerate(rows) if row.p == row.p and row.claim != "specific"]
-    for number, p in zip(tested, holm(np.array([rows[number].p for number in tested])), strict=True):
-        row = replace(rows[number], p=float(p))
-        if row.shown and not p <= ALPHA:
-            reason = f"not above {row.decided_by}: {percent(row.value)} against {percent(row.other)}"
-            row = replace(row, shown=False, reason=f"{reason} (p {p:.2g})")
-        rows[number] = row
-    return pd.DataFrame([asdict(row) for row in rows], columns=list(Claim.__dataclass_fields__))
+    rows = [
+        {"operation": subject.operation, "setting": subject.setting, "claim": claim, "shown": False}
+        | _worst(subject.verdicts(claim, subjects))
+        for subject in subjects
+        for claim in subject.claims
+    ]
+    tested = [row for row in rows if row["p"] == row["p"] and row["claim"] != "specific"]
+    for row, p in zip(tested, holm(np.array([row["p"] for row in tested])), strict=True):
+        row["p"] = float(p)
+        if not row["reason"] and not p <= ALPHA:
+            reason = f"not above {row['decided_by']}: {percent(row['value'])} against {percent(row['other'])}"
+            row["reason"] = f"{reason} (p {p:.2g})"
+    rows = [row | {"shown": row["reason"] == ""} for row in rows]
+    columns = ["operation", "setting", "claim", "shown", *NOTHING, "reason"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _worst(found: Sequence[Verdict] | str) -> dict[str, Any]:
+    """The worst question's verdict as fields of a row; a text is why nothing could be judged."""
+    if isinstance(found, str):
+        return {**NOTHING, "reason": found}
+    worst = min(found, key=Verdict.strength)
+    rate = vars(worst.value)
+    return {key: rate[key] if key in rate else getattr(worst, key) for key in (*NOTHING, "reason")}
 
 
 def claim_metrics(found: Rows) -> dict[str, float]:
@@ -138,28 +138,6 @@ def claims_text(found: Rows) -> str:
 def percent(share: float) -> str:
     """A share in per cent with one decimal."""
     return f"{100 * share:.1f} %"
-
-
-def _decided(subject: Subject, claim: str, found: Sequence[Verdict] | str) -> Claim:
-    """The worst question's verdict as a row, its p not yet corrected; a text is why nothing could be judged."""
-    row = Claim(subject.operation, subject.setting, claim, False)
-    if isinstance(found, str):
-        return replace(row, reason=found)
-    worst = min(found, key=Verdict.strength)
-    value = worst.value
-    return replace(
-        row,
-        shown=worst.reason == "",
-        question=worst.question,
-        value=value.value,
-        ci_low=value.ci_low,
-        ci_high=value.ci_high,
-        cases=value.cases,
-        decided_by=worst.decided_by,
-        other=worst.other,
-        p=worst.p,
-        reason=worst.reason,
-    )
 
 
 def _subjects(table: Rows, measures: Mapping[str, str]) -> Iterator[Subject]:

@@ -59,8 +59,20 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from pathlib import Path
 
     from vlmscope.analyses.bench import Bench
-    from vlmscope.circuits import page
-    from vlmscope.circuits.build import Asked, Sources, build_circuit, spread_answers, trace_all, trace_pairs
+    from vlmscope.circuits.build import (
+        SHOWN,
+        Asked,
+        Sources,
+        build_circuit,
+        described,
+        draw_diagram,
+        example_pool,
+        examples_among,
+        spread_answers,
+        trace_all,
+        trace_pairs,
+        write_page,
+    )  # fmt: skip
     from vlmscope.circuits.circuit import circuit_metrics, direct_edges, labelled, load_circuit, save_circuit
     from vlmscope.config.resolve import declared_circuit
     from vlmscope.config.wiring import look_for_labels
@@ -108,14 +120,14 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     bench.used.save(bench.run_dir)
     bench.metrics |= circuit_metrics(circuit, graphs)
     if cfg.task.figure:
-        pool = page.example_pool(inputs, others, speaks_orrery(bench.vlm), cfg.seed + 1)
-        nodes = page.described(
-            bench.scope, circuit, lambda features: page.examples_among(bench.scope, features, pool, study), page.SHOWN
+        pool = example_pool(inputs, others, speaks_orrery(bench.vlm), cfg.seed + 1)
+        nodes = described(
+            bench.scope, circuit, lambda features: examples_among(bench.scope, features, pool, study), SHOWN
         )
         picture = next((for_figures(item.pictures[:1])[0] for item in inputs if item.pictures), None)
         path = bench.run_dir / "figures" / "circuit.png"
-        page.draw_diagram(path, nodes, circuit.edges, picture, cfg.task.min_share)
-        page.write_page(bench.run_dir, name, circuit, nodes, bench.metrics, discovery)
+        draw_diagram(path, nodes, circuit.edges, picture, cfg.task.min_share)
+        write_page(bench.run_dir, name, circuit, nodes, bench.metrics, discovery)
     return bench.metrics
 
 
@@ -168,8 +180,12 @@ def discovered(bench: Bench, own: bool) -> tuple[Discovery, Circuit, Sequence[Pa
 
     `own` says that the user's own inputs will be traced, not the pairs.
     """
-    from vlmscope.circuits.discovery.discover import discover_question, moving_questions, named_circuit
-    from vlmscope.circuits.discovery.report import write_discoveries
+    from vlmscope.circuits.discovery.discover import (
+        discover_question,
+        moving_questions,
+        named_circuit,
+        write_discoveries,
+    )
 
     cfg = bench.cfg
     if not own and (cfg.attribution.asked != "logits" or cfg.attribution.token_ids):

@@ -24,7 +24,7 @@ ANALYSES = {
     "anatomy": "vlmscope.analyses.anatomy.Anatomy",
     "discovery": "vlmscope.analyses.measures.Discover",
     "feature_kinds": "vlmscope.analyses.feature_codes.FeatureKinds",
-    "lens": "vlmscope.analyses.scenes.Lens",
+    "lens": "vlmscope.analyses.measures.Lens",
     "mean_ablation": "vlmscope.analyses.measures.MeanAblation",
     "modality": "vlmscope.analyses.measures.Modality",
     "number_line": "vlmscope.analyses.feature_codes.NumberLine",
@@ -32,7 +32,7 @@ ANALYSES = {
     "predicted_effects": "vlmscope.analyses.predicted_effects.PredictedEffects",
     "smallest": "vlmscope.analyses.measures.Smallest",
     "transfer": "vlmscope.analyses.measures.Transfer",
-    "word_sources": "vlmscope.analyses.scenes.WordSources",
+    "word_sources": "vlmscope.analyses.measures.WordSources",
 }
 USES = (
     "data", "attribution", "intervention", "interchange", "discovery", "study", "where", "trials", "settings",

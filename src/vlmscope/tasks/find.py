@@ -10,8 +10,8 @@ from vlmscope.core.errors import UserError, check_least
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
+    from vlmscope.features.item_facts import Match
     from vlmscope.features.labels import Labels
-    from vlmscope.features.search import Match
     from vlmscope.features.study_files import StudyFolder
     from vlmscope.tasks.registry import RunContext
 
@@ -47,9 +47,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     from vlmscope.core.artifacts import write_json
     from vlmscope.core.results import text_table
-    from vlmscope.features.item_facts import study_facts
+    from vlmscope.features.item_facts import find_by_words, study_facts
     from vlmscope.features.labels import Labels
-    from vlmscope.features.search import find_by_words
     from vlmscope.features.study import study_examples
     from vlmscope.features.study_files import StudyFolder
     from vlmscope.report.pictures import FeatureRow, feature_sheet
@@ -82,8 +81,8 @@ def find_by_picture(cfg: AppConfig, context: RunContext, study: StudyFolder) -> 
     import torch
 
     from vlmscope.config.wiring import load_model, load_scope, user_pictures
+    from vlmscope.features.item_facts import find_by_activations
     from vlmscope.features.labels import check_same
-    from vlmscope.features.search import find_by_activations
     from vlmscope.training.batches import collect
     from vlmscope.training.evaluation import warn_if_strange
 

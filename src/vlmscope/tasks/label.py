@@ -1,15 +1,14 @@
-"""Label the features of a study by contrast, or ask a chat service; every label is scored (docs/labels.md)."""
+"""Label the features of a study by contrast; every label is scored (docs/labels.md)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vlmscope.core.errors import UserError, check_least
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from vlmscope.config import AppConfig
     from vlmscope.core.records import FeatureId
@@ -23,34 +22,23 @@ USES = ("data", "study")
 
 @dataclass
 class Config:
-    """`study.path=` names the study, the run folder of a task=study; each set of labels is a file in its `labels/`.
+    """`study.path=` names the study, the run folder of a task=study; labels are the file `auto` in its `labels/`.
 
-    Without `url` all features are labelled by contrast, offline, as the set "auto"; so are `shuffled` features per
-    layer with shuffled activations, which show the scores of chance; `kind` is the fact whose values alone are scored
-    next to each label (a study without it has no such score). With `url` the model `name_at_url` of that
-    OpenAI-compatible service (its key is read from the environment variable `key_variable`, if set) labels the given
-    `features` from `shown` examples and judges `judged` items of either kind; `set_name` names the set.
+    `shuffled` features per layer are also labelled with shuffled activations, which shows the scores of chance; `kind`
+    is the fact whose values alone are scored next to each label (a study without it has no such score).
     """
 
-    features: list[str] = field(default_factory=list)
-    set_name: str | None = None
     shuffled: int = 256
     kind: str = "scene"
-    url: str | None = None
-    name_at_url: str | None = None
-    key_variable: str = "OPENAI_API_KEY"
-    shown: int = 8
-    judged: int = 10
 
     def __post_init__(self) -> None:
-        check_least("task", self, shown=1, judged=1, shuffled=0)
+        check_least("task", self, shuffled=0)
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write the set of labels and print the surest ones."""
     from vlmscope.config.wiring import needed_study
 
-    task: Config = cfg.task
     folder = needed_study(cfg)
 
     from vlmscope.features.study_files import StudyFolder
@@ -60,7 +48,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         raise UserError(
             f"{study.path} has no items, so nothing can be said of its features; run task=study on more data"
         )
-    return label_by_contrast(cfg, study) if task.url is None else label_by_explainer(cfg, study)
+    return label_by_contrast(cfg, study)
 
 
 def label_by_contrast(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
@@ -72,7 +60,7 @@ def label_by_contrast(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
 
     task: Config = cfg.task
     labelled, shuffled = label_study(study, cfg.seed, task.shuffled, task.kind)
-    write_labels(set_path(study.path, task.set_name or "auto"), labelled)
+    write_labels(set_path(study.path, "auto"), labelled)
     print_labels(labelled)
     labels = [label for _, label in labelled]
     print(basis(labels, int(study.info.settings["samples"])))
@@ -95,51 +83,6 @@ def label_by_contrast(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
         if passed.any():
             metrics["label/false_discovery_rate"] = float(false.mean()) * len(labels) / int(passed.sum())
     return metrics
-
-
-def label_by_explainer(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
-    """Label the features that the user names."""
-    from tqdm import tqdm
-
-    from vlmscope.core.records import FeatureId
-    from vlmscope.features.explainers import Endpoint, explain
-    from vlmscope.features.labels import set_path, write_labels
-    from vlmscope.features.proposals import judged
-
-    task: Config = cfg.task
-    if not task.features:
-        raise UserError("a service labels the features you name: add 'task.features=[L5/123,L6/7]'")
-    if not task.name_at_url:
-        raise UserError("add task.name_at_url=MODEL, the model of the service at task.url")
-    features = [FeatureId.parse(text) for text in task.features]
-    for feature in features:
-        study.check(feature)
-    explainer = Endpoint(str(task.url), task.name_at_url, task.key_variable)
-    path = set_path(study.path, task.set_name or explainer.name)
-    labels = labels_so_far(cfg, study, path, explainer.name)
-    for feature in tqdm(features, desc="labels", unit="feature"):
-        labels[feature] = explain(explainer, study, feature, task.shown, task.judged, cfg.seed)
-        labels = dict(judged(sorted(labels.items())))
-        write_labels(path, list(labels.items()))  # after each feature: an answer costs money
-    print_labels([(feature, labels[feature]) for feature in features])
-    return metrics_of([labels[feature] for feature in features], "label")
-
-
-def labels_so_far(cfg: AppConfig, study: StudyFolder, path: Path, name: str) -> dict[FeatureId, Label]:
-    """The labels that the set has; a `UserError` where its record names another explainer or study."""
-    from vlmscope.core.artifacts import files_digest, read_json, refuse_other, write_json
-    from vlmscope.core.study import MANIFEST
-    from vlmscope.features.labels import read_labels
-
-    task: Config = cfg.task
-    origin = {"explainer": name, "study": files_digest([study.path / MANIFEST]), "seed": cfg.seed}
-    origin |= {f"task.{key}": getattr(task, key) for key in ("url", "shown", "judged")}
-    record = path.with_suffix(".json")
-    if path.is_file():
-        then = read_json(record) if record.is_file() else {}  # "auto" has none
-        refuse_other(str(path), then, origin, "choose another task.set_name")
-    write_json(record, origin)
-    return read_labels(path) if path.is_file() else {}
 
 
 def basis(labels: Sequence[Label], samples: int) -> str:

@@ -75,7 +75,7 @@ def test_circuits_are_found_steered_and_patched_there(there, tmp_path) -> None:
         for circuit in (found, load_circuit(tmp_path)):
             roles = batches[0].roles
             steered = steer_plan(circuit, "a", "b", batches[0].places, 2.0)
-            patched = patch_plan(donor_activations(scope, batches[1], circuit.union()), roles, pooled=True)
+            patched = patch_plan(donor_activations(scope, batches[1], circuit.union()), roles)
             node = replace(circuit.node("a"), positions=Positions(("image",)))
             some = at_supernodes(patched, [node], batches[0].places)
             where = position_mask(roles, "all")

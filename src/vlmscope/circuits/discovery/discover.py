@@ -4,13 +4,14 @@ A run of a circuit is the original's run in which every embedding, feature and e
 of the counterfactual's run (`search.py`). Faithfulness f is 0 for the counterfactual's run and 1 for the original's, a
 ratio of means over pairs.
 
-Legend: N nodes, B pairs.
-"""
+Legend: N nodes, B pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.circuits.cases import subject_of_pairs
 from vlmscope.circuits.circuit import Circuit
-from vlmscope.circuits.config import SURROUNDINGS, DiscoveryConfig
+from vlmscope.circuits.config import SURROUNDINGS, DiscoveryConfig, MarkConfig
 from vlmscope.circuits.discovery.edges import EdgeCircuits, discover_edges
 from vlmscope.circuits.discovery.nodes import (
     CircuitSubject,
@@ -40,9 +41,10 @@ from vlmscope.circuits.discovery.search import (
     random_order,
     smallest,
 )
+from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId, Positions, generator
-from vlmscope.core.results import CircuitFeature, Rate, Supernode
+from vlmscope.core.results import CircuitFeature, Curve, Rate, Supernode
 from vlmscope.data.inputs import Pair
 from vlmscope.features.readouts import top_and_bottom_logits
 from vlmscope.metrics.prediction import (
@@ -54,6 +56,10 @@ from vlmscope.metrics.prediction import (
     sizes,
     spearman,
 )
+from vlmscope.report.figures import dose_response, layer_role_heatmap
+from vlmscope.report.marks import Folder, sections_of, write_rows
+from vlmscope.report.page import Section, Text
+from vlmscope.report.style import label
 from vlmscope.scope import Scope
 
 NAMED = 6  # supernodes of one answer each
@@ -362,3 +368,188 @@ def by_answer(circuit: Circuit, answers: Sequence[str], words: Mapping[FeatureId
             name = f"writes {word}" if word in (*SURROUNDINGS, *ROLE_NAMES.values()) else word
             nodes.append(replace(node, name=name, features=tuple(groups[word]), chosen=f"{WRITES}{word}"))
     return replace(circuit, supernodes={node.name: node for node in nodes})
+
+
+NAMES = {
+    "graph": "attribution graphs",
+    "eap_ig": "EAP-IG",
+    "greedy": "elimination",
+    "activation": "activation change",
+    "random": "random features",
+}
+SHOWN = 20  # members in members.parquet; all are in discovery.json
+MARKS = {
+    "curves": MarkConfig("picture", "Faithfulness over circuit size", says="On test pairs.", file="faithfulness_*"),
+    "areas": MarkConfig(
+        "table",
+        "Areas under and beside the curves",
+        says="CMD: area between the curve and 1, 0 is best. Edges are those of the frozen local replacement model.",
+        file="areas.parquet",
+    ),
+    "members": MarkConfig("table", "First members", says="EAP-IG is in logits.", file="members.parquet"),
+    "groups": MarkConfig("picture", "Where the circuit is", says="Layer -1 enters the model.", file="groups_*"),
+    "edges": MarkConfig("picture", "Circuits of edges", file="edges_*"),
+}
+READING = (
+    "A run of a circuit is the original's run in which every embedding, feature and error outside the circuit has the "
+    "value of the counterfactual's run. Features inside are as this run makes them. Faithfulness is 0 for the "
+    "counterfactual's run, 1 for the original's, a ratio of means over pairs.",
+    "The random ranking shuffles features and leaves embeddings and errors in their places, so it starts with what the "
+    "picture's embeddings carry without any feature.",
+    "Rankings are by absolute score: a circuit also has what works against the answer, until members are pruned. "
+    "Members are features at a position role; another counterfactual has another circuit. All members are in "
+    "discovery.json.",
+)
+
+
+def write_discoveries(discoveries: Sequence[Discovery], folder: Path, figures: bool = True) -> dict[str, float]:
+    """Write discovery.json, areas.parquet, members.parquet and figures/ into a run folder; metrics of all questions."""
+    write_json(folder / "discovery.json", {discovery.question: _body(discovery) for discovery in discoveries})
+    for name, rows in (("areas", _area_rows), ("members", _member_rows)):
+        write_rows(folder / f"{name}.parquet", [row for discovery in discoveries for row in rows(discovery)])
+    for discovery in discoveries if figures else ():
+        _draw(discovery, folder / "figures")
+    return {key: value for discovery in discoveries for key, value in _metrics(discovery).items()}
+
+
+def _metrics(discovery: Discovery) -> dict[str, float]:
+    """`discovery/<question>/...`: sizes, `<mode>/<method>/cpr` and `cmd`, faithfulness and its control, stability."""
+    circuit, stability, edges = discovery.circuit, discovery.stability, discovery.edges
+    metrics = {
+        "candidates": float(len(discovery.nodes)),
+        "members": float(len(circuit.members)),
+        "features": float(discovery.n_features),
+        "members_before_pruning": float(circuit.cut),
+        "stability/other_pairs": stability.other_pairs,
+        "stability/chance": stability.chance,
+        "rank_correlation_nodes": discovery.correlation,
+    }
+    metrics |= {f"stability/{method}": value for method, value in stability.jaccard.items()}
+    rates = {"train_faithfulness": circuit.train}
+    for mode, rate in circuit.test.items():
+        rates |= {f"{mode}/faithfulness": rate, f"{mode}/without_circuit": circuit.ablated[mode]}
+    for mode, curves in discovery.all_curves.items():
+        for method, curve in curves.items():
+            rates |= {f"{mode}/{method}/cpr": curve.cpr, f"{mode}/{method}/cmd": curve.cmd}
+    if edges is not None:
+        rates["edges/faithfulness"] = edges.smallest_test
+        metrics |= {"edges/candidates": float(len(edges.source)), "edges/members": float(edges.smallest)}
+        metrics |= {"edges/rank_correlation": edges.correlation, "edges/rest": edges.rest}
+    for name, rate in rates.items():
+        metrics |= rate.metrics(name)
+    return {f"discovery/{discovery.question}/{name}": value for name, value in metrics.items()}
+
+
+def _body(discovery: Discovery) -> dict[str, Any]:
+    """A discovery as plain data: curves, members with scores and losses, the edges of the smallest circuit of edges."""
+    name, edges = discovery.nodes.name, discovery.edges
+    curves = {
+        mode: {method: [vars(rate) for rate in curve.rates] for method, curve in by_method.items()}
+        for mode, by_method in discovery.all_curves.items()
+    }
+    of_edges = curves.pop("edges", None)
+    members = [
+        {
+            "node": name(row),
+            "scores": {method: float(scores[row]) for method, scores in discovery.scores.items()},
+            "loss": discovery.circuit.losses.get(row),
+            "chosen_in": float(discovery.stability.frequency[row]),
+        }
+        for row in discovery.circuit.members.tolist()
+    ]
+    groups = [{"layer": layer, "role": role, "loss": loss} for (layer, role), loss in discovery.circuit.groups.items()]
+    body: dict[str, Any] = {
+        "pairs": {"train": len(discovery.train_rows), "test": discovery.test_pairs},
+        "by": discovery.circuit.by,
+        "curves": curves,
+        "shares": list(next(iter(next(iter(discovery.curves.values())).values())).shares),
+        "members": members,
+        "groups": groups,
+    }
+    if edges is not None:
+        order = np.abs(edges.score).argsort()[::-1][: edges.smallest]
+        columns = (column[order].tolist() for column in (edges.source, edges.target, edges.score, edges.influence))
+        body["edges"] = {
+            "curves": of_edges,
+            "members": [
+                {"source": name(source), "target": name(target), "score": score, "influence": flow}
+                for source, target, score, flow in zip(*columns, strict=True)
+            ],
+        }
+    return body
+
+
+def _area_rows(discovery: Discovery) -> list[dict[str, Any]]:
+    """CPR (area under the curve) and CMD (area between the curve and 1, 0 is best) by mode and ranking."""
+
+    def interval(rate: Rate) -> str:
+        return f"{rate.value:.3f} ({rate.ci_low:.3f} to {rate.ci_high:.3f})"
+
+    return [
+        {"question": discovery.question, "mode": label(mode), "ranked by": NAMES[method]}
+        | {"CPR": interval(curve.cpr), "CMD": interval(curve.cmd)}
+        for mode, curves in discovery.all_curves.items()
+        for method, curve in curves.items()
+    ]
+
+
+def _member_rows(discovery: Discovery) -> list[dict[str, Any]]:
+    """The first members: scores (EAP-IG in logits), loss when dropped where measured, and how often chosen again."""
+    return [
+        {
+            "question": discovery.question,
+            "node": discovery.nodes.name(row),
+            **{name: float(discovery.scores[name][row]) for name in ("eap_ig", "graph") if name in discovery.scores},
+            "loss when dropped": discovery.circuit.losses.get(row),
+            "chosen on resampled pairs": float(discovery.stability.frequency[row]),
+        }
+        for row in discovery.circuit.members[:SHOWN].tolist()
+    ]
+
+
+def _draw(discovery: Discovery, folder: Path) -> None:
+    """Faithfulness over size by mode and of edges, and the loss by layer and role: where the circuit is."""
+    question, groups = discovery.question, discovery.circuit.groups
+    for mode, curves in discovery.all_curves.items():
+        what, name = ("edges", "edges") if mode == "edges" else ("nodes", "faithfulness")
+        lines = []
+        for method, curve in curves.items():
+            points = dict(zip(curve.counts, curve.rates, strict=True))  # small sets have equal sizes at several shares
+            lines.append(Curve.of(NAMES[method], list(points), list(points.values())))
+        path = folder / (f"{name}_{question}.png" if mode == "edges" else f"{name}_{question}_{mode}.png")
+        dose_response(lines, path, f"{what} kept (number)", "faithfulness (%)", log_x=True)
+    layers, present = sorted({layer for layer, _ in groups}), {role for _, role in groups}
+    roles = [role for role in discovery.nodes.roles if role in present]
+    matrix = np.full((len(layers), len(roles)), np.nan)
+    for (layer, role), loss in groups.items():
+        matrix[layers.index(layer), roles.index(role)] = round(loss, 4) + 0.0
+    layer_role_heatmap(matrix, layers, roles, folder / f"groups_{question}.png", "loss of faithfulness when dropped")
+
+
+def summary(discovery: Discovery) -> str:
+    """The result in a sentence or two."""
+
+    def control(rate: Rate) -> str:
+        return "too few to draw" if rate.control is None else f"{rate.control:.0%}"
+
+    circuit, features, edges = discovery.circuit, discovery.n_features, discovery.edges
+    mode, rate = next(iter(circuit.test.items()))
+    without, test = circuit.ablated[mode], edges and edges.smallest_test
+    text = (
+        f"{discovery.question}: {features} features (of {int(discovery.nodes.is_feature.sum()):,} that change) and "
+        f"{len(circuit.members) - features} other nodes keep {rate.value:.0%} ({rate.ci_low:.0%} to "
+        f"{rate.ci_high:.0%}) of the logit difference on test pairs (matched features: {control(rate)}); without these "
+        f"features {without.value:.0%} is left (without matched ones: {control(without)})."
+    )
+    if edges is not None and test is not None:
+        text += (
+            f" Of {len(edges.source):,} edges {edges.smallest:,} keep {test.value:.0%} ({test.ci_low:.0%} to "
+            f"{test.ci_high:.0%}); changes of patterns, norms and supports are {edges.rest:.0%} of the difference."
+        )
+    return text
+
+
+def sections(folder: Path) -> list[Section]:
+    """Sections of a page: curves, areas, members, groups and edges from the run folder, and how to read them."""
+    marks = {key: mark for key, mark in MARKS.items() if key != "edges" or [*folder.glob("figures/edges_*")]}
+    return [*sections_of(Folder(folder), marks), Text("How to read this", READING)]

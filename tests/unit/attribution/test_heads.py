@@ -11,7 +11,7 @@ import torch
 
 import vlmscope
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.attribution.export import graph_to_json, load_graph, pins, save_graph
+from vlmscope.attribution.export import graph_to_json, load_graph, save_graph
 from vlmscope.attribution.heads import HeadSplitter
 from vlmscope.attribution.influence import edge_strengths
 from vlmscope.attribution.trace import Trace, trace, with_heads

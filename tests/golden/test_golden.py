@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.text_model import write_text_model
 
 from vlmscope.app import main
 from vlmscope.config import catalog
@@ -33,6 +34,9 @@ SWEEPS = {
 # Recipes of models whose weights a test cannot have run on a tiny one, and on Orrery's scenes.
 TINY = ["model=tiny", "model.device=cpu", "model.dtype=float32", "data=mix_orrery"]
 STAND_INS = {"gemma3_4b_transcoders": TINY, "gemma3_4b_transcoders_1gpu": TINY}
+TEXT = "TEXT"  # the folder of a text model of toy size
+EYES = {"text": TEXT, "vision_width": 8, "vision_layers": 1, "vision_mlp": 8, "vision_heads": 2}
+STAND_INS["train_eyes"] = [f"task.architecture.{key}={value}" for key, value in EYES.items()]
 CLOSE = {"rel_tol": 1e-3, "abs_tol": 1e-5}
 MACHINE_FACTS = ("seconds", "per_s", "_gb", "over_forward")  # in a metric's name: time and memory
 
@@ -89,11 +93,22 @@ def test_every_experiment_has_its_numbers_and_its_card() -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_numbers(
-    name: str, data: Path, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+    name: str,
+    data: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run_dir, kind = tmp_path / "run", "sweep" if name in SWEEPS else "run"
-    where = [f"hydra.{kind}.dir={run_dir}", f"data.path={data}", "tracking=none", "trainer.threads=1"]
-    assert main([f"experiment={name}", "debug=fast", *SWEEPS.get(name, []), *STAND_INS.get(name, []), *where]) == 0
+    where = [f"hydra.{kind}.dir={run_dir}", "tracking=none", "trainer.threads=1"]
+    if name == "train_eyes":
+        monkeypatch.setenv("VLMSCOPE_CACHE", str(tmp_path / "cache"))
+        write_text_model(tmp_path / TEXT)
+    else:
+        where.append(f"data.path={data}")
+    given = [word.replace(TEXT, str(tmp_path / TEXT)) for word in (*SWEEPS.get(name, []), *STAND_INS.get(name, []))]
+    assert main([f"experiment={name}", "debug=fast", *given, *where]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(run_dir)
     new, file = outcome(run_dir), FOLDER / f"{name}.json"
     old = json.loads(file.read_text()) if file.exists() else {"machine": None, "metrics": {}, "files": []}

@@ -1,7 +1,8 @@
 """The files of a model, checked before anything is loaded, and the devices that hold and compute its weights.
 
-A model is searched for in this order: an existing folder; the hub's cache on this machine, without a network; a
-download into that cache at one commit. Only safetensors, configuration and tokenizer files are fetched, and no code.
+A model is searched for in this order: an existing folder (of eyes: joined with their text model); the hub's cache on
+this machine, without a network; a download into that cache at one commit. Only safetensors, configuration and tokenizer
+files are fetched, and no code.
 
 With offload the weights stay in CPU memory or on disk and come to the computing device module by module (accelerate's
 hooks do that around each forward). In between they are on the `meta` device, so code that reads a weight directly must
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from vlmscope.core.artifacts import read_json, refuse_lfs_pointer, tensor_heads
 from vlmscope.core.errors import UserError
 from vlmscope.core.hub import FilePatterns, cached_folder, fetch, gb, is_commit, is_hub_id
+from vlmscope.models.eyes import is_eyes, joined_folder
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _AGAIN = "download it again (a download resumes where it stopped)"
@@ -101,7 +103,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def model_folder(path: str, hub: str | None = None, revision: str | None = None) -> Path:
-    """The local folder of a model, fetched into the hub's cache if necessary.
+    """The local folder of a model, fetched into the hub's cache, or joined with its text model, if necessary.
 
     Args:
         path: a folder, or a hub id when there is no such folder.
@@ -110,7 +112,7 @@ def model_folder(path: str, hub: str | None = None, revision: str | None = None)
     """
     repo = hub or (path if is_hub_id(path) else None)
     if repo is None or Path(path).is_dir():
-        return Path(path)
+        return joined_folder(Path(path)) if is_eyes(Path(path)) else Path(path)
     if revision is None or not is_commit(revision):
         reason = "has no pinned revision here" if revision is None else f"is set to {revision!r}, which may change"
         raise UserError(

@@ -335,8 +335,8 @@ def load_named(
     """
     folder = model_folder(path, hub, revision)
     repo = hub or (path if is_hub_id(path) else None)
-    # The folder of a cached model is named by its commit.
-    name = repo.partition("/")[2] if repo is not None and str(folder) != path else None
+    # The folder of a cached model is named by its commit or digest.
+    name = (repo or path).rpartition("/")[2] if folder != Path(path) else None
     return load_vlm(folder, dtype, device, offload, name)
 
 

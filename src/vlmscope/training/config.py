@@ -254,3 +254,37 @@ class OrreryTrainingConfig:
 
     def __post_init__(self) -> None:
         check_choice("task.training.precision", self.precision, PRECISIONS)
+
+
+def _eyes_tower() -> StageConfig:
+    return StageConfig(9000, {"pictures": 32}, lr=1e-3, weight_decay=0.05)
+
+
+def _eyes_distil() -> StageConfig:
+    return StageConfig(300, {"pictures": 32}, lr=2e-4, warmup=20, weight_decay=0.05, seed=1)
+
+
+@dataclass
+class EyesTrainingConfig:
+    """The stages of `task=train_eyes` (`vlmscope.training.eyes`), whose batches have `batch.pictures` pictures.
+
+    `distance_weight` weighs the distance of a picture's soft tokens to its concept's name. `carriers` are sentences by
+    kind of concept, `other` for those without their own, with `{}` for the name.
+    """
+
+    tower: StageConfig = field(default_factory=_eyes_tower)
+    distil: StageConfig = field(default_factory=_eyes_distil)
+    distance_weight: float = 1.0
+    carriers: dict[str, list[str]] = field(default_factory=lambda: {"other": ["I see a {} here. It is"]})
+    precision: str = "bf16-mixed"
+    checkpoint_every: int = 500
+    val_every: int = 1000
+
+    def __post_init__(self) -> None:
+        check_choice("training.precision", self.precision, PRECISIONS)
+        for kind, sentences in self.carriers.items():
+            for sentence in sentences:
+                if sentence.count("{}") != 1 or sentence.endswith("{}"):
+                    raise UserError(f"training.carriers.{kind}: {sentence!r} needs {{}} once, and words after it")
+        if "other" not in self.carriers:
+            raise UserError("training.carriers has no sentences for other: kinds without their own need them")

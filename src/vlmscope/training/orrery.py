@@ -107,7 +107,7 @@ def six_finger_answers(module: Any, count: int = 200, seed: int = 0) -> dict[str
 class StepBatches(IterableDataset):
     """Batches made from the step number, starting at the module's next step, so that resuming skips nothing."""
 
-    def __init__(self, pool: ScenePool, module: ScheduledModule) -> None:
+    def __init__(self, pool: Any, module: ScheduledModule) -> None:
         self.pool, self.module = pool, module
 
     def __iter__(self) -> Iterator[Any]:
@@ -353,8 +353,8 @@ class VlmModule(ScheduledModule):
         return PackedBatch(*moved, kinds=batch.kinds, asked=batch.asked, pixels=batch.pixels.to(device))
 
 
-class _Validate(pl.Callback):
-    """Logs accuracy per group every `every` of our own steps and at the end."""
+class ValidationCallback(pl.Callback):
+    """Logs what `measure` returns every `every` of our own steps and at the end."""
 
     def __init__(self, every: int, total: int, measure: Any) -> None:
         self.every, self.total, self.measure = every, total, measure
@@ -404,7 +404,7 @@ def train_orrery(
         checkpoints = OneFileCheckpoints(run_dir / name, config.checkpoint_every, total, settings, origin)
         if resume:
             checkpoints.restore(module)
-        callbacks = [checkpoints, _Validate(config.val_every, total, measure)]
+        callbacks = [checkpoints, ValidationCallback(config.val_every, total, measure)]
         fit_stage(module, pools["train"], callbacks, logger, config.precision)
 
     tower = TowerModule(config.tower, model, processor.tokenizer, kinds, config.tower_depth)
@@ -442,7 +442,7 @@ def float32_attention() -> Iterator[None]:
 
 
 def fit_stage(
-    module: ScheduledModule, pool: ScenePool, callbacks: list[pl.Callback], logger: Any, precision: str = "32"
+    module: ScheduledModule, pool: Any, callbacks: list[pl.Callback], logger: Any, precision: str = "32"
 ) -> None:
     """Run the remaining steps of a stage."""
     trainer = pl.Trainer(

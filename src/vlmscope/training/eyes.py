@@ -1,0 +1,329 @@
+"""Training of eyes for a frozen text model: a vision tower and projector whose soft tokens mean what a name means.
+
+Stage 1 ("tower") needs no pass of the text model. A concept's soft tokens should be its name's own embeddings, repeated
+to the number of soft tokens (`name_embeddings`): the text model reads such a row as the name. With d_c the squared
+distance of a picture's soft tokens to those of concept c, over its mean between two concepts, the loss is
+
+    cross_entropy(-t d, concept) + w d_concept        t is learned, w is `distance_weight`.
+
+Stage 2 ("distil") runs the text model: on carrier sentences with the picture in the place of a name, its hidden states
+after the picture should be those after the written name (one minus their cosine, mean over layers and positions).
+
+Carriers never name a relation that is tested (capital, language, sound, young, colour, ...): what a picture's country
+has for a capital is knowledge of the text model alone. Tower and projector learn, from pictures of the training artists
+that are moved, turned, bent, recoloured and put on random grounds (`augmented`).
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlmscope.core.artifacts import flat, folder_digest, write_json
+from vlmscope.core.records import derive, generator
+from vlmscope.data.icons import pictures_folder, read_icons
+from vlmscope.models.eyes import EyesConfig, joined_folder, write_untrained, write_weights
+from vlmscope.models.loading import load_vlm
+from vlmscope.training.config import EyesTrainingConfig, StageConfig
+from vlmscope.training.orrery import ScheduledModule, ValidationCallback, fit_stage
+from vlmscope.training.resume import OneFileCheckpoints
+
+_FLAGS, _ONE_COLOUR = 1 / 3, 0.15  # share of flags in batches; weight of one-colour drawings
+_RAMP = 4000  # steps over which the augmentation grows from a third to its full strength
+_SMOOTHING = 0.1  # of labels: a few pictures carry a wrong name
+_STAGES = ("tower", "distil")  # folders of their checkpoints
+
+
+class Pictures(NamedTuple):
+    """Pictures as tensors: [N, 4, S, S] RGBA in bytes, the number of the concept [N], and what augmentation asks."""
+
+    rgba: Tensor
+    labels: Tensor
+    is_flag: Tensor  # [N]: must not be mirrored; artists show it round, too
+    one_colour: Tensor  # [N]: black drawings, which get a random colour
+
+    @classmethod
+    def of(cls, table: pd.DataFrame, concepts: Sequence[str]) -> Pictures:
+        """Those of a table of `read_icons`; a concept that is not in the list has the number -1."""
+        rgba = torch.from_numpy(np.stack([np.asarray(image) for image in table.image])).permute(0, 3, 1, 2).contiguous()
+        numbers = {name: number for number, name in enumerate(concepts)}
+        labels = torch.tensor([numbers.get(name, -1) for name in table.label])
+        shown = rgba[:, :3].where(rgba[:, 3:] > 30, 0)
+        return cls(rgba, labels, torch.tensor((table.kind == "country").to_numpy()), shown.amax((1, 2, 3)) < 40)
+
+    def rows(self, chosen: Tensor) -> Pictures:
+        """Some of the pictures."""
+        return Pictures(*(part[chosen] for part in self))
+
+    def plain(self) -> Tensor:
+        """Pixels [N, 3, S, S] of the pictures on white, as the processor makes them."""
+        values = self.rgba.float() / 255
+        return (values[:, :3] * values[:, 3:] + 1 - values[:, 3:]) * 2 - 1
+
+
+class PicturePool:
+    """Batches by step number: a third of flags, and of the others each concept as often, mostly drawn in colour.
+
+    One-colour drawings teach shapes; as half of the pictures they kept the tower from learning at all for long.
+    """
+
+    def __init__(self, pictures: Pictures) -> None:
+        self.pictures = pictures
+        labels, is_flag = pictures.labels.numpy(), pictures.is_flag.numpy()
+        weights = 1 / np.bincount(labels)[labels] * np.where(pictures.one_colour.numpy(), _ONE_COLOUR, 1.0)
+        for group, share in ((is_flag, _FLAGS), (~is_flag, 1 - _FLAGS)):
+            weights[group] *= share / max(weights[group].sum(), 1e-9)
+        self.weights = weights / weights.sum()
+
+    def batch(self, seed: int, step: int, sizes: Mapping[str, int]) -> Pictures:
+        """`sizes["pictures"]` pictures for a step."""
+        drawn = generator(seed, "eyes", step).choice(len(self.weights), size=sizes["pictures"], p=self.weights)
+        return self.pictures.rows(torch.from_numpy(drawn))
+
+
+def augmented(pictures: Pictures, seed: int, strength: float = 1.0) -> Tensor:
+    """Pixels [N, 3, S, S] in -1 to 1: moved, turned, bent, recoloured, on random grounds, noisy and partly covered.
+
+    Flags are not mirrored and keep more of their colours; some are shown as discs. `strength` scales the changes.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    n, _, side, _ = pictures.rgba.shape
+    flag = pictures.is_flag
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(n, *(shape or (1, 1)), generator=rng) * (high - low) + low
+
+    def sometimes(chance: float) -> Tensor:
+        return torch.rand(n, 1, 1, generator=rng) < chance
+
+    values = pictures.rgba.float() / 255
+    alpha = values[:, 3:]
+    colours = torch.where(pictures.one_colour[:, None, None, None], uniform(0, 1, 3, 1, 1), values[:, :3])
+    is_flag, softer = flag[:, None, None], torch.where(flag, 0.5, 1.0)[:, None, None]
+
+    # Where each pixel is taken from: position, scale, aspect, turn, shear, mirror; then waves, then discs.
+    axis = torch.linspace(-1, 1, side)
+    y, x = (part[None].expand(n, -1, -1) for part in torch.meshgrid(axis, axis, indexing="ij"))
+    angle = uniform(-1, 1) * torch.where(is_flag, 0.2, 0.45) * strength
+    scale = uniform(1 - 0.38 * strength, 1 + 0.15 * strength)
+    aspect, shear = torch.exp(uniform(-0.25, 0.25) * strength), uniform(-0.2, 0.2) * softer * strength
+    mirror = torch.where(sometimes(0.5) & ~is_flag, -1.0, 1.0)
+    room = (1 - 0.8 * scale).clamp(min=0.08) * strength
+    left, top = x - uniform(-1, 1) * room, y - uniform(-1, 1) * room
+    turned = angle.cos() * left - angle.sin() * top, angle.sin() * left + angle.cos() * top
+    across, down = mirror * turned[0] / (scale * aspect) + shear * turned[1], turned[1] * aspect / scale
+    phase, rate = uniform(0, 2 * math.pi), uniform(2, 5)
+    down = down + uniform(0, 0.09) * sometimes(0.4) * torch.sin(rate * across + phase)
+    across = across + uniform(0, 0.07) * (sometimes(0.3) & ~is_flag) * torch.sin(rate * down + phase)
+    disc = sometimes(0.35) & is_flag
+    kept = ((across**2 + down**2 < 1) | ~disc)[:, None]
+    zoom = torch.where(disc, uniform(0.55, 0.72), 1.0)  # a disc shows the middle of the flag, or squeezes it
+    grid = torch.stack([across * zoom * torch.where(disc, uniform(1, 1.45), 1.0), down * zoom], -1)
+    taken = (
+        F.grid_sample(torch.cat([colours * alpha, alpha], 1), grid, padding_mode="zeros", align_corners=False) * kept
+    )
+    alpha = taken[:, 3:]
+    colours = taken[:, :3] / alpha.clamp(min=1e-3)
+
+    # Saturation, contrast, brightness, mixed channels.
+    softer = softer[:, None] * strength
+    grey = colours.mean(1, keepdim=True)
+    colours = grey + (colours - grey) * torch.exp(uniform(-0.7, 0.5, 1, 1, 1) * softer)
+    colours = (colours - 0.5) * torch.exp(uniform(-0.35, 0.35, 1, 1, 1) * softer) + 0.5
+    colours = colours + uniform(-0.15, 0.15, 1, 1, 1) * softer
+    mix = torch.eye(3) + torch.randn(n, 3, 3, generator=rng) * 0.12 * softer[:, 0]
+    colours = torch.einsum("nij,njhw->nihw", mix / mix.sum(-1, keepdim=True).clamp(min=0.3), colours)
+    colours = torch.where((sometimes(0.08) & ~is_flag)[:, None], grey, colours).clamp(0, 1)
+
+    # A ground that is white, of one colour, or shaded; noise; a square that covers a part.
+    first, second = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
+    shade = ((x * phase.cos() + y * phase.sin()) / 2 + 0.5).clamp(0, 1)[:, None]
+    kind = uniform(0, 1, 1, 1, 1)
+    ground = torch.where(kind < 0.7, first, first * (1 - shade) + second * shade)
+    image = colours * alpha + torch.where(kind < 0.45, 1.0, ground) * (1 - alpha)
+    image = image + torch.randn(image.shape, generator=rng) * uniform(0, 0.06, 1, 1, 1) * strength
+    half = uniform(0.1, 0.35) * sometimes(0.3)
+    covered = ((x - uniform(-1, 1)).abs() < half) & ((y - uniform(-1, 1)).abs() < half)
+    return torch.where(covered[:, None], second, image).clamp(0, 1) * 2 - 1
+
+
+def name_tokens(tokenizer: Any, name: str) -> list[int]:
+    """The tokens of a name after a space."""
+    return tokenizer(f" {name}", add_special_tokens=False).input_ids
+
+
+def name_embeddings(model: Any, tokenizer: Any, names: Sequence[str]) -> Tensor:
+    """`[C, S, d]`: each name's embeddings, repeated so that the soft tokens end with a whole name."""
+    count, rows = int(model.config.mm_tokens_per_image), []
+    for name in names:
+        tokens = name_tokens(tokenizer, name)
+        rows.append((tokens * count)[-max(count, len(tokens)) :][:count])
+    with torch.no_grad():
+        return model.get_input_embeddings()(torch.tensor(rows)).float()
+
+
+class EyesModule(ScheduledModule):
+    """Stage 1, and with `carriers` stage 2: tower and projector of a model whose other parts are frozen."""
+
+    def __init__(
+        self,
+        config: StageConfig,
+        vlm: Any,
+        concepts: pd.Series,
+        distance_weight: float,
+        carriers: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """`concepts` are the kinds, by name; `carriers` are sentences with `{}`, by kind, "other" for those without."""
+        super().__init__(config)
+        self._frozen = (vlm.model, vlm.tokenizer)  # in a tuple, so that they are no part of this module
+        self.tower, self.projector = vlm.model.model.vision_tower, vlm.model.model.multi_modal_projector
+        self.concepts, self.distance_weight, self.carriers = concepts, distance_weight, carriers
+        names = name_embeddings(vlm.model, vlm.tokenizer, list(concepts.index)).flatten(1)
+        self.register_buffer("names", names, persistent=False)
+        self.names: Tensor
+        apart = torch.cdist(names, names).square()
+        self.mean_distance = float(apart.sum() / (len(names) * (len(names) - 1)))
+        self.sharpness = nn.Parameter(torch.tensor(math.log(30.0)))
+        for part in (self.tower, self.projector):
+            part.requires_grad_(True)
+
+    def collate(self, scenes: Any, step: int) -> tuple[Tensor, Tensor, int]:
+        """Augmented pixels, concepts, and the step."""
+        strength = 1.0 if self.carriers else min(1.0, 1 / 3 + step / _RAMP)
+        return augmented(scenes, derive(self.config.seed, "augment", step), strength), scenes.labels, step
+
+    def soft_tokens(self, pixels: Tensor) -> Tensor:
+        """`[B, S, d]` of pixels [B, 3, side, side]."""
+        return self.projector(self.tower(pixel_values=pixels).last_hidden_state).float()
+
+    def distances(self, soft: Tensor) -> Tensor:
+        """`[B, C]`: squared distance to each concept's name, over its mean between two concepts."""
+        return torch.cdist(soft.flatten(1), self.names).square() / self.mean_distance
+
+    def training_step(self, batch: tuple[Tensor, Tensor, int], batch_idx: int) -> Tensor:
+        """The loss of the stage, as the module's docstring states it; stage 2 keeps that of stage 1."""
+        pixels, labels, step = batch
+        soft = self.soft_tokens(pixels)
+        with torch.autocast("cpu", enabled=False):
+            apart = self.distances(soft)
+            loss = F.cross_entropy(-self.sharpness.exp() * apart, labels, label_smoothing=_SMOOTHING)
+            loss = loss + self.distance_weight * apart.gather(1, labels[:, None]).mean()
+        return loss if self.carriers is None else loss + self._distillation(soft, labels, step)
+
+    def _distillation(self, soft: Tensor, labels: Tensor, step: int) -> Tensor:
+        """Mean of one minus the cosine of hidden states after the pictures and after the written names."""
+        model, tokenizer = self._frozen
+        assert self.carriers is not None
+        rng = generator(self.config.seed, "carriers", step)
+        seen, read, spans = [], [], []
+        embed = model.get_input_embeddings()
+        start = tokenizer.bos_token_id
+        for picture, label in zip(soft, labels.tolist(), strict=True):
+            sentences = self.carriers.get(self.concepts.iloc[label], self.carriers["other"])
+            before, after = str(rng.choice(list(sentences))).split("{}")
+            head = [start, *tokenizer(before.rstrip(" "), add_special_tokens=False).input_ids]
+            tail = tokenizer(after, add_special_tokens=False).input_ids
+            name = name_tokens(tokenizer, self.concepts.index[label])
+            with torch.no_grad():
+                first, last, written = (embed(torch.tensor(ids)) for ids in (head, tail, name))
+            seen.append(torch.cat([first, picture, last]))
+            read.append(torch.cat([first, written, last]))
+            spans.append((len(head), len(tail)))
+        with torch.no_grad():
+            target = _states_after(model, read, spans, 0)
+        found = _states_after(model, seen, spans, soft.shape[1])
+        return (1 - F.cosine_similarity(found.float(), target.float(), dim=-1)).mean()
+
+
+def _states_after(model: Any, rows: list[Tensor], spans: list[tuple[int, int]], soft: int) -> Tensor:
+    """`[L, N, d]`: the decoder's states after each layer at the positions of the tails of all rows.
+
+    `soft` tokens after each head see each other, as those of a picture do.
+    """
+    longest = max(len(row) for row in rows)
+    length = torch.tensor([len(row) for row in rows])
+    states = torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
+    place = torch.arange(longest)
+    heads = torch.tensor([head for head, _ in spans])[:, None]
+    in_picture = (place >= heads) & (place < heads + soft)
+    visible = (place[:, None] >= place) | (in_picture[:, :, None] & in_picture[:, None, :])
+    mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, None]
+    out = model.model.language_model(
+        inputs_embeds=states,
+        attention_mask={"full_attention": mask, "sliding_attention": mask},  # the rows are shorter than the window
+        position_ids=place[None].expand(len(rows), -1),
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    tails = torch.tensor([tail for _, tail in spans])
+    kept = (place >= (length - tails)[:, None]) & (place < length[:, None])
+    return torch.stack([layer[kept] for layer in out.hidden_states[1:]])
+
+
+@torch.no_grad()
+def nearest_names(module: EyesModule, pictures: Pictures) -> Tensor:
+    """`[N]`: the concept whose name is nearest to each picture's soft tokens."""
+    parts = [module.distances(module.soft_tokens(rows)).argmin(1) for rows in pictures.plain().split(128)]
+    return torch.cat(parts)
+
+
+def accuracies(module: EyesModule, split: str, concepts: Sequence[str], prefix: str) -> dict[str, float]:
+    """Fraction of the split's pictures that are nearest to their own name, by kind, for flags and for all others."""
+    table = read_icons(split)
+    pictures = Pictures.of(table, concepts)
+    right = (nearest_names(module, pictures) == pictures.labels).numpy()
+    hits = pd.DataFrame(
+        {"kind": table.kind, "group": np.where(table.kind == "country", "flags", "other"), "hit": right}
+    )
+    means = {**hits.groupby("group").hit.mean(), **hits.groupby("kind").hit.mean()}
+    return {f"{prefix}{name}": float(value) for name, value in means.items()}
+
+
+def train_eyes(
+    architecture: EyesConfig, config: EyesTrainingConfig, run_dir: Path, logger: Any, resume: bool
+) -> dict[str, float]:
+    """Train a tower and projector, save them to `run_dir/model`, and return accuracies on unseen artists.
+
+    With `resume` the stages continue from the checkpoints in `run_dir`, which are removed otherwise.
+    """
+    folder = run_dir / "model"
+    if not resume:
+        for name in (*_STAGES, "model"):
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+    if not folder.is_dir():
+        write_untrained(architecture, folder, config.tower.seed)
+    vlm = load_vlm(joined_folder(folder))
+    train = read_icons("train")
+    concepts = train.drop_duplicates("label").set_index("label").kind.sort_index()
+    pool = PicturePool(Pictures.of(train, list(concepts.index)))
+    stages = {key: value for key, value in asdict(config).items() if key not in ("checkpoint_every", "val_every")}
+    settings = flat("training", stages) | flat("architecture", asdict(architecture))
+    origin = {"data": folder_digest(pictures_folder())}
+    module = None
+    for name, stage, carriers in zip(_STAGES, (config.tower, config.distil), (None, config.carriers), strict=True):
+        module = EyesModule(stage, vlm, concepts, config.distance_weight, carriers)
+        checkpoints = OneFileCheckpoints(run_dir / name, config.checkpoint_every, stage.max_steps, settings, origin)
+        if resume:
+            checkpoints.restore(module)
+        measure = partial(accuracies, module, "val", list(concepts.index), "val/nearest/")
+        callbacks = [checkpoints, ValidationCallback(config.val_every, stage.max_steps, measure)]
+        fit_stage(module, pool, callbacks, logger, config.precision)
+    assert module is not None
+    module.eval()
+    for part in (module.tower, module.projector):  # what is shipped is float16: measure that
+        part.half().float()
+    metrics = accuracies(module, "test", list(concepts.index), "test/nearest/")
+    write_weights(module.tower, module.projector, folder)
+    write_json(folder / "metrics.json", metrics)
+    return metrics

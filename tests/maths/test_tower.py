@@ -17,10 +17,12 @@ from vlmscope.attribution.export import graph_to_json, load_graph, save_graph
 from vlmscope.attribution.influence import prune
 from vlmscope.attribution.targets import choose_logits
 from vlmscope.attribution.trace import attribute
+from vlmscope.circuits.circuit import FEEDS, direct_edges, supernode_mask
 from vlmscope.conformance import IDENTITIES, Limits, Subject, completeness, direct_effects, make_subject
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
 from vlmscope.core.records import TOWER, FeatureId
+from vlmscope.core.results import CircuitFeature, Supernode
 from vlmscope.models.attention import FrozenVision
 from vlmscope.models.base import VisionStack, exact_float64
 from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
@@ -191,3 +193,31 @@ def test_a_set_of_another_site_is_one_line() -> None:
     decoder = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 40, 5)
     with pytest.raises(UserError, match="attribution.tower: the set is of the decoder's layers"):
         make_subject(Scope(vlm, decoder, tower=decoder), vlm.prepare(PROMPT, [tiny_image(0)]))
+
+
+def test_edges_from_features_of_the_tower_into_supernodes_are_their_direct_effects() -> None:
+    """The strongest ones of a circuit's table: all positions of a feature scaled by 1.5, nothing else responding."""
+    with exact_float64():
+        subject = subject_of("gemma3")
+        replacement = subject.replacement
+        graph = attribute(replacement, config(), subject.scope.vlm.tokenizer)
+        nodes = graph.nodes.of(NodeKind.FEATURE)
+        late = sorted({graph.nodes.feature_id(at) for at in nodes.tolist() if graph.nodes.layer[at] >= 1})[::2]
+        node = Supernode("late", tuple(CircuitFeature(feature, "", 0.0, 0.0) for feature in late))
+        edges = {edge.source: edge for edge in direct_edges([graph], [node], 1) if edge.target == "late"}
+        feeds = {name: edge.weight for name, edge in edges.items() if "/" in name}
+        members = supernode_mask(graph, node)
+        whole = sum(edges[name].weight for name in edges if "/" not in name and name != "late")
+        own = edges["late"].weight if "late" in edges else 0.0
+        scale = np.abs(dense(graph)[members]).sum()
+        assert len(feeds) == FEEDS and abs(whole + own - graph.nodes.target[members].sum()) <= 1e-9 * scale
+        keys = [(int(graph.nodes.layer[at]), int(graph.nodes.position[at]), int(graph.nodes.index[at])) for at in nodes]
+        activation = dict(zip(keys, graph.nodes.activation[nodes].tolist(), strict=True))
+        inside = [row for row, key in enumerate(keys) if members[nodes[row]]]
+        sums = {}
+        for feature in {FeatureId(layer, index) for layer, _, index in keys if layer < 0}:
+            change = {key: 0.5 * a for key, a in activation.items() if (key[0], key[2]) == feature}
+            sums[str(feature)] = 2 * float(replacement.direct(change).pre_activation[inside].sum())
+        strongest = sorted(sums, key=lambda name: -abs(sums[name]))[:FEEDS]
+        assert set(feeds) == set(strongest)
+        assert all(abs(feeds[name] - sums[name]) <= 1e-9 * scale for name in strongest)

@@ -24,6 +24,7 @@ from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.config import (
     ANSWER_PREFIX,
     AUTO,
+    PATCHES,
     SOFT,
     SURROUNDINGS,
     TEXT,
@@ -280,6 +281,7 @@ def _auto_name(scope: Scope, sources: Sources, members: Sequence[CircuitFeature]
 
 
 SHOWN = 6  # features of a supernode with evidence
+FEEDING = 2  # features of the vision tower that are drawn before a supernode
 THUMBNAILS = 3  # pictures in a supernode's box
 WORDS = 3  # of the line in a box
 SEARCHED = 60  # inputs of contrasts and pairs in which top examples are looked for
@@ -294,6 +296,10 @@ EDGES = (
     "Sum: of all direct edges between the members, in units of the target's pre-activations, into an answer in logits. "
     "Share: of the sum of all absolute edges into the target. A supernode's edges to itself are among its own members. "
     "Errors, biases and other features are what the circuit leaves unexplained."
+)
+FEEDERS = (
+    "Direct edges through the frozen tower, pooling, projector and attention of the decoder, of all positions at which "
+    "a feature is active: those with the largest absolute sum. They are part of the edge from tower features above."
 )
 LIMITS = (
     "Edges are direct effects in the model with attention patterns and norms frozen at these inputs: they say neither "
@@ -346,24 +352,45 @@ def described(
 
 
 def draw_diagram(
-    path: Path, nodes: Sequence[Supernode], edges: Sequence[CircuitEdge], picture: np.ndarray | None, min_share: float
+    path: Path,
+    nodes: Sequence[Supernode],
+    edges: Sequence[CircuitEdge],
+    picture: np.ndarray | None,
+    min_share: float,
+    examples: Callable[[list[FeatureId]], Examples] = lambda _: {},
+    labels: Mapping[FeatureId, str] | None = None,
 ) -> None:
     """Draw described supernodes and, from inputs and supernodes, edges of at least `min_share` of what a target takes
     in; `picture` is that of the inputs. Edges between supernodes of different answers are left out.
+
+    Into each supernode the `FEEDING` strongest features of the vision tower are drawn, however weak, with their
+    `examples` and `labels`.
     """
+    feeds = [edge for name in (node.name for node in nodes) for edge in feeding(edges, name)[:FEEDING]]
+    tower = {edge.source: FeatureId.parse(edge.source) for edge in feeds}
     answers = {node.name for node in nodes if node.chosen.startswith(WRITES)}
     shares = [
         (edge.source, edge.target, 100 * edge.share)
         for edge in edges
-        if edge.source not in SURROUNDINGS or edge.source in (SOFT, TEXT)
-        if not {edge.source, edge.target} <= answers
+        if edge.source not in SURROUNDINGS or edge.source in (SOFT, PATCHES, TEXT)
+        if not {edge.source, edge.target} <= answers and "/" not in edge.source
     ]
-    arrows = drawable(shares, 100 * min_share)
+    arrows = drawable(shares, 100 * min_share) + [(edge.source, edge.target, 100 * edge.share) for edge in feeds]
     pictures: dict[str, Sequence[np.ndarray]] = {node.name: _thumbnails(node) for node in nodes}
-    pictures[SOFT] = [] if picture is None else [picture]
+    pictures[SOFT] = pictures[PATCHES] = [] if picture is None else [picture]
+    for name, found in zip(tower, map(examples(list(tower.values())).get, tower.values()), strict=True):
+        tinted = [png for example in found or () if (png := example_png(example)) is not None]
+        pictures[name] = [np.asarray(decode(png)) for png in tinted[:1]]
     shown = {name: images for name, images in pictures.items() if images}
     words = {node.name: _line(node) for node in nodes}
+    words |= {name: (labels or {}).get(feature, "") for name, feature in tower.items()}
     circuit_diagram(nodes, arrows, path, shown, words)
+
+
+def feeding(edges: Sequence[CircuitEdge], name: str) -> list[CircuitEdge]:
+    """The edges from features of the vision tower (their ids have a slash) into a target, strongest first."""
+    mine = [edge for edge in edges if edge.target == name and "/" in edge.source]
+    return sorted(mine, key=lambda edge: -abs(edge.weight))
 
 
 def _at_pictures(node: Supernode) -> bool:
@@ -426,6 +453,7 @@ def write_page(
     nodes: Sequence[Supernode],
     metrics: Mapping[str, float],
     discovery: Discovery | None = None,
+    labels: Mapping[FeatureId, str] | None = None,
 ) -> None:
     """Write report.html of a circuit, `nodes` being its described supernodes, next to its figures."""
     title, text, details = f"Circuit: {name}", _summary(circuit, metrics), []
@@ -436,7 +464,10 @@ def write_page(
     if "circuit/influence_share" in metrics:
         share = Percent(metrics["circuit/influence_share"])
         cards.append(Card("influence of the circuit", share, "of all features' influence on the answer"))
-    edges = sorted(circuit.edges, key=lambda e: -abs(e.share))
+    edges = sorted((e for e in circuit.edges if "/" not in e.source), key=lambda e: -abs(e.share))
+    targets = list(dict.fromkeys(edge.target for edge in circuit.edges))
+    below = [edge for target in targets for edge in feeding(circuit.edges, target)]
+    named = {edge.source: (labels or {}).get(FeatureId.parse(edge.source), "") for edge in below}
     place = folder / "circuits" / name
     again = f"{program()} task=circuit task.load={place}\n{program()} task=steer task.circuit={place} 'prompt=...'"
     parts: list[Section] = [
@@ -447,6 +478,18 @@ def write_page(
             ("from", "to", "sum", "share of what it takes in", "inputs"),
             tuple((e.source, e.target, e.weight, Percent(e.share), e.graphs) for e in edges),
             note=EDGES,
+        ),
+        *(
+            [
+                Table(
+                    "Features of the vision tower that feed them",
+                    ("to", "feature", "label", "sum", "share of what it takes in"),
+                    tuple((e.target, e.source, named[e.source] or "-", e.weight, Percent(e.share)) for e in below),
+                    note=FEEDERS,
+                )
+            ]
+            if below
+            else []
         ),
         Table(
             "Supernodes",

@@ -31,7 +31,7 @@ from scipy import sparse
 from torch import Tensor
 
 from vlmscope.attribution.influence import SubgraphScores, influence, subgraph_scores
-from vlmscope.circuits.config import ANSWER_PREFIX, BIASES, ERRORS, OTHER, SOFT, TEXT
+from vlmscope.circuits.config import ANSWER_PREFIX, BELOW, BIASES, ERRORS, OTHER, PATCHES, SOFT, TEXT
 from vlmscope.core.artifacts import built_from, load_tensors, read_yaml, save_tensors, write_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind
@@ -41,6 +41,7 @@ from vlmscope.interventions.edits import LayerEdit, Plan, features_at, merge, po
 
 VERSION = 2
 CIRCUIT, LEVELS = "circuit.yaml", "levels.safetensors"
+FEEDS = 5  # features of the vision tower with an edge of their own into a target
 
 
 @dataclass(frozen=True)
@@ -287,10 +288,14 @@ def groups_of(graph: AttributionGraph, supernodes: Sequence[Supernode], answers:
     token = kind == NodeKind.TOKEN
     soft = token.copy()
     soft[token] = graph.is_image[graph.nodes.position[token]]
+    tower = graph.nodes.layer < -1
+    features = ((kind == NodeKind.FEATURE) | (kind == NodeKind.LEFT_OUT)) & ~claimed
     around = {
-        SOFT: soft,
+        SOFT: soft & ~tower,
+        PATCHES: token & tower,
         TEXT: token & ~soft,
-        OTHER: ((kind == NodeKind.FEATURE) | (kind == NodeKind.LEFT_OUT)) & ~claimed,
+        BELOW: features & tower,
+        OTHER: features & ~tower,
         ERRORS: kind == NodeKind.ERROR,
         BIASES: kind == NodeKind.BIAS,
     }
@@ -312,11 +317,13 @@ def direct_edges(
 
     A graph in which a target is not active adds nothing to its sums but counts for the mean. A feature of several
     supernodes counts for each. Edges of no weight are left out; edges among a supernode's own members run from its name
-    to itself.
+    to itself. Of graphs that begin at the patches, each target also has edges from the `FEEDS` features of the vision
+    tower with the largest |weight|, by their ids (`T0/1380`); they are part of the edge from `BELOW`.
     """
     weights: dict[tuple[str, str], float] = {}
     totals: dict[str, float] = {}
     seen: dict[str, int] = {}
+    below: dict[tuple[str, str], float] = {}
     count = 0
     for graph in graphs:
         count += 1
@@ -326,14 +333,21 @@ def direct_edges(
             (graph.weights.astype(np.float64), graph.indices, graph.indptr), shape=(graph.n_nodes, graph.n_nodes)
         )
         incoming = graph.absolute_sums()
+        features = (graph.nodes.kind == NodeKind.FEATURE) & (graph.nodes.layer < -1)
         for target, mask in targets.items():
             totals[target] = totals.get(target, 0.0) + float(incoming[mask].sum())
             seen[target] = seen.get(target, 0) + int(mask.any())
             into = edges[np.flatnonzero(mask)].sum(0).A1  # [N]
+            for node in np.flatnonzero((into != 0) & features).tolist():
+                key = str(graph.nodes.feature_id(node)), target
+                below[key] = below.get(key, 0.0) + float(into[node])
             for source, members in sources.items():
                 if (weight := float(into[members].sum())) != 0:
                     weights[source, target] = weights.get((source, target), 0.0) + weight
     assert count, "edges need a graph"
+    strongest = sorted(below.items(), key=lambda edge: -abs(edge[1]))
+    for target in totals:
+        weights |= dict([edge for edge in strongest if edge[0][1] == target][:FEEDS])
     return tuple(
         CircuitEdge(source, target, weight / count, weight / (totals[target] or 1.0), seen[target])
         for (source, target), weight in weights.items()

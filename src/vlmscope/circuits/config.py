@@ -212,7 +212,16 @@ class MarkConfig:
 SELECTORS = ("ids", "label", "contrast", "influence")
 AUTO = "auto"  # a supernode that is to be named after its features
 SOFT, TEXT, OTHER, ERRORS, BIASES = "soft tokens", "question", "other features", "errors", "biases"
-SURROUNDINGS = (SOFT, TEXT, OTHER, ERRORS, BIASES)  # what edges of a circuit may come from besides supernodes
+PATCHES, BELOW = "patches", "tower features"  # of graphs that begin at the patches
+SURROUNDINGS = (
+    SOFT,
+    PATCHES,
+    TEXT,
+    BELOW,
+    OTHER,
+    ERRORS,
+    BIASES,
+)  # what edges of a circuit may come from besides supernodes
 ANSWER_PREFIX = "answer: "
 SIDES = ("original", "counterfactual")
 RUNS = ("free", "frozen_attention")

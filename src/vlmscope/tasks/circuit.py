@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlmscope.circuits.config import CircuitSpecConfig
     from vlmscope.circuits.discovery.discover import Discovery
     from vlmscope.config import AppConfig
+    from vlmscope.core.records import FeatureId
     from vlmscope.data.inputs import Pair
     from vlmscope.tasks.registry import RunContext
 
@@ -56,12 +57,14 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     A discovered circuit also has discovery.json, tables and figures.
     """
     from dataclasses import replace
+    from functools import partial
     from pathlib import Path
 
     from vlmscope.analyses.bench import Bench
     from vlmscope.circuits.build import (
         SHOWN,
         Asked,
+        Examples,
         Sources,
         build_circuit,
         described,
@@ -121,13 +124,16 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     bench.metrics |= circuit_metrics(circuit, graphs)
     if cfg.task.figure:
         pool = example_pool(inputs, others, speaks_orrery(bench.vlm), cfg.seed + 1)
-        nodes = described(
-            bench.scope, circuit, lambda features: examples_among(bench.scope, features, pool, study), SHOWN
-        )
+
+        def examples(features: list[FeatureId], study: StudyFolder | None = study) -> Examples:
+            return examples_among(bench.scope, features, pool, study)
+
+        nodes = described(bench.scope, circuit, examples, SHOWN)
         picture = next((for_figures(item.pictures[:1])[0] for item in inputs if item.pictures), None)
         path = bench.run_dir / "figures" / "circuit.png"
-        draw_diagram(path, nodes, circuit.edges, picture, cfg.task.min_share)
-        write_page(bench.run_dir, name, circuit, nodes, bench.metrics, discovery)
+        below = partial(examples, study=None)  # the study is of the decoder
+        draw_diagram(path, nodes, circuit.edges, picture, cfg.task.min_share, below, bench.labels)
+        write_page(bench.run_dir, name, circuit, nodes, bench.metrics, discovery, bench.labels)
     return bench.metrics
 
 

@@ -15,7 +15,7 @@ import vlmscope
 from vlmscope.attribution.adjoint import Adjoint, TowerRows, total_effects
 from vlmscope.attribution.export import graph_to_json, load_graph, save_graph
 from vlmscope.attribution.influence import prune
-from vlmscope.attribution.targets import choose_logits
+from vlmscope.attribution.targets import choose_logits, choose_targets
 from vlmscope.attribution.trace import attribute
 from vlmscope.circuits.circuit import FEEDS, direct_edges, supernode_mask
 from vlmscope.conformance import IDENTITIES, Limits, Subject, completeness, direct_effects, make_subject
@@ -26,6 +26,7 @@ from vlmscope.core.results import CircuitFeature, Supernode
 from vlmscope.models.attention import FrozenVision
 from vlmscope.models.base import VisionStack, exact_float64
 from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
+from vlmscope.report.graph_figure import attribution_graph
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import random_set
 
@@ -221,3 +222,42 @@ def test_edges_from_features_of_the_tower_into_supernodes_are_their_direct_effec
         strongest = sorted(sums, key=lambda name: -abs(sums[name]))[:FEEDS]
         assert set(feeds) == set(strongest)
         assert all(abs(feeds[name] - sums[name]) <= 1e-9 * scale for name in strongest)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "llava"])
+def test_a_feature_of_the_tower_is_explained_by_what_is_below(family: str, tmp_path: Path) -> None:
+    """Its pre-activation is the sum of its edges; each edge is the effect of its source; left-out features count."""
+    with exact_float64():
+        subject = subject_of(family)
+        replacement, tokenizer = subject.replacement, subject.scope.vlm.tokenizer
+        tower = replacement.tower
+        assert tower is not None
+        layer, top = TOWER + len(tower.features) - 1, tower.features[-1]
+        name = str(FeatureId(layer, int(top.index[top.activation.argmax()])))
+        asked = config(feature=name, tower=True)
+        targets = choose_targets(replacement, asked, tokenizer)
+        graph = attribute(replacement, asked, tokenizer, "", targets)
+        ends, row = graph.nodes.ends(), dense(graph)[-1]
+        assert targets.values.item() == pytest.approx(float(top.pre_activation[top.activation.argmax()]))
+        assert abs(row.sum() - targets.values.item()) <= 1e-9 * np.abs(row).sum() and len(ends) == 1
+        assert (graph.nodes.layer[row != 0] < layer).all() and graph.residual.max() < 1e-9
+        key = layer, int(targets.positions[0]), FeatureId.parse(name).index
+        table = replacement.feature_activations
+        for source in graph.nodes.of(NodeKind.FEATURE)[:6].tolist():
+            moved = int(graph.nodes.layer[source]), int(graph.nodes.position[source]), int(graph.nodes.index[source])
+            change = replacement.direct({moved: float(graph.nodes.activation[source])})
+            effect = float(change.pre_activation[table.row(*key)])
+            assert abs(effect - row[source]) <= 1e-9 * np.abs(row).sum()
+        few = attribute(replacement, config(feature=name, tower=True, max_nodes=3), tokenizer, "", targets)
+        assert abs(dense(few)[-1].sum() - targets.values.item()) <= 1e-9 * np.abs(row).sum()
+        assert few.meta["n_left_out_features"] == max(graph.meta["n_active_features"] - 3, 0)
+        pruned = prune(graph, 0.8, 0.98)
+        body = graph_to_json(pruned, "slug", "scan")
+        jsonschema.validate(body, json.loads(SCHEMA.read_text()))
+        attribution_graph(pruned, tmp_path / "graph.png", [])
+        with pytest.raises(UserError, match="is active nowhere|has features 0 to"):
+            choose_targets(replacement, config(feature="T0/9999", tower=True), tokenizer)
+        with pytest.raises(UserError, match="the vision tower has layers 0 to"):
+            choose_targets(replacement, config(feature="T9/1", tower=True), tokenizer)
+    with pytest.raises(UserError, match=r"add attribution\.tower=true"):
+        config(feature=name).check()

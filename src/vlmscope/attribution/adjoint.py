@@ -219,11 +219,17 @@ class TowerRows:
 
     def of_features(self, number: int, which: Tensor) -> Tensor:
         """Rows of active features of the tower's layer `number`, `[B, first column of its features]`."""
-        features, x = self.tower.features[number], self._run.mlp_in[number]
-        gradient = x.new_zeros(len(which), *x.shape)
-        gradient[torch.arange(len(which)), features.position[which]] = features.w_enc[features.index[which]]
+        features = self.tower.features[number]
+        vectors, constants = features.w_enc[features.index[which]], features.encoder_bias[which]
+        return self.of_inputs(number, vectors, features.position[which], constants)
+
+    def of_inputs(self, number: int, vectors: Tensor, tokens: Tensor, constants: Tensor) -> Tensor:
+        """Rows of what reads the MLP's input of layer `number` by `vectors [B, d_v]` at `tokens [B]`."""
+        x = self._run.mlp_in[number]
+        gradient = x.new_zeros(len(tokens), *x.shape)
+        gradient[torch.arange(len(tokens)), tokens] = vectors
         rows = self._rows([x], [gradient], [self._at_zero.mlp_in[number]], number)
-        rows[:, 0] += features.encoder_bias[which]
+        rows[:, 0] += constants
         return rows
 
     def _rows(self, outputs: list[Tensor], gradients: list[Tensor], at_zero: list[Tensor], n_levels: int) -> Tensor:
@@ -365,6 +371,11 @@ class Adjoint:
         """Edges into a batch of targets."""
         position = torch.from_numpy(targets.positions[batch]).to(targets.vectors.device)
         vectors, constants = targets.vectors[batch], targets.constants[batch]
+        if targets.layer < 0:
+            assert self.tower is not None, "there are no transcoders of the tower"
+            tokens = position - self.tower.tower.first_position
+            rows = self.tower.of_inputs(targets.layer - TOWER, vectors, tokens, constants)
+            return rows.to(self.replacement.errors.dtype)
         return self.stream_rows(targets.layer, vectors, position, constants, after_attention=targets.after_attention)
 
     def _begin(self, vectors: Tensor, position: Tensor, width: int) -> Sweep:

@@ -19,7 +19,7 @@ _CHOICES = {
     "patch_rule": ("frozen", "gradient"),
 }
 _IN_CACHE = 1 << 18  # numbers of a gradient that fit into a core's cache
-_FEATURE = re.compile(r"(L\d+/\d+)(?:@(\w+))?", re.ASCII)
+_FEATURE = re.compile(r"([LT]\d+/\d+)(?:@(\w+))?", re.ASCII)
 _HEAD = re.compile(r"L(\d+)H(\d+)(?:@(\w+)(?::(\w+))?)?", re.ASCII)
 
 
@@ -64,7 +64,8 @@ class AttributionConfig:
     # what the logits of `tokens` and of an answer are worth: "uniform", "probability", or "surprise" (in proportion to
     # -log p)
     weights: str = "uniform"
-    # explain why a feature is active: `L5/123@max` (where it is strongest), `@last` or `@17`
+    # explain why a feature is active: `L5/123@max` (where it is strongest), `@last` or `@17`; with `tower` a feature of
+    # the vision tower too, `T0/123@max` or at a position of the graph
     feature: str | None = None
     # explain a head's score before the softmax: `L5H2@query:key`, or "auto" for the head that carries most of the flow
     # in the graph of the top logits
@@ -127,7 +128,12 @@ class AttributionConfig:
                 f"attribution.difference has {len(self.difference)} tokens, and takes two: [mars,earth] is mars - earth"
             )
         if self.feature:
-            parse_feature(self.feature)
+            name, _ = parse_feature(self.feature)
+            if name.startswith("T") and (not self.tower or self.patches):
+                raise UserError(
+                    f"attribution.feature={name} is explained in graphs that begin at the patches: add "
+                    "attribution.tower=true, and leave out patches=true"
+                )
         if self.attention and self.tower:
             raise UserError("attribution.attention splits graphs that begin at the soft tokens; leave out tower=true")
         if self.attention and self.attention != "auto":

@@ -239,7 +239,7 @@ def lay_out(
         if len(chosen) < level.n_features:
             add(NodeKind.LEFT_OUT, level.layer, none, None, None)
         first += level.n_features
-    if targets.layer < columns.n_layers:  # the targets' own layer has only the bias that it adds to them
+    if 0 <= targets.layer < columns.n_layers:  # the targets' own layer has only the bias that it adds to them
         add(NodeKind.BIAS, targets.layer, none, None, columns.bias(targets.layer))
     parts.append((targets.kind, targets.layer, targets.positions, targets.token_ids))
 

@@ -98,10 +98,10 @@ def graph_costs(replacement: ReplacementModel, targets: Targets, max_nodes: int)
     edges = below @ visible(replacement).T + np.arange(len(below))[:, None] + 1  # biases up to the row's own layer
     table, n_active = replacement.feature_activations, columns.below(targets.layer)
     n_below = sum(level.n_features for level in columns.tower)
-    own = slice(n_below, n_active)
+    own = slice(n_below, max(n_active, n_below))
     in_tower = np.repeat([level.features for level in columns.tower], [level.n_features for level in columns.tower])
     row_edges = np.concatenate(
-        [columns.first + edges[table.layer[own], table.position[own]], in_tower.astype(np.int64)]
+        [columns.first + edges[table.layer[own], table.position[own]], in_tower[:n_active].astype(np.int64)]
     )
     row_edges = -np.sort(-row_edges)
     n_rows = min(n_active, max_nodes)
@@ -118,7 +118,8 @@ def graph_costs(replacement: ReplacementModel, targets: Targets, max_nodes: int)
     ends = 2 * len(targets) * columns.total * (element + 4)
     return GraphCosts(
         row_edges=row_edges,
-        end_edges=int(edges[targets.layer, targets.positions].sum()) + columns.first * len(targets),
+        end_edges=(0 if targets.layer < 0 else int(edges[targets.layer, targets.positions].sum()))
+        + columns.first * len(targets),
         n_rows=n_rows,
         n_columns=columns.total,
         element=element,

@@ -20,7 +20,7 @@ from torch import Tensor
 from vlmscope.attribution.config import AttributionConfig, parse_feature
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
-from vlmscope.core.records import FeatureId
+from vlmscope.core.records import TOWER, FeatureId, layer_name
 from vlmscope.models.base import ModelInputs, token_strings
 from vlmscope.models.batching import continued, greedy_answer
 from vlmscope.models.loading import VLM
@@ -33,7 +33,7 @@ class Targets:
 
     what: str  # the kind of question, for the record
     kind: NodeKind  # of their nodes, LOGIT or TARGET
-    layer: int  # they read the stream before this layer's attention; L for logits
+    layer: int  # they read the stream before this layer's attention; L for logits; a tower's MLP input from `TOWER` on
     after_attention: bool  # they read it after that attention instead
     positions: np.ndarray  # `[K]` int64
     token_ids: np.ndarray  # `[K]` int64; the index of a feature, -1 for other ends
@@ -253,16 +253,20 @@ def other_targets(
 def feature_target(replacement: ReplacementModel, feature: FeatureId, where: str = "max") -> Targets:
     """The pre-activation of an active feature, at its most active ("max"), the "last" or a given position."""
     active = _active(replacement, feature)
-    features, tokens = replacement.features[feature.layer], replacement.inputs.tokens
+    features, tokens, first = replacement.features_of(feature.layer), replacement.inputs.tokens, 0
+    if feature.layer < 0 and replacement.tower is not None:
+        first = replacement.tower.first_position
+        tokens = [*tokens, *["patch"] * len(replacement.tower)]
     row = active[features.activation[active].argmax()]
     if where != "max":
         position = parse_position(where, len(tokens), "attribution.feature")
-        here = active[features.position[active] == position]
+        there = first + features.position
+        here = active[there[active] == position]
         if not len(here):
-            listed = ", ".join(map(str, features.position[active][:8].tolist())) + ", ..." * (len(active) > 8)
+            listed = ", ".join(map(str, there[active][:8].tolist())) + ", ..." * (len(active) > 8)
             raise UserError(
                 f"attribution.feature={feature} is not active at position {position} ({tokens[position]!r}), but at "
-                f"{listed}; write {feature}@{int(features.position[row])}, where it is strongest"
+                f"{listed}; write {feature}@{int(there[row])}, where it is strongest"
             )
         row = here[0]
     return _feature_targets(replacement, feature, row[None])
@@ -278,14 +282,20 @@ def feature_at(replacement: ReplacementModel, feature: FeatureId, positions: np.
 
 def _active(replacement: ReplacementModel, feature: FeatureId) -> Tensor:
     """A feature's numbers among the active features of its layer, one per position where it is active."""
-    if not 0 <= feature.layer < replacement.n_layers:
-        raise UserError(
-            f"attribution.feature={feature}: the model has layers 0 to {replacement.n_layers - 1}; choose one of them"
-        )
-    features = replacement.features[feature.layer]
+    n_layers, first = replacement.n_layers, 0
+    if feature.layer < 0:
+        if replacement.tower is None:
+            raise UserError(
+                f"attribution.feature={feature} is of the vision tower, and this prompt has no picture; give image="
+            )
+        n_layers, first = len(replacement.tower.features), TOWER
+    if not first <= feature.layer < first + n_layers:
+        where = "the vision tower" if first else "the model"
+        raise UserError(f"attribution.feature={feature}: {where} has layers 0 to {n_layers - 1}; choose one of them")
+    features = replacement.features_of(feature.layer)
     if not 0 <= feature.index < len(features.w_enc):
-        last = len(features.w_enc) - 1
-        raise UserError(f"attribution.feature={feature}: layer {feature.layer} has features 0 to {last}; choose one")
+        layer, last = layer_name(feature.layer)[1:], len(features.w_enc) - 1
+        raise UserError(f"attribution.feature={feature}: layer {layer} has features 0 to {last}; choose one")
     active = torch.nonzero(features.index == feature.index)[:, 0]
     if not len(active):
         strongest = features.index[features.activation.argmax()] if len(features) else None
@@ -296,15 +306,22 @@ def _active(replacement: ReplacementModel, feature: FeatureId) -> Tensor:
 
 @torch.no_grad()
 def _feature_targets(replacement: ReplacementModel, feature: FeatureId, rows: Tensor) -> Targets:
-    features = replacement.features[feature.layer]
-    positions = features.position[rows]
+    features = replacement.features_of(feature.layer)
+    positions, vectors = features.position[rows], features.w_enc[features.index[rows]]
+    if feature.layer >= 0:
+        vectors = vectors * replacement.layers[feature.layer].mlp_in_scale[positions]
+        places = [shown_position(replacement.inputs, position) for position in positions.tolist()]
+    else:
+        assert replacement.tower is not None
+        positions = replacement.tower.first_position + positions
+        places = [f"{position} (patch)" for position in positions.tolist()]
     return other_targets(
         "feature",
-        [f"{feature} at {shown_position(replacement.inputs, position)}" for position in positions.tolist()],
+        [f"{feature} at {place}" for place in places],
         features.pre_activation[rows],
         layer=feature.layer,
         positions=positions.tolist(),
-        vectors=features.w_enc[features.index[rows]] * replacement.layers[feature.layer].mlp_in_scale[positions],
+        vectors=vectors,
         constants=features.encoder_bias[rows],
         index=feature.index,
         after_attention=True,

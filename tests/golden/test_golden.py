@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.published import paper_stand_in
 from tests.text_model import write_text_model
 
 from vlmscope.app import main
@@ -107,7 +108,11 @@ def test_numbers(
         write_text_model(tmp_path / TEXT)
     else:
         where.append(f"data.path={data}")
-    given = [word.replace(TEXT, str(tmp_path / TEXT)) for word in (*SWEEPS.get(name, []), *STAND_INS.get(name, []))]
+    stand_ins = STAND_INS.get(name, [])
+    if name == "paper_gemma3_4b":
+        (tmp_path / "published").mkdir()
+        stand_ins = paper_stand_in(tmp_path / "published")
+    given = [word.replace(TEXT, str(tmp_path / TEXT)) for word in (*SWEEPS.get(name, []), *stand_ins)]
     assert main([f"experiment={name}", "debug=fast", *given, *where]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(run_dir)
     new, file = outcome(run_dir), FOLDER / f"{name}.json"

@@ -25,7 +25,7 @@ def test_every_part_runs_on_a_cpu_and_holds(gpu: ModuleType, tmp_path: Path, cap
     rows = record["rows"]
     assert list(dict.fromkeys(row["part"] for row in rows)) == [part.__name__ for part in gpu.PARTS]
     measured = {row["part"] for row in rows if row["value"] is not None}
-    assert measured == {part.__name__ for part in gpu.PARTS} - {"devices"}
+    assert measured == {part.__name__ for part in gpu.PARTS}
     (identities,) = [row for row in rows if row["part"] == "identities"]
     assert identities["holds"] and 0 < identities["value"] < 1e-9
     graph = {row["what"]: row for row in rows if row["part"] == "graph"}

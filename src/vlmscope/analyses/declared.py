@@ -21,7 +21,7 @@ from torch import Tensor
 from vlmscope.analyses.association import from_association
 from vlmscope.analyses.bench import Bench
 from vlmscope.attribution.export import save_graph, write_graph_json
-from vlmscope.attribution.trace import spread, spread_in_words
+from vlmscope.attribution.trace import Trace, spread, spread_in_words
 from vlmscope.circuits.baselines import Baselines
 from vlmscope.circuits.build import described, draw_diagram
 from vlmscope.circuits.cases import Question, bystanders, concept_cases, concept_questions, matrix_cases
@@ -84,9 +84,9 @@ def run_declared(bench: Bench, analyses: Sequence[Any] = ()) -> dict[str, float]
 
 
 def source_of(bench: Bench) -> Callable[[Bench], Declared]:
-    """What the cases come from: sets of concepts, pairs, or pictures of two or more concepts."""
+    """What the cases come from: sets of concepts, pairs, or pictures of two or more concepts (also with such sets)."""
     if bench.cfg.association:
-        return from_association
+        return from_association if bench.cfg.circuit is None else from_both
     if bench.cfg.pairs is not None:
         return from_pairs
     return from_circuit if len(bench.circuit_config.concepts) == 2 else from_matrix
@@ -127,10 +127,27 @@ def from_circuit(bench: Bench) -> Declared:
     return Declared(cases, concept_operation(circuit, config), baselines=baselines)
 
 
+def from_both(bench: Bench) -> Declared:
+    """Pictures of concepts under a circuit's questions, and sets of concepts in pictures and words, in one table."""
+    first = (from_circuit if len(bench.circuit_config.concepts) == 2 else from_matrix)(bench)
+    sets = from_association(bench)
+
+    def operation(trial: TrialConfig, cases: Cases, limit: int | None) -> Operation:
+        return (sets if cases.name in sets.cases else first).operation(trial, cases, limit)
+
+    def metrics(table: Any, trials: Any, settings: Any) -> dict[str, float]:
+        of_sets = table.cases.isin([*sets.cases])
+        found = (first.metrics or trial_metrics)(table[~of_sets].reset_index(drop=True), trials, settings)
+        return found | (sets.metrics or trial_metrics)(table[of_sets].reset_index(drop=True), trials, settings)
+
+    both = {**first.cases, **sets.cases}
+    return Declared(both, operation, metrics=metrics, baselines=first.baselines)
+
+
 def priors(config: CircuitConfig) -> dict[str, float]:
     """`base/<question>/prior`, the share of the most frequent right answer where concepts are equally frequent."""
     questions = config.questions.items()
-    return {f"base/{name}/prior": prior([asked.answers[c] for c in config.concepts]) for name, asked in questions}
+    return {f"base/{name}/prior": prior([*asked.of(config.concepts).values()]) for name, asked in questions}
 
 
 def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, RoleMeans]], Baselines]:
@@ -229,18 +246,23 @@ def from_matrix(bench: Bench) -> Declared:
     """Pictures of every ordered pair of concepts; means and graphs are computed once per concept, for all circuits."""
     config, count = bench.circuit_config, bench.cfg.intervention.pictures
     pictures = cache(bench.concept_pictures)
-    cases = matrix_cases(bench.scope, config, pictures, count, modes_of(bench))
-    for subset in cases["test"]:
-        recipient = subset.tags["recipient"]
-        shown = len(pictures(recipient, "test", count))
-        bench.metrics[f"base/{subset.question}/{recipient}/accuracy"] = subset.batch.size / shown
-    bench.metrics |= priors(config)
+    cases, accuracy = matrix_cases(bench.scope, config, pictures, count, modes_of(bench))
+    bench.metrics |= accuracy | priors(config)
     train, questions = training(bench)
     batches = concept_batches(bench.scope, train, questions)
     means = concept_means(bench.scope, batches)
-    influence, _, _ = concept_influence(bench.scope, train, questions, config.graphs, bench.cfg.attribution)
+
+    def keep(concept: str, question: str, traced: Trace) -> None:
+        """The graph of a concept's first picture, to look at."""
+        place = bench.run_dir / "graphs" / f"{question}_{concept}"
+        named = (place.name, bench.vlm.name, bench.labels)
+        write_graph_json(place / "graph.json", traced.pruned, *named, pictures=[train[concept][0]])
+
+    influence, _, _ = concept_influence(bench.scope, train, questions, config.graphs, bench.cfg.attribution, keep)
     circuits: dict[frozenset[str], Circuit] = {}
     for pair in combinations(config.concepts, 2):
+        if not means[pair[0]].keys() & means[pair[1]].keys():
+            continue
         both = {concept: means[concept] for concept in pair}
         circuit, _ = contrast_circuit(bench.transcoders, both, influence, config.per_layer, bench.vlm.name)
         circuit = place_levels(bench.scope, circuit, batches)

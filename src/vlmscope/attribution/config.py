@@ -84,6 +84,9 @@ class AttributionConfig:
     choice: str = "influence"
     # targets swept at once, at most (None: see `targets_at_once`); up to rounding it does not change the graph
     batch_size: int | None = None
+    # devices among which the rows of a graph are divided, such as [cuda:0,cuda:1]: each holds the model and its
+    # transcoders. None: the model's own. Processes that torchrun starts divide them too
+    devices: list[str] = field(default_factory=list)
     update_every: int = 256  # rows between two rankings by influence
     # memory for making and pruning the graph next to the frozen model, in 10^9 bytes: the batches get smaller, and
     # edges that do not fit go to a file. No bound when None

@@ -24,6 +24,7 @@ from vlmscope.attribution.adjoint import Adjoint, Columns, total_effects
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.storage import MEMORY, Memory
 from vlmscope.attribution.targets import Targets
+from vlmscope.attribution.workers import Workers, broadcast
 from vlmscope.core.graph import NodeKind, NodeTable
 from vlmscope.core.records import TOWER
 from vlmscope.replacement import ReplacementModel
@@ -67,18 +68,44 @@ def _compress(layer: int, targets: np.ndarray, rows: torch.Tensor, values: torch
     )
 
 
-def feature_chunks(adjoint: Adjoint, targets: np.ndarray, batch_size: int, dtype: str) -> Iterator[RowChunk]:
-    """Rows of `targets` of the feature table, by layer and position, so that a batch carries few positions."""
+def feature_chunks(
+    adjoint: Adjoint, targets: np.ndarray, batch_size: int, dtype: str, workers: Workers | None = None
+) -> Iterator[RowChunk]:
+    """Rows of `targets` of the feature table, by layer and position, so that a batch carries few positions.
+
+    They are made by `workers`, by default `adjoint` alone.
+    """
     first, ordered = 0, np.sort(targets)
+    jobs: list[tuple[int, np.ndarray, int]] = []  # layer, numbers in the layer, first row of the layer
     for level in adjoint.columns.levels:
-        layer, features = level.layer, adjoint.replacement.features_of(level.layer)
         numbers = ordered[(ordered >= first) & (ordered < first + level.n_features)] - first
-        for begin in range(0, len(numbers), batch_size):
-            which = torch.from_numpy(numbers[begin : begin + batch_size]).to(features.position.device)
-            batch = first + numbers[begin : begin + batch_size]
-            # The rows have no name here: a name would keep them in memory while the next ones are made.
-            yield _compress(layer, batch, adjoint.feature_rows(layer, which), features.pre_activation[which], dtype)
+        jobs += [(level.layer, numbers[n : n + batch_size], first) for n in range(0, len(numbers), batch_size)]
         first += level.n_features
+
+    def rows(adjoint: Adjoint, job: tuple[int, np.ndarray, int]) -> RowChunk:
+        layer, numbers, first = job
+        features = adjoint.replacement.features_of(layer)
+        which = torch.from_numpy(numbers).to(features.position.device)
+        # The rows have no name here: a name would keep them in memory while the next ones are made.
+        pre = features.pre_activation[which]
+        return _compress(layer, first + numbers, adjoint.feature_rows(layer, which), pre, dtype)
+
+    def share(job: tuple[int, np.ndarray, int], chunk: RowChunk | None, owner: int) -> RowChunk:
+        layer, numbers, first = job
+        names = ("counts", "absolute", "residual", "values")
+        told = np.zeros((4, len(numbers))) if chunk is None else np.stack([getattr(chunk, name) for name in names])
+        told = broadcast(torch.from_numpy(told.astype(np.float64)), owner).numpy()
+        counts = told[0].astype(np.int64)
+        kinds = {"indices": "int32", "weights": dtype}
+        edges = {
+            name: broadcast(
+                torch.from_numpy(np.zeros(counts.sum(), kind) if chunk is None else getattr(chunk, name)), owner
+            )
+            for name, kind in kinds.items()
+        }
+        return RowChunk(layer, first + numbers, counts, edges["indices"].numpy(), edges["weights"].numpy(), *told[1:])
+
+    yield from (workers or Workers(adjoint)).ordered(jobs, rows, share)
 
 
 def target_chunk(adjoint: Adjoint, targets: Targets, dtype: str, batch_size: int | None = None) -> RowChunk:
@@ -142,6 +169,7 @@ def select_rows(
     batch_size: int,
     store: RowStore,
     dtype: str,
+    workers: Workers | None = None,
 ) -> list[RowChunk]:
     """Rows of all features below the ends if `config.max_nodes` allows, else of those ranked highest.
 
@@ -153,7 +181,7 @@ def select_rows(
 
     def rows(chosen: np.ndarray) -> list[RowChunk]:
         kept = []
-        for chunk in feature_chunks(adjoint, chosen, batch_size, dtype):
+        for chunk in feature_chunks(adjoint, chosen, batch_size, dtype, workers):
             kept.append(store.keep(chunk))
             bar.update(len(chunk.targets))
         return kept

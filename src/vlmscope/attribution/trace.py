@@ -26,6 +26,7 @@ from vlmscope.attribution.influence import end_sources, prune
 from vlmscope.attribution.memory import MemoryPlan, plan_memory
 from vlmscope.attribution.targets import Targets, ask, choose_logits, choose_targets
 from vlmscope.attribution.vision import save_maps, vision_path
+from vlmscope.attribution.workers import Workers
 from vlmscope.core.artifacts import parse_json, text_lines
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
@@ -207,7 +208,8 @@ def attribute(
     adjoint = Adjoint(replacement, SourceVectors(replacement, plan.cache_bytes))
     ends = target_chunk(adjoint, targets, dtype, plan.batch_size)
     store = RowStore(plan.storage, plan.most_edges, dtype)
-    chunks = select_rows(adjoint, ends, targets, config, plan.batch_size, store, dtype)
+    workers = Workers(adjoint, config.devices, plan.cache_bytes)
+    chunks = select_rows(adjoint, ends, targets, config, plan.batch_size, store, dtype, workers)
     edges = assemble(replacement, adjoint.columns, chunks, ends, targets, dtype, plan.storage)
     n_active = adjoint.columns.below(targets.layer)
     patches = [] if replacement.tower is None else replacement.tower.boxes

@@ -5,6 +5,7 @@ Legend: B cases, T positions, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -26,6 +27,7 @@ from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch, continued
 from vlmscope.scope import Scope
 
+_LOG = logging.getLogger(__name__)
 Pictures = Callable[[str, str, int], Sequence[Image.Image]]  # concept, split, count
 
 
@@ -114,7 +116,7 @@ def _answered(scope: Scope, inputs: Sequence[ModelInputs], answers: Sequence[Seq
 def concept_questions(scope: Scope, config: CircuitConfig) -> dict[str, Question]:
     """The questions of a circuit by name, with the answers of its concepts."""
     return {
-        name: ask(scope, asked.prompt, {c: asked.answers[c] for c in config.concepts}, f"circuit.questions.{name}")
+        name: ask(scope, asked.prompt, asked.of(config.concepts), f"circuit.questions.{name}")
         for name, asked in config.questions.items()
     }
 
@@ -129,43 +131,58 @@ def bystanders(
     return Cases(name, question, batch, base, answer, torch.full_like(answer, target), tuple(ids), inputs=tuple(inputs))
 
 
-def right_cases(
-    scope: Scope, config: CircuitConfig, name: str, concept: str, images: Sequence[Image.Image], modes: Collection[str]
-) -> tuple[Cases, list[int], InputBatch]:
-    """Test pictures of a concept that are answered rightly under a question (at least `config.least`), without target
-    or donors; the numbers of these pictures; and all pictures as a batch.
-    """
-    question = concept_questions(scope, config)[name]
+@dataclass(frozen=True)
+class Asked:
+    """Pictures of a concept under a question, and what the model answers."""
+
+    concept: str
+    name: str  # of the question
+    question: Question
+    images: Sequence[Image.Image]
+    inputs: Sequence[ModelInputs]
+    batch: InputBatch
+    answers: torch.Tensor  # [B], the next token
+    right: torch.Tensor  # [B] bool
+
+    def cases(self, scope: Scope, name: str, kept: torch.Tensor, modes: Collection[str]) -> Cases:
+        """A case set of the pictures in `kept` [B] bool, without target or donors."""
+        rows = torch.nonzero(kept).flatten()
+        numbers, batch = rows.tolist(), self.batch.select(rows)
+        return Cases(
+            name,
+            self.name,
+            batch,
+            base_run(scope, batch, {*modes} - {"generate"}),
+            self.answers[rows],
+            torch.full_like(rows, -1),
+            tuple(f"{self.concept} {row}" for row in numbers),
+            inputs=tuple(self.inputs[row] for row in numbers),
+            prompt=self.question.prompt,
+            pngs=tuple(png_bytes(self.images[row], 128) for row in numbers),
+            answer_ids=(self.question.answers[self.concept],) * len(numbers) if self.question.long else (),
+        )
+
+    def refusal(self, scope: Scope, answer: str) -> str:
+        """Why too few of the pictures are cases, in one line."""
+        kept = int(self.right.sum())
+        return (
+            f"{f'only {kept}' if kept else 'none'} of the {len(self.images)} pictures of {self.concept} is answered "
+            f"{answer!r} to {self.question.prompt!r} (the model says: "
+            f"{', '.join(_said(scope, self.question, self.images, self.answers))}): nothing to flip; give other "
+            "pictures"
+        )
+
+
+def asked_about(scope: Scope, name: str, question: Question, concept: str, images: Sequence[Image.Image]) -> Asked:
+    """Ask a question about each picture of a concept."""
     inputs = [question.inputs(scope, [image]) for image in images]
-    everything = scope.batch(inputs)
-    answers = scope.forward(everything).argmax(-1)
+    batch = scope.batch(inputs)
+    answers = scope.forward(batch).argmax(-1)
     right = answers == question.token(concept)
     if question.long:
         plain = [scope.inputs(question.prompt, [image]) for image in images]
         right &= _answered(scope, plain, [question.whole(concept)] * len(plain))
-    rows = torch.nonzero(right).flatten()
-    kept = rows.tolist()
-    if len(kept) < config.least:
-        raise UserError(
-            f"{f'only {len(kept)}' if kept else 'none'} of the {len(images)} pictures of {concept} is answered "
-            f"{config.questions[name].answers[concept]!r} to {question.prompt!r} (the model says: "
-            f"{', '.join(_said(scope, question, images, answers))}): nothing to flip; give other pictures"
-        )
-    batch = everything.select(rows)
-    cases = Cases(
-        "test",
-        name,
-        batch,
-        base_run(scope, batch, {*modes} - {"generate"}),
-        answers[rows],
-        torch.full_like(rows, -1),
-        tuple(f"{concept} {row}" for row in kept),
-        inputs=tuple(inputs[row] for row in kept),
-        prompt=question.prompt,
-        pngs=tuple(png_bytes(images[row], 128) for row in kept),
-        answer_ids=(question.answers[concept],) * len(kept) if question.long else (),
-    )
-    return cases, kept, everything
+    return Asked(concept, name, question, images, inputs, batch, answers, right)
 
 
 def _said(scope: Scope, question: Question, images: Sequence[Image.Image], answers: torch.Tensor) -> list[str]:
@@ -192,7 +209,10 @@ def concept_cases(
     donor_images = pictures(donor, "test", max(len(images), 1))
     case_sets = []
     for name, question in concept_questions(scope, config).items():
-        cases, rows, _ = right_cases(scope, config, name, recipient, images, modes)
+        asked = asked_about(scope, name, question, recipient, images)
+        if asked.right.sum() < config.least:
+            raise UserError(asked.refusal(scope, config.questions[name].answers[recipient]))
+        cases, rows = asked.cases(scope, "test", asked.right, modes), torch.nonzero(asked.right).flatten().tolist()
         donors = [question.inputs(scope, [donor_images[row % len(donor_images)]]) for row in rows]
         case_sets.append(replace(_aimed(cases, question, donor), donors=scope.batch(donors)))
     return case_sets
@@ -200,22 +220,33 @@ def concept_cases(
 
 def matrix_cases(
     scope: Scope, config: CircuitConfig, pictures: Pictures, count: int, modes: Collection[str]
-) -> dict[str, list[Cases]]:
-    """Every ordered pair of concepts, tagged `recipient` and `donor`, under each question that tells them apart.
+) -> tuple[dict[str, list[Cases]], dict[str, float]]:
+    """Every ordered pair of concepts, tagged `recipient` and `donor`, under each question that tells them apart; and
+    `base/<question>/<concept>/accuracy`.
 
-    "test" are the recipients that are answered rightly, with donors row by row; "third" all pictures of each concept
-    outside the pair, under the first question; a hit is the donor's word.
+    "test" are the recipients that are answered rightly, with donors row by row; "wrong" the donor's own pictures that
+    are answered with the recipient's word; "third" all pictures of each concept outside the pair, under the first
+    question. A hit is the donor's word. Where fewer than `config.least` are answered rightly, cells are left out.
     """
     images = {concept: pictures(concept, "test", count) for concept in config.concepts}
-    test: list[Cases] = []
-    third: list[Cases] = []
+    sets: dict[str, list[Cases]] = {"test": [], "wrong": [], "third": []}
+    accuracy: dict[str, float] = {}
+    why = ""
     for number, (name, question) in enumerate(concept_questions(scope, config).items()):
-        right = {concept: right_cases(scope, config, name, concept, shown, modes) for concept, shown in images.items()}
+        asked = {c: asked_about(scope, name, question, c, images[c]) for c in config.concepts if c in question.answers}
+        accuracy |= {f"base/{name}/{c}/accuracy": float(each.right.double().mean()) for c, each in asked.items()}
+        right = {}
+        for concept, each in asked.items():
+            if each.right.sum() >= config.least:
+                right[concept] = each.cases(scope, "test", each.right, modes)
+            else:
+                why = each.refusal(scope, config.questions[name].answers[concept])
+                _LOG.warning("left out: %s", why)
         outside = {}
         for concept, shown in images.items() if number == 0 else ():
             inputs = [question.inputs(scope, [image]) for image in shown]
             outside[concept] = bystanders(scope, "third", name, inputs, [f"{concept} {i}" for i in range(len(shown))])
-        for recipient, donor in permutations(images, 2):
+        for recipient, donor in permutations(asked, 2):
             tags = {"recipient": recipient, "donor": donor}
 
             def turned(
@@ -223,14 +254,19 @@ def matrix_cases(
             ) -> Cases:
                 return replace(_aimed(cases, question, donor), tags=tags)
 
-            third += [turned(cases) for concept, cases in outside.items() if concept not in (recipient, donor)]
-            if question.token(recipient) != question.token(donor):
-                cases, rows, _ = right[recipient]
-                donors = right[donor][2].select([row % len(images[donor]) for row in rows])
-                test.append(replace(turned(cases), donors=donors))
-    if not test:
-        raise UserError(f"no question of {', '.join(config.questions)} tells two of circuit.concepts apart")
-    return {"test": test, "third": third}
+            sets["third"] += [turned(cases) for concept, cases in outside.items() if concept not in (recipient, donor)]
+            if question.token(recipient) == question.token(donor):
+                continue
+            if recipient in right:
+                rows = torch.nonzero(asked[recipient].right).flatten().tolist()
+                donors = asked[donor].batch.select([row % len(images[donor]) for row in rows])
+                sets["test"].append(replace(turned(right[recipient]), donors=donors))
+            wrong = asked[donor].answers == question.token(recipient)
+            if wrong.any():
+                sets["wrong"].append(replace(turned(asked[donor].cases(scope, "wrong", wrong, modes)), answer_ids=()))
+    if not sets["test"]:
+        raise UserError(why or f"no question of {', '.join(config.questions)} tells two of circuit.concepts apart")
+    return sets, accuracy
 
 
 def pairs_by_question(config: PairsConfig, split: str) -> dict[str, list[Pair]]:

@@ -40,10 +40,17 @@ class QuestionConfig:
     def __post_init__(self) -> None:
         self.answers = with_facts(self.answers, "answers_from", self.answers_from)
 
+    def of(self, concepts: Sequence[str]) -> dict[str, str]:
+        """The answers of those of the concepts that it is asked of."""
+        return {concept: self.answers[concept] for concept in concepts if concept in self.answers}
+
 
 @dataclass
 class CircuitConfig:
-    """How a circuit of two concepts is chosen by contrast; of more, each is turned into each."""
+    """How a circuit of two concepts is chosen by contrast; of more, each is turned into each.
+
+    Of more than two, a question may have answers of some alone, of which it is asked.
+    """
 
     concepts: list[str]  # the recipient of interventions, then the donor
     questions: dict[str, QuestionConfig]  # asked of every picture
@@ -60,15 +67,20 @@ class CircuitConfig:
             raise UserError(f"circuit.concepts={list(self.concepts)}: a contrast needs two different concepts")
         for name, question in self.questions.items():
             missing = [c for c in self.concepts if c not in question.answers]
-            if missing:
+            if len(self.concepts) - len(missing) < 2:
                 where = f"circuit.questions.{name}.answers"
                 raise UserError(f"{where} lacks {', '.join(missing)}; add it there, or choose other circuit.concepts")
-            first, second = (question.answers[concept] for concept in self.concepts[:2])
+            first, second, *_ = question.of(self.concepts).values()
             if first == second and len(self.concepts) == 2:
                 raise UserError(
                     f"{' and '.join(self.concepts)} are both {first!r} to circuit.questions.{name}: no answer could "
                     f"flip; leave the question out with '~circuit.questions.{name}'"
                 )
+        unasked = [c for c in self.concepts if not any(c in question.answers for question in self.questions.values())]
+        if unasked and self.questions:
+            raise UserError(
+                f"circuit.concepts: no question has an answer of {', '.join(unasked)}; add one, or leave it out"
+            )
         if self.third in self.concepts:
             raise UserError(f"circuit.third={self.third} is one of circuit.concepts; choose another, or null")
         for role in self.per_layer:

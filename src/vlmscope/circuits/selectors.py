@@ -16,7 +16,7 @@ Legend: N nodes of a graph, B prompts, T positions, P those of one role, F featu
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from itertools import zip_longest
@@ -214,13 +214,17 @@ def contrast_circuit(
 
     Args:
         transcoders: whose features are compared.
-        means: concept -> question -> role means on its training pictures; exactly two concepts, the same questions.
+        means: concept -> question -> role means on its training pictures; exactly two concepts. Questions that are
+            asked of one alone do not count.
         influence: concept -> influence of features at each role in graphs of its pictures.
         per_layer: role -> features per layer, concept and question; questions and roles may share them.
         model: the model's name, by which a circuit of another one is refused.
         confirmed: false takes as many features of each layer, question and role, but those of the largest differences.
     """
     first, second = means
+    means = {
+        c: {name: means[c][name] for name in means[c] if name in means[first] and name in means[second]} for c in means
+    }
     counts = {role: count for role, count in per_layer.items() if count}
     # Not at tokens of the answer: with what the prompt's last position has, a caption would repeat its first word.
     where = Positions(tuple(counts))
@@ -304,7 +308,9 @@ def concept_batches(
     """Concept -> question -> the question asked of each of the concept's pictures."""
     return {
         concept: {
-            name: scope.batch([asked.inputs(scope, [image]) for image in images]) for name, asked in questions.items()
+            name: scope.batch([asked.inputs(scope, [image]) for image in images])
+            for name, asked in questions.items()
+            if concept in asked.answers
         }
         for concept, images in train.items()
     }
@@ -324,21 +330,24 @@ def concept_influence(
     questions: Mapping[str, Question],
     graphs: int,
     attribution: AttributionConfig,
+    keep: Callable[[str, str, Trace], None] = lambda _concept, _question, _traced: None,
 ) -> tuple[dict[str, RoleInfluence], list[Trace], list[dict[str, float]]]:
-    """Concept -> share of influence of features at each role, mean over `graphs` pictures and all questions; the first
-    trace alone, since each holds a whole graph; and the metrics of each, `graph/seconds` being those of the whole
-    trace.
+    """Concept -> share of influence of features at each role, mean over `graphs` pictures and all its questions; the
+    first trace alone, since each holds a whole graph (`keep` gets the first of each concept and question); and the
+    metrics of each, `graph/seconds` being those of the whole trace.
     """
     influence: dict[str, RoleInfluence] = {}
     first: list[Trace] = []
     metrics: list[dict[str, float]] = []
     for concept, images in train.items():
         tables = []
-        for asked in questions.values():
-            for image in images[:graphs]:
+        for name, asked in questions.items():
+            for number, image in enumerate(images[:graphs] if concept in asked.answers else []):
                 start = time.perf_counter()
                 traced = trace(scope, asked.inputs(scope, [image]), attribution)
                 metrics.append(traced.metrics() | {"graph/seconds": time.perf_counter() - start})
+                if number == 0:
+                    keep(concept, name, traced)
                 tables.append(_confirming(traced))
                 first = first or [traced]
         influence[concept] = mean_shares(tables)

@@ -67,7 +67,8 @@ class TranscoderSetConfig:
     `path` is a folder, or a hub id with the commit `revision`; `tower` is the folder of a set of the model's vision
     tower, for attribution.tower=true. `format` "auto" detects the format. `width`, `l0` and `affine` select one of the
     several sets in a Gemma Scope folder, as in its folders' names. `stream` keeps encoders and decoders on disk, read
-    when they are used; None does so where the set would not fit into memory.
+    when they are used; None does so where the set would not fit into memory. `n_features` of a
+    layer and `k` are what task=plan counts with as long as the set is not here.
     """
 
     path: str = MISSING
@@ -76,6 +77,8 @@ class TranscoderSetConfig:
     width: str | None = None
     l0: str | None = None
     affine: bool | None = None
+    n_features: int | None = None
+    k: int | None = None
     tower: str | None = None
     stream: bool | None = None
 

@@ -399,7 +399,12 @@ def study_origin(cfg: AppConfig, sources: Mapping[str, SourceConfig], overrides:
 
 
 def made_study(cfg: AppConfig, scope: Scope, folder: Path) -> StudyFolder:
-    """Make the study of `cfg.study` and `cfg.data` in `folder`."""
+    """Make the study of `cfg.study` in `folder`: of published statistics, or of `cfg.data`."""
+    if cfg.study.published is not None:
+        from vlmscope.features.published import published_study, statistics_folder
+
+        source = statistics_folder(cfg.study.published, cfg.study.revision)
+        return published_study(folder, source, scope, cfg.study)
     from vlmscope.features.study import data_record, make_study
 
     sources = study_sources(cfg)

@@ -10,7 +10,7 @@ from vlmscope.data.orrery.scenes import with_facts
 
 MOST_TOKENS = 65_535  # positions are stored in two bytes
 # Settings that say how a study is made, not what is in it: a study may be resumed with others.
-_NOT_DECISIVE = ("path", "checkpoint_every", "forward_tokens", "max_skipped")
+_NOT_DECISIVE = ("path", "published", "revision", "checkpoint_every", "forward_tokens", "max_skipped")
 PLACEHOLDER = "{concept}"
 SOURCES = ("planets", "digits", "colours")
 
@@ -19,8 +19,10 @@ SOURCES = ("planets", "digits", "colours")
 class StudyConfig:
     """Settings of a feature study (docs/study.md).
 
-    `path` is a finished study (its run folder) that is read instead of making one. `split` null takes that of each
-    source (of Orrery's scenes, validation), `limit` null all rows. Of every feature the `top` strongest items are kept
+    `path` is a finished study (its run folder) that is read instead of making one; `published` a folder of published
+    activation statistics, or a hub id at the commit `revision`, of which one is made without running the model.
+    `split` null takes that of each source (of Orrery's scenes, validation), `limit` null all rows.
+    Of every feature the `top` strongest items are kept
     and `samples` drawn ones, cut into `quantiles` groups by activation; of each item the activations within `window`
     text tokens of the peak; and the `logits` tokens that the feature raises, and lowers, most. Inputs are cut off at
     `max_tokens`. Rows are read and sorted by shape in batches of `batch_size`, at most `forward_tokens` tokens go
@@ -29,6 +31,8 @@ class StudyConfig:
     """
 
     path: str | None = None
+    published: str | None = None
+    revision: str | None = None
     split: str | None = None
     limit: int | None = 20_000
     top: int = 20

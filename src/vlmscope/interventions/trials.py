@@ -231,11 +231,12 @@ def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0, total: int 
     """
     tables: list[pd.DataFrame] = []
     shares: dict[str, list[float]] = {}  # trial, setting and control -> the share that each draw moves
-    layers, planned = scope.transcoders.layers, 0
+    layers, planned, tags = scope.transcoders.layers, 0, set[str]()
     with tqdm(desc="trials", unit="case", total=total or None, disable=None) as bar:  # a case: one under one edit
         for trial in trials:
             for setting, cases in product(trial.settings, trial.cases):
                 planned += setting.work(cases, layers)
+                tags |= cases.tags.keys()
                 bar.total = max(total, planned)
                 bar.set_postfix_str(f"{trial.operation}/{setting.name}", refresh=False)
                 whole = trial.do.plan(scope, cases, setting.strength)
@@ -256,7 +257,8 @@ def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0, total: int 
     ]
     if lines:
         print(f"controls refused, since one must move at least {WEAK:.0%} of what the edit moves: {'; '.join(lines)}")
-    return pd.concat(tables, ignore_index=True)
+    table = pd.concat(tables, ignore_index=True)
+    return table.fillna(dict.fromkeys(sorted(tags & {*table}), ""))  # cases of several kinds have tags of their own
 
 
 def _with_controls(

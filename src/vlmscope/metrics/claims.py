@@ -193,7 +193,7 @@ class Subject:
     def questions(self) -> dict[str, Rows]:
         """Rows of each question; of several sets of concepts "set/question"."""
         by = [column for column in ("set", "question") if column in self.rows]
-        return {"/".join(map(str, key)): part for key, part in self.rows.groupby(by, sort=False)}
+        return {"/".join(filter(None, map(str, key))): part for key, part in self.rows.groupby(by, sort=False)}
 
     def verdicts(self, claim: str, subjects: Sequence[Subject]) -> Sequence[Verdict] | str:
         """The claim on every question, or why it cannot be judged."""

@@ -51,7 +51,7 @@ class Config:
 
     def reads_shards(self, cfg: AppConfig) -> bool:
         """Whether the run goes through the data's shards."""
-        return self.study and cfg.study.path is None
+        return self.study and cfg.study.path is None and cfg.study.published is None
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from vlmscope.circuits.config import baselines_of
 from vlmscope.core.errors import UserError, check_choice, check_least
 from vlmscope.core.hub import gb
 
 if TYPE_CHECKING:
     from vlmscope.attribution.config import AttributionConfig
+    from vlmscope.circuits.config import CircuitConfig
     from vlmscope.config import AppConfig
     from vlmscope.models.base import Adapter
     from vlmscope.tasks.registry import RunContext
@@ -103,6 +105,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     print(f"{model.name}: {adapter.n_layers} layers of width {adapter.d_model}; machine: {machine.name}")
     print(f"{max(widths):,} features a layer, k={kind.k}; prompt: {n_tokens:,} tokens, {n_soft:,} of them soft")
     metrics = plan_graph(cfg, adapter, n_tokens, n_soft, widths, kind)
+    if cfg.circuit is not None:
+        metrics |= plan_experiment(cfg, cfg.circuit, *(metrics[f"{part}/seconds"] for part in ("forward", "sweep")))
     for group in dict.fromkeys(key.rpartition("/")[0] for key in metrics):
         rows = [_line(key, number) for key, number in metrics.items() if key.rpartition("/")[0] == group]
         print(f"\n{group.replace('/', ', ')}\n" + "\n".join(rows))
@@ -125,6 +129,29 @@ def _line(key: str, number: float | tuple[float, str]) -> str:
     return f"{name}{f'{number:,.0f}' if number >= 100 else f'{number:.3g}':>16}"
 
 
+def plan_experiment(
+    cfg: AppConfig, circuit: CircuitConfig, forward: float | tuple[float, str], sweep: float | tuple[float, str]
+) -> dict[str, float]:
+    """Graphs that choose a circuit, and runs of its test pictures, with controls and baselines, at most.
+
+    A run is a forward, or a whole answer.
+    """
+    asked = [len(question.of(circuit.concepts)) for question in circuit.questions.values()]
+    cells = sum(1 if len(circuit.concepts) == 2 else n * (n - 1) for n in asked)
+    runs = 0
+    for setting in (each for each in cfg.settings.values() if each.cases in ("test", "wrong")):
+        draws = setting.matched + setting.random_direction
+        for trial in setting.of or cfg.trials:
+            cases = min(setting.first or cfg.intervention.pictures, cfg.intervention.pictures)
+            on = min(setting.draws_on or cases, cases)
+            baselines = len(baselines_of(cfg.trials[trial], setting)) * min(setting.baselines_on or cases, cases)
+            runs += cells * len(setting.combinations(1.0)) * (cases + draws * on + baselines)
+    graphs = sum(asked) * circuit.graphs
+    once, swept = (part[0] if isinstance(part, tuple) else part for part in (forward, sweep))
+    times = {"experiment/seconds_of_graphs": graphs * (once + swept), "experiment/seconds_of_runs": runs * once}
+    return {"experiment/graphs": graphs, "experiment/runs": runs} | times
+
+
 def transcoder_numbers(d_model: int, n_features: int, skip: bool, activation: str) -> int:
     """Parameters: W_enc, W_dec [F, d], b_enc [F], b_dec [d], a skip path [d, d], and JumpReLU's thresholds [F]."""
     return (2 * n_features + 1 + d_model * skip) * d_model + n_features * (1 + (activation == "jumprelu"))
@@ -144,6 +171,9 @@ def _transcoders(cfg: AppConfig, adapter: Adapter, overrides: tuple[str, ...]) -
             own_set = trained_transcoders(cfg, adapter)
             return [transcoder.config.n_features for transcoder in own_set.transcoders.values()], own_set[0].config
         except UserError:
+            if chosen.n_features is not None:  # of a set that is not here yet
+                k = chosen.k or TranscoderArchConfig().k
+                return [chosen.n_features] * layers, TranscoderArchConfig(k=k, skip=bool(chosen.affine))
             if any(override.lstrip("+~").startswith("transcoder") for override in overrides):
                 raise
         chosen = TranscoderArchConfig()

@@ -44,7 +44,13 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         raise UserError("task=study goes through data; leave out prompt= and image=, or put them into data=folder")
     if config.path is not None:
         raise UserError("study.path names a study that is there already; leave it out of task=study, which makes one")
-    folder, sources = context.run_dir / "study", study_sources(cfg)
+    folder = context.run_dir / "study"
+    if config.published is not None:
+        from vlmscope.config.wiring import made_study
+
+        study = made_study(cfg, load_scope(cfg, load_model(cfg), context.overrides), folder)
+        return metrics_of(study) | _labelled_and_small(cfg, context, study)
+    sources = study_sources(cfg)
     if folder.exists() and not cfg.trainer.resume:
         raise UserError(f"{folder} is there already; add trainer.resume=true to resume, or choose a new hydra.run.dir")
 

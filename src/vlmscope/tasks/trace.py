@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmscope.core.errors import NoRoom, UserError
-from vlmscope.core.launch import program
+from vlmscope.core.errors import NoRoom, NotMainRank, UserError
+from vlmscope.core.launch import place_of, program
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from vlmscope.tasks.registry import RunContext
 
 USES = ("attribution",)
+RANKS = True  # several processes can make a graph together
 MEMORY = "attribution.max_nodes, attribution.batch_size or attribution.memory_gb"
 _LOG = logging.getLogger(__name__)
 _ROWS, _ROW = "rows", "row.json"
@@ -66,6 +68,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     look_for_labels(cfg)
     if cfg.task.rows is not None:
+        if place_of(os.environ) is not None:
+            raise UserError("task.rows: several processes make one graph together, not rows; start it alone")
         return _trace_rows(cfg, context)
     if cfg.prompt is None:
         choice = f"prompt_name= one of {', '.join(cfg.prompts.prompts)}" if cfg.prompts else "'prompt=what is this ?'"
@@ -97,13 +101,17 @@ def _trace_into(
     from vlmscope.attribution.export import save_graph, write_graph_json
     from vlmscope.attribution.influence import reaches_image
     from vlmscope.attribution.trace import target_maps, trace, with_heads, write_target_maps
+    from vlmscope.attribution.workers import own_rank
     from vlmscope.config.wiring import feature_labels
     from vlmscope.data.images import for_figures
     from vlmscope.report.graph_figure import attribution_graph
     from vlmscope.report.pictures import patch_maps
 
     labels = feature_labels(cfg, scope.vlm.name, scope)
-    traced = with_heads(scope, trace(scope, inputs, cfg.attribution, folder), cfg.attribution)
+    traced = trace(scope, inputs, cfg.attribution, folder)
+    if own_rank()[0]:  # it has made its part of the rows
+        raise NotMainRank
+    traced = with_heads(scope, traced, cfg.attribution)
     graph, pruned, metrics, extra = traced.graph, traced.pruned, traced.metrics(), None
     save_graph(folder / "graph.safetensors", pruned)
     if cfg.attribution.patches and pictures:
@@ -319,8 +327,9 @@ def _origin(cfg: AppConfig, overrides: Sequence[str]) -> dict[str, Any]:
     from vlmscope.config.wiring import label_folders, model_origin, study_digest, transcoder_origin
     from vlmscope.core.artifacts import flat, plain
 
-    # The two settings left out change memory and time, not numbers.
-    attribution = {k: v for k, v in asdict(cfg.attribution).items() if k not in ("batch_size", "memory_gb")}
+    # The settings left out change memory and time, not numbers.
+    free = ("batch_size", "memory_gb", "devices")
+    attribution = {k: v for k, v in asdict(cfg.attribution).items() if k not in free}
     attribution["labels"] = [study_digest(str(folder)) for folder in label_folders(cfg)]
     task = {"task.figure": cfg.task.figure, "seed": cfg.seed}
     return plain(model_origin(cfg) | transcoder_origin(cfg, overrides) | flat("attribution", attribution) | task)

@@ -8,11 +8,11 @@ from PIL import Image
 
 import vlmscope
 from vlmscope.analyses.edits import Fixed
-from vlmscope.circuits.cases import ask, concept_cases, pair_cases, subject_of_pairs
+from vlmscope.circuits.cases import ask, concept_cases, matrix_cases, pair_cases, subject_of_pairs
 from vlmscope.circuits.config import CircuitConfig, QuestionConfig
 from vlmscope.core.errors import UserError
 from vlmscope.data.inputs import Pair, Side
-from vlmscope.data.orrery.dataset import make_scene
+from vlmscope.data.orrery.dataset import concept_scenes, make_scene, pictures
 from vlmscope.interventions.run import whole_answers
 from vlmscope.interventions.trials import Setting, Trial, run_trials
 
@@ -59,6 +59,27 @@ def check_outcomes(scope: Any, cases: Any) -> None:
     setting = Setting(mode="generate", matched=0, new_tokens=1)
     table = run_trials(scope, [Trial("none", Fixed({}), [each], [setting]) for each in (cases, swapped)])
     assert not table.changed.any() and table.hit.tolist() == [False] * len(cases.ids) + [True] * len(cases.ids)
+
+
+def test_concepts_are_asked_what_they_have_answers_of_and_wrong_answers_are_cases(
+    scope: Any, hands: Any, caplog
+) -> None:
+    mars = [Image.fromarray(picture) for picture in pictures(concept_scenes("mars", "test", 2))]
+    shown = hands | {"mars": mars, "earth": mars}  # so that the earth is called mars
+    asked = {"planet": "what planet is this ?", "fingers": "how many fingers are there ?"}
+    named = {"planet": ("mars", "earth"), "fingers": ANSWERS}
+    questions = {name: QuestionConfig(asked[name], {word: word for word in named[name]}) for name in asked}
+    config = CircuitConfig([*shown], questions)
+    sets, accuracy = matrix_cases(scope, config, lambda concept, _, n: shown[concept][:n], 2, {"free"})
+    right = {f"base/fingers/{word}/accuracy": 1.0 for word in ANSWERS}
+    assert accuracy == right | {"base/planet/mars/accuracy": 1.0, "base/planet/earth/accuracy": 0.0}
+    cells = [(cases.question, *cases.tags.values()) for cases in sets["test"]]
+    assert cells == [("planet", "mars", "earth"), ("fingers", "three", "five"), ("fingers", "five", "three")]
+    (wrong,) = sets["wrong"]
+    assert (wrong.tags, wrong.ids) == ({"recipient": "mars", "donor": "earth"}, ("earth 0", "earth 1"))
+    decoded = [scope.vlm.tokenizer.decode([token]) for token in (wrong.answer[0], wrong.target[0])]
+    assert decoded == ["mars", "earth"]
+    assert "left out: none of the 2 pictures of earth is answered 'earth'" in caplog.text
 
 
 def test_cases_of_concepts_and_of_pairs_count_whole_answers(scope: Any, hands: Any) -> None:

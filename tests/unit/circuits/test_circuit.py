@@ -273,6 +273,10 @@ QUESTION = QuestionConfig("what colour ?", {"neptune": "blue", "earth": "blue"})
         (lambda _: CircuitConfig(["mars", "mars"], {}), "needs two different concepts"),
         (lambda _: CircuitConfig(["mars", "earth"], {"colour": QUESTION}), "questions.colour.answers lacks mars"),
         (
+            lambda _: CircuitConfig(["neptune", "earth", "hand"], {"colour": QUESTION}),
+            "no question has an answer of hand",
+        ),
+        (
             lambda _: CircuitConfig(["neptune", "earth"], {"colour": QUESTION}),
             "both 'blue' to .*leave the question",
         ),

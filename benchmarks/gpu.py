@@ -60,6 +60,7 @@ from vlmscope.models.tiny import FAMILIES, tiny_vlm
 from vlmscope.replacement import build_replacement
 from vlmscope.scope import Scope
 from vlmscope.tasks import plan
+from vlmscope.tasks.settings import PlanSettings
 from vlmscope.training.config import TranscoderArchConfig
 from vlmscope.transcoders.formats import load_set, save_set
 from vlmscope.transcoders.transcoder import random_set
@@ -240,7 +241,7 @@ def graph(bench: Bench) -> Iterator[Row]:
     expansion = widths[0] // adapter.d_model
     config = AttributionConfig(max_nodes=bench.sizes.max_nodes)
     with patch.dict(plan.MACHINES, this=bench.machine):
-        task = plan.Config(device="this")
+        task = PlanSettings(device="this")
         cfg = cast(Any, SimpleNamespace(attribution=config, model=SimpleNamespace(dtype="bfloat16"), task=task))
         kind = TranscoderArchConfig(expansion, bench.sizes.k)
         found = plan.plan_graph(cfg, adapter, len(inputs), n_soft, widths, kind)

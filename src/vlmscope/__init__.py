@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 from vlmscope.core import __version__
 
 if TYPE_CHECKING:
-    from vlmscope.api import aggregate, compare, load, open_study, patch, steer, study, study_data, trace, where
+    from vlmscope.api import compare, load, open_study, patch, steer, study, study_data, trace, where
 
 __all__ = [
-    "__version__", "aggregate", "compare", "load", "open_study", "patch", "steer", "study", "study_data", "trace",
+    "__version__", "compare", "load", "open_study", "patch", "steer", "study", "study_data", "trace",
     "where",
 ]  # fmt: skip
 

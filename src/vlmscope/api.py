@@ -31,29 +31,52 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+import pandas as pd
 from PIL import Image
 
-from vlmscope.analyses.edits import EditResult, Fixed, modes_of, run_edit
-from vlmscope.attention import WhereMaps
+from vlmscope.analyses.edits import EditResult, Fixed, run_edit
+from vlmscope.attention import WhereMaps, where_maps
+from vlmscope.attribution.compare import compare as compare_graphs
+from vlmscope.attribution.compare import graph_file
 from vlmscope.attribution.config import AttributionConfig, WhereConfig
-from vlmscope.attribution.trace import Trace
+from vlmscope.attribution.export import load_graph, node_id, save_graph, write_graph_json
+from vlmscope.attribution.influence import RankedFeature, ranked_features
+from vlmscope.attribution.trace import Trace, target_maps, with_heads, write_target_maps
+from vlmscope.attribution.trace import trace as trace_prompt
+from vlmscope.circuits.config import modes_of
+from vlmscope.circuits.operations import Carry
+from vlmscope.config.catalog import option, options
+from vlmscope.config.resolve import suggestion
+from vlmscope.config.wiring import must_stream
 from vlmscope.core.errors import UserError, check_choice
+from vlmscope.core.graph import GraphComparison, NodeKind, PrunedGraph
+from vlmscope.core.maps import PictureMap
 from vlmscope.core.records import FeatureId
 from vlmscope.core.results import MODES, FeatureExample, html_table, text_table
+from vlmscope.data.config import SourceConfig
+from vlmscope.data.images import for_figures, png_bytes
 from vlmscope.features.config import StudyConfig
+from vlmscope.features.labels import scope_labels
+from vlmscope.features.readouts import image_features
+from vlmscope.features.shipped import shipped_study
+from vlmscope.features.study import CaptionedPrompt, study_alone, top_examples
+from vlmscope.features.study_files import StudyFolder
+from vlmscope.interventions.edits import by_layer, steer_plan
+from vlmscope.models.base import stack_of
+from vlmscope.models.loading import load_named
+from vlmscope.report.graph_figure import attribution_graph
+from vlmscope.report.pictures import FeatureRow, feature_maps, feature_sheet
 from vlmscope.scope import Pictures, Scope, opened, picture_list
+from vlmscope.training.evaluation import check_hooks, warn_if_strange, warn_on_load
+from vlmscope.transcoders.formats import Choice, load_set, open_set
+from vlmscope.transcoders.hub import set_folder
+from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.viewer.export import export_graph
 
 if TYPE_CHECKING:
     import networkx as nx
-    import pandas as pd
 
-    from vlmscope.attribution.influence import RankedFeature
-    from vlmscope.core.graph import AggregateGraph, GraphComparison, PrunedGraph
-    from vlmscope.core.maps import PictureMap
-    from vlmscope.features.study_files import StudyFolder
-    from vlmscope.transcoders.transcoder import TranscoderSet
-
-Graph: TypeAlias = "Trace | PrunedGraph | str | Path"  # a path is a run folder or a graph.safetensors
+Graph: TypeAlias = Trace | PrunedGraph | str | Path  # a path is a run folder or a graph.safetensors
 Feature: TypeAlias = str | FeatureId  # "L3/1242"
 _WITH_EXAMPLES = 12  # features with examples in the page that `show` makes; each takes a tenth of a second
 T = TypeVar("T")
@@ -82,8 +105,6 @@ def _default(item: Any) -> Any:
 
 def _settings(config: type[T], given: Mapping[str, Any]) -> T:
     """An instance of `config`; a name that it does not have is refused as on the command line."""
-    from vlmscope.config.resolve import suggestion
-
     known = [item.name for item in fields(config)]  # pyright: ignore[reportArgumentType]
     for name in given:
         if name not in known:
@@ -110,9 +131,6 @@ def _named(group: str, name: str | Path | None) -> dict[str, Any]:
     Raises:
         UserError: it is none of these.
     """
-    from vlmscope.config.catalog import option, options
-    from vlmscope.config.resolve import suggestion
-
     text = str(name or "orrery2")
     found = option(group, text)
     if not found and "/" not in text and not Path(text).exists():
@@ -142,15 +160,6 @@ def load(
     Raises:
         UserError: a folder is no model or set, a hub id is not pinned or cannot be fetched, or the set does not fit.
     """
-    from vlmscope.config.catalog import option
-    from vlmscope.config.wiring import must_stream
-    from vlmscope.features.shipped import shipped_study
-    from vlmscope.models.base import stack_of
-    from vlmscope.models.loading import load_named
-    from vlmscope.training.evaluation import check_hooks, warn_on_load
-    from vlmscope.transcoders.formats import Choice, load_set, open_set
-    from vlmscope.transcoders.hub import set_folder
-
     named = _named("model", model)
     vlm = load_named(named["path"], named.get("hub"), revision or named.get("revision"), dtype, device, offload)
     if transcoders is None and option("transcoder", str(model)):  # orrery: those of its name
@@ -197,17 +206,10 @@ class TraceResult(Trace):
 
     def top_features(self, count: int = 10) -> list[RankedFeature]:
         """The features with most influence on the most probable answer: id, label, influence, position, place."""
-        from vlmscope.attribution.influence import ranked_features
-
         return ranked_features(self.graph, count, self.labels)
 
     def to_frame(self) -> pd.DataFrame:
         """The nodes that pruning kept, a row each, those with most influence first."""
-        import pandas as pd
-
-        from vlmscope.attribution.export import node_id
-        from vlmscope.core.graph import NodeKind
-
         graph, nodes, rows = self.graph, self.graph.nodes, []
         for node in self.pruned.node_mask.nonzero()[0].tolist():
             kind, position = NodeKind(int(nodes.kind[node])), int(nodes.position[node])
@@ -229,9 +231,6 @@ class TraceResult(Trace):
 
     def plot(self, path: str | Path | None = None) -> Image.Image:
         """A picture of the pruned graph, which a notebook shows; written to `path` (.png) too if given."""
-        from vlmscope.data.images import for_figures
-        from vlmscope.report.graph_figure import attribution_graph
-
         shown = for_figures(self.pictures)
         return _picture(lambda file: attribution_graph(self.pruned, file, shown, labels=self.labels), path)
 
@@ -240,8 +239,6 @@ class TraceResult(Trace):
 
         The page is `graph.html` of a temporary folder, which is printed; `save` keeps the graph.
         """
-        from vlmscope.viewer.export import export_graph
-
         page, _ = export_graph(self.save(mkdtemp(prefix="vlmscope-")), most=_WITH_EXAMPLES)
         print(page)
         display = getattr(builtins, "display", None)  # IPython adds it
@@ -253,8 +250,6 @@ class TraceResult(Trace):
     def to_networkx(self) -> nx.DiGraph:
         """The pruned graph: nodes with the columns of `to_frame`, edges with their `weight`, from source to target."""
         import networkx as nx
-
-        from vlmscope.attribution.export import node_id
 
         graph, network = self.graph, nx.DiGraph(prompt=self.graph.prompt)
         for row in self.to_frame().to_dict("records"):
@@ -268,9 +263,6 @@ class TraceResult(Trace):
 
     def save(self, folder: str | Path) -> Path:
         """Write graph.json, graph.safetensors, figures/graph.png and, if there are maps, patches.safetensors."""
-        from vlmscope.attribution.export import save_graph, write_graph_json
-        from vlmscope.attribution.trace import write_target_maps
-
         folder = Path(folder)
         save_graph(folder / "graph.safetensors", self.pruned)
         extra = None
@@ -299,11 +291,6 @@ def trace(scope: Scope, prompt: str, images: Pictures = (), **settings: Any) -> 
     Raises:
         UserError: a setting that does not exist, or that does not fit the model or the prompt.
     """
-    from vlmscope.attribution.trace import target_maps, with_heads
-    from vlmscope.attribution.trace import trace as run
-    from vlmscope.features.labels import scope_labels
-    from vlmscope.training.evaluation import warn_if_strange
-
     config = _settings(AttributionConfig, settings)
     pictures = tuple(map(opened, picture_list(images)))
     if config.patches and not pictures:
@@ -311,7 +298,7 @@ def trace(scope: Scope, prompt: str, images: Pictures = (), **settings: Any) -> 
     labels = scope_labels(scope, config.labels, config.tower_labels)
     inputs = scope.inputs(prompt, pictures)
     warn_if_strange(scope, [inputs.tensors])
-    traced = with_heads(scope, run(scope, inputs, config), config)
+    traced = with_heads(scope, trace_prompt(scope, inputs, config), config)
     maps = tuple(target_maps(scope.vlm, traced, config)) if config.patches else ()
     return TraceResult(**vars(traced), labels=labels, pictures=pictures, maps=maps, settings=config)
 
@@ -324,29 +311,10 @@ def compare(
     Raises:
         UserError: a file that is no graph, graphs of different models, or an unknown rule.
     """
-    from vlmscope.attribution.compare import compare as run
-
-    return run(_graph(first), _graph(second), names, match)
-
-
-def aggregate(
-    graphs: Sequence[Graph], names: Sequence[str] | None = None, match: str = "role", min_present: float = 0.0
-) -> AggregateGraph:
-    """The mean of many graphs of one model, and how often each node and edge is kept; files are read one at a time.
-
-    Raises:
-        UserError: no graphs, a file that is none, graphs of different models, or a setting that makes no sense.
-    """
-    from vlmscope.attribution.compare import aggregate as run
-
-    loaded = [graph if isinstance(graph, str | Path) else _graph(graph) for graph in graphs]
-    return run(loaded, names, match, min_present)
+    return compare_graphs(_graph(first), _graph(second), names, match)
 
 
 def _graph(graph: Graph) -> PrunedGraph:
-    from vlmscope.attribution.compare import graph_file
-    from vlmscope.attribution.export import load_graph
-
     if isinstance(graph, str | Path):
         return load_graph(graph_file(graph))
     return graph.pruned if isinstance(graph, Trace) else graph
@@ -376,9 +344,6 @@ def steer(
     Raises:
         UserError: an id that cannot be read, or a feature, position or mode that does not exist.
     """
-    from vlmscope.interventions.edits import steer_plan
-    from vlmscope.training.evaluation import warn_if_strange
-
     runs = _runs(mode, controls, max_new_tokens, seed)
     inputs = scope.inputs(prompt, images)
     warn_if_strange(scope, [inputs.tensors])
@@ -410,10 +375,6 @@ def patch(
     Raises:
         UserError: as `steer`, or the two prompts do not align.
     """
-    from vlmscope.circuits.operations import Carry
-    from vlmscope.interventions.edits import by_layer
-    from vlmscope.training.evaluation import warn_if_strange
-
     runs = _runs(mode, controls, max_new_tokens, seed)
     donor_prompt = prompt if donor_prompt is None else donor_prompt
     inputs, donor = scope.inputs(prompt, images), scope.inputs(donor_prompt, donor_images)
@@ -443,16 +404,11 @@ class WhereResult(WhereMaps):
 
     def plot(self, path: str | Path | None = None) -> Image.Image:
         """A row per feature and picture, each map as heat over the picture; written to `path` (.png) too if given."""
-        from vlmscope.data.images import for_figures
-        from vlmscope.report.pictures import feature_maps
-
         named, shown = {str(feature): maps for feature, maps in self.maps.items()}, for_figures(self.pictures)
         return _picture(lambda file: feature_maps(named, shown, file), path)
 
     def to_frame(self) -> pd.DataFrame:
         """A row per feature, picture, kind of map and patch: its box, as fractions of the picture, and its value."""
-        import pandas as pd
-
         rows = [
             {"feature": str(feature), "picture": number, "kind": kind, **box._asdict(), "value": float(value)}
             for feature, kinds in self.maps.items()
@@ -495,10 +451,6 @@ def where(
     Raises:
         UserError: the model or the prompt has no picture, or a feature is not active on it.
     """
-    from vlmscope.attention import where_maps
-    from vlmscope.features.readouts import image_features
-    from vlmscope.training.evaluation import warn_if_strange
-
     pictures = tuple(map(opened, picture_list(images)))
     if not pictures:
         raise UserError("there is no picture to look at; give images=[path or PIL image]")
@@ -523,15 +475,11 @@ class StudyResult(dict[str, tuple[FeatureExample, ...]]):
 
     def plot(self, path: str | Path | None = None, columns: int = 6) -> Image.Image:
         """A row per feature: its pictures with where it fires; written to `path` (.png) too if given."""
-        from vlmscope.report.pictures import FeatureRow, feature_sheet
-
         rows = [FeatureRow(name, self.labels.get(name, ""), found) for name, found in self.items()]
         return _picture(lambda file: feature_sheet(rows, file, columns=columns), path)
 
     def to_frame(self) -> pd.DataFrame:
         """A row per feature and example: its rank, activation and caption."""
-        import pandas as pd
-
         rows = [
             {"feature": name, "rank": rank, "activation": example.activation, "caption": example.caption}
             for name, found in self.items()
@@ -555,11 +503,6 @@ def study(scope: Scope, prompt: str, images: Pictures, features: Sequence[Featur
 
     `.plot()` draws them as heat over each picture. For all features and much data: `study_data`.
     """
-    from vlmscope.data.images import png_bytes
-    from vlmscope.features.labels import scope_labels
-    from vlmscope.features.study import CaptionedPrompt, top_examples
-    from vlmscope.training.evaluation import warn_if_strange
-
     given = picture_list(images)
     names = [str(image) if isinstance(image, str | Path) else f"picture {n}" for n, image in enumerate(given)]
     items = [
@@ -582,9 +525,6 @@ def study_data(scope: Scope, data: str | Path | Mapping[str, Any], folder: str |
     Raises:
         UserError: the data are missing or mostly unusable, or the folder belongs to another study.
     """
-    from vlmscope.data.config import SourceConfig
-    from vlmscope.features.study import study_alone
-
     config = _settings(StudyConfig, settings)
     folder_source: dict[str, Any] = {"folder": {"kind": "folder", "path": str(data)}}
     split: dict[str, Any] = {} if config.split is None else {"split": config.split}
@@ -595,6 +535,4 @@ def study_data(scope: Scope, data: str | Path | Mapping[str, Any], folder: str |
 
 def open_study(folder: str | Path) -> StudyFolder:
     """A finished study: `open_study(folder).feature(FeatureId(6, 512))`."""
-    from vlmscope.features.study_files import StudyFolder
-
     return StudyFolder(folder)

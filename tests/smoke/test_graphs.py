@@ -1,4 +1,4 @@
-"""Many rows, comparisons and aggregates from the command line, on Orrery."""
+"""Many rows and comparisons from the command line, on Orrery."""
 
 import json
 from collections.abc import Callable
@@ -126,23 +126,3 @@ def test_two_runs_are_compared(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert read(tmp_path / "metrics.json")["compare/nodes_both"] == (kept_by == "both").sum() > 10
     for name in ("difference", "shares"):
         assert Image.open(tmp_path / "figures" / f"{name}.png").width > 900
-
-
-def test_a_question_as_text_and_as_picture_is_compared_on_the_spot(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["task=compare", f"image={pictures / 'mars_0.png'}", "prompt=what colour is this planet ?"]
-    more = ["task.second_prompt=what colour is mars ?", "task.second_image=[]", "task.names=[picture,text]"]
-    assert main([*command, *more, f"hydra.run.dir={tmp_path}", *QUICK]) == 0
-    assert "nodes matched by role" in capsys.readouterr().out
-    graphs = [load_graph(tmp_path / name / "graph.safetensors").graph for name in ("first", "second")]
-    assert [graph.prompt for graph in graphs] == ["what colour is this planet ?", "what colour is mars ?"]
-    assert (tmp_path / "first" / "graph.json").is_file()
-
-
-def test_a_run_of_rows_is_aggregated(run: Path, tmp_path: Path) -> None:
-    assert main(["task=compare", f"task.runs=[{run}]", f"hydra.run.dir={tmp_path}", "tracking=none"]) == 0
-    nodes = pd.read_csv(tmp_path / "nodes.csv")
-    assert set(nodes.graphs) == {5}
-    assert read(tmp_path / "metrics.json")["aggregate/nodes_in_all"] == (nodes.kept_in == 5).sum() > 0
-    assert (tmp_path / "figures" / "aggregate.png").is_file()

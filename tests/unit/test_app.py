@@ -19,11 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 DUMMY = '''"""A task for tests."""
 from dataclasses import dataclass
 from vlmscope.core.errors import UserError
+from vlmscope.tasks.settings import Settings
 
-MEMORY = "task.many"
 
 @dataclass
-class Config:
+class Config(Settings):
+    memory = "task.many"
     mode: str = "ok"
 
 def run(cfg, context):
@@ -50,6 +51,8 @@ import sys
 import vlmscope.tasks
 vlmscope.tasks.__path__.append(sys.argv.pop(1))
 from vlmscope.app import main
+from vlmscope.tasks import dummy, settings
+settings.TASKS["dummy"] = dummy.Config
 sys.exit(main())
 """
 

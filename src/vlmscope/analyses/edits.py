@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from vlmscope.core.errors import UserError, check_choice, check_least
+from vlmscope.circuits.config import EditConfig
+from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
-from vlmscope.core.results import MODES, html_table, text_table
+from vlmscope.core.results import html_table, text_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,39 +27,6 @@ if TYPE_CHECKING:
 
 TOP = 5  # next tokens that are shown
 SAYS = {"matched": "other features", "random_direction": "a random direction"}  # how controls are named
-
-
-@dataclass
-class EditConfig:
-    """Keys of both tasks.
-
-    `from_graph` takes features from a trace instead of naming them: its graph.safetensors or its run folder; the `top`
-    most influential ones on its most probable answer. `circuit` takes those of a saved circuit (`/run/circuits/name`),
-    or of some of its `supernodes`, at their positions. `mode` is free, frozen_attention, direct or all. `controls` says
-    how often each control is drawn (0: none), `new_tokens` how long answers may be.
-    """
-
-    from_graph: str | None = None
-    circuit: str | None = None
-    supernodes: list[str] = field(default_factory=list)
-    top: int = 20
-    mode: str = "free"
-    controls: int = 5
-    new_tokens: int = 24
-
-    def __post_init__(self) -> None:
-        check_choice("task.mode", self.mode, (*MODES, "all"))
-        check_least("task", self, top=1, controls=0, new_tokens=1)
-
-    @property
-    def runs(self) -> dict[str, Any]:
-        """Arguments of `run_edit`."""
-        return {"modes": modes_of(self.mode), "controls": self.controls, "new_tokens": self.new_tokens}
-
-
-def modes_of(mode: str) -> tuple[str, ...]:
-    """The modes to run, the strongest last; "all" means all three."""
-    return MODES if mode == "all" else (mode,)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Comparison of two graphs of one model, and the mean of many (docs/graphs.md).
+"""Comparison of two graphs of one model (docs/graphs.md).
 
 Nodes of two graphs are the same node by these rules:
 
@@ -26,7 +26,7 @@ Legend: N nodes of a graph, M matched nodes, E matched edges.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vlmscope.attribution.export import GRAPH_FILE, load_graph
+from vlmscope.attribution.export import GRAPH_FILE
 from vlmscope.attribution.influence import (
     absolute_rows,
     counted,
@@ -48,7 +48,6 @@ from vlmscope.core.artifacts import write_text
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import (
     ENDS,
-    AggregateGraph,
     AttributionGraph,
     GraphComparison,
     MatchedNodes,
@@ -145,29 +144,13 @@ class Layout:
     columns: list[str]
     column_is_image: np.ndarray
 
-    def common(self, first: AttributionGraph, names: Sequence[str], prompts: Sequence[str]) -> dict[str, Any]:
-        """The fields that comparisons and aggregates share."""
-        return {
-            "nodes": self.nodes,
-            "columns": self.columns,
-            "column_is_image": self.column_is_image,
-            "sources": (self.edges & ((1 << _SHIFT) - 1)).astype(np.int32),
-            "targets": (self.edges >> _SHIFT).astype(np.int32),
-            "match": self.match,
-            "n_layers": first.n_layers,
-            "model": str(first.meta.get("model", "")),
-            "names": list(names),
-            "prompts": list(prompts),
-        }
 
+def unite(graphs: Iterable[PrunedGraph], match: str) -> Layout:
+    """The nodes and edges that some graph keeps, sources before targets.
 
-def unite(graphs: Iterable[PrunedGraph], match: str, least: int = 1) -> Layout:
-    """The nodes and edges that at least `least` graphs keep, sources before targets; an edge needs both ends.
-
-    Graphs are read one after another. A soft token or an end has the column and the label of the first that keeps it.
+    A soft token or an end has the column and the label of the first that keeps it.
     """
-    union, counts = pd.DataFrame(), np.empty(0, np.int64)
-    edges = pd.Series(dtype=np.int64)  # edge -> in how many graphs
+    union, edges = pd.DataFrame(), np.empty(0, np.int64)
     texts: dict[int | str, dict[str, None]] = {}  # the tokens at each place
     image: dict[int | str, bool] = {}  # whether only soft tokens are there
     for pruned in graphs:
@@ -180,21 +163,16 @@ def unite(graphs: Iterable[PrunedGraph], match: str, least: int = 1) -> Layout:
         kept = frame[mask].assign(label=[_label(graph, node) for node in np.flatnonzero(mask).tolist()])
         union = pd.concat([union, kept]).drop_duplicates(KEY, ignore_index=True)
         number = numbers_of(frame, union)
-        counts = np.pad(counts, (0, len(union) - len(counts)))
-        counts[np.unique(number[mask])] += 1  # several nodes of a graph may share a number
         kept_edges = np.flatnonzero(pruned.edge_mask)
-        new = np.unique(number[graph.targets_of(kept_edges)] << _SHIFT | number[graph.indices[kept_edges]])
-        edges = edges.add(pd.Series(1, new), fill_value=0)
+        edges = np.union1d(edges, number[graph.targets_of(kept_edges)] << _SHIFT | number[graph.indices[kept_edges]])
     order = sorted(texts) if match in ("position", "from_end") else list(texts)  # pyright: ignore[reportArgumentType]
     rank = {kind: number for number, kind in enumerate(_ORDER)}
     column = union.column.map({place: number for number, place in enumerate(order)}).fillna(-1).astype(np.int32)
     union = union.assign(column=column, rank=union.kind.map(rank))
-    chosen = union[counts >= least].sort_values(["layer", "rank", "column", "token", "image", "top", "left", "name"])
-    renamed = np.full(len(union), -1, np.int64)
+    chosen = union.sort_values(["layer", "rank", "column", "token", "image", "top", "left", "name"])
+    renamed = np.empty(len(union), np.int64)
     renamed[chosen.index] = np.arange(len(chosen))
-    frequent = edges.index.to_numpy(np.int64)[edges.to_numpy() >= least]
-    targets, sources = renamed[frequent >> _SHIFT], renamed[frequent & ((1 << _SHIFT) - 1)]
-    inside = (targets >= 0) & (sources >= 0)
+    targets, sources = renamed[edges >> _SHIFT], renamed[edges & ((1 << _SHIFT) - 1)]
     nodes = MatchedNodes(
         chosen.kind.to_numpy(np.int8),
         chosen.layer.to_numpy(np.int16),
@@ -205,7 +183,7 @@ def unite(graphs: Iterable[PrunedGraph], match: str, least: int = 1) -> Layout:
         chosen.label.tolist(),
     )
     columns = [place if isinstance(place, str) else " | ".join(texts[place]) for place in order]
-    united = np.sort(targets[inside] << _SHIFT | sources[inside])
+    united = np.sort(targets << _SHIFT | sources)
     frame = chosen[KEY].reset_index(drop=True)
     return Layout(match, frame, united, nodes, columns, np.array([image[place] for place in order]))
 
@@ -293,59 +271,18 @@ def compare(
     layout = unite((first, second), choose_match(match, graphs))
     parts = project(first, layout), project(second, layout)
     both: dict[str, Any] = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-    return GraphComparison(**layout.common(first.graph, names, [graph.prompt for graph in graphs]), **both)
-
-
-def aggregate(
-    graphs: Sequence[PrunedGraph | str | Path],
-    names: Sequence[str] | None = None,
-    match: str = "role",
-    min_present: float = 0.0,
-    each: Callable[[Iterator[PrunedGraph]], Iterator[PrunedGraph]] = iter,
-) -> AggregateGraph:
-    """Mean of many graphs, files or run folders.
-
-    Graphs are read twice, one at a time, so that memory holds one and the result. What pruning kept in a smaller share
-    of the graphs than `min_present` is left out. `each` wraps each of the two passes, for a progress bar; match=auto
-    depends on the first two graphs.
-    """
-    if not graphs:
-        raise UserError("no graphs to aggregate; give the folders of task=trace runs")
-    if not 0.0 <= min_present <= 1.0:
-        raise UserError(f"min_present={min_present}: it is a share of the graphs; choose a number between 0 and 1")
-
-    def loaded(graph: PrunedGraph | str | Path) -> PrunedGraph:
-        return graph if isinstance(graph, PrunedGraph) else load_graph(graph_file(graph))
-
-    if names is None:
-        numbered = enumerate(graphs, 1)
-        names = [f"graph {n}" if isinstance(g, PrunedGraph) else graph_file(g).parent.name for n, g in numbered]
-    head, prompts = [loaded(graph) for graph in graphs[:2]], []
-
-    def checked() -> Iterator[PrunedGraph]:
-        for pruned, name in zip(each(map(loaded, graphs)), names, strict=True):
-            _check_alike(head[0], pruned, (names[0], name))
-            prompts.append(pruned.graph.prompt)
-            yield pruned
-
-    # 0.07 * 100 is a little above 7 in floating point.
-    least = max(1, int(np.ceil(min_present * len(graphs) - 1e-9)))
-    layout = unite(checked(), choose_match(match, [pruned.graph for pruned in head]), least)
-    sums: dict[str, Any] = {}
-    for pruned in each(map(loaded, graphs)):
-        part = project(pruned, layout)
-        part |= {"activation": np.nan_to_num(part["activation"]), "absolute": np.abs(part["weights"])}
-        sums = {name: values + sums.get(name, 0) for name, values in part.items()}
-    return AggregateGraph(
-        **layout.common(head[0].graph, names, prompts),
-        share=sums["share"] / len(graphs),
-        count=sums["kept"],
-        present=sums["present"],
-        activation=sums["activation"] / np.maximum(sums["present"], 1),
-        weight=sums["weights"] / len(graphs),
-        absolute=sums["absolute"] / len(graphs),
-        edge_share=sums["edge_share"] / len(graphs),
-        edge_count=sums["edge_kept"],
+    return GraphComparison(
+        nodes=layout.nodes,
+        columns=layout.columns,
+        column_is_image=layout.column_is_image,
+        sources=(layout.edges & ((1 << _SHIFT) - 1)).astype(np.int32),
+        targets=(layout.edges >> _SHIFT).astype(np.int32),
+        match=layout.match,
+        n_layers=first.graph.n_layers,
+        model=str(first.graph.meta.get("model", "")),
+        names=list(names),
+        prompts=[graph.prompt for graph in graphs],
+        **both,
     )
 
 
@@ -364,10 +301,8 @@ def kept_by(merged: GraphComparison, kept: np.ndarray) -> np.ndarray:
     return np.select([kept.all(0), kept[0], kept[1]], ["both", *merged.names], "neither")
 
 
-def write_tables(
-    folder: str | Path, merged: GraphComparison | AggregateGraph, labels: Mapping[FeatureId, str] | None = None
-) -> None:
-    """Write `nodes.csv` and `edges.csv`, the largest difference (of a comparison) or share (of a mean) first.
+def write_tables(folder: str | Path, merged: GraphComparison, labels: Mapping[FeatureId, str] | None = None) -> None:
+    """Write `nodes.csv` and `edges.csv`, the largest difference first.
 
     With `labels` nodes have a last column `label`.
     """
@@ -380,21 +315,14 @@ def write_tables(
         for end, numbers in (("source", merged.sources), ("target", merged.targets))
         for what, values in (("", names), ("_where", where))
     }
-    if isinstance(merged, GraphComparison):
-        share, edge_share = merged.share[0] - merged.share[1], merged.edge_share[0] - merged.edge_share[1]
-        nodes |= {"share_first": merged.share[0], "share_second": merged.share[1], "share_difference": share}
-        nodes |= {"activation_first": merged.activation[0], "activation_second": merged.activation[1]}
-        nodes["kept_by"] = kept_by(merged, merged.kept)
-        edges |= {"weight_first": merged.weights[0], "weight_second": merged.weights[1]}
-        edges |= {"difference": merged.difference}
-        edges |= {"share_first": merged.edge_share[0], "share_second": merged.edge_share[1]}
-        edges["kept_by"] = kept_by(merged, merged.edge_kept)
-    else:
-        share, edge_share, count = merged.share, merged.edge_share, merged.n_graphs
-        nodes |= {"mean_share": share, "kept_in": merged.count, "present_in": merged.present, "graphs": count}
-        nodes |= {"mean_activation": merged.activation}
-        edges |= {"mean_weight": merged.weight, "mean_absolute": merged.absolute, "mean_share": edge_share}
-        edges |= {"kept_in": merged.edge_count, "graphs": count}
+    share, edge_share = merged.share[0] - merged.share[1], merged.edge_share[0] - merged.edge_share[1]
+    nodes |= {"share_first": merged.share[0], "share_second": merged.share[1], "share_difference": share}
+    nodes |= {"activation_first": merged.activation[0], "activation_second": merged.activation[1]}
+    nodes["kept_by"] = kept_by(merged, merged.kept)
+    edges |= {"weight_first": merged.weights[0], "weight_second": merged.weights[1]}
+    edges |= {"difference": merged.difference}
+    edges |= {"share_first": merged.edge_share[0], "share_second": merged.edge_share[1]}
+    edges["kept_by"] = kept_by(merged, merged.edge_kept)
     if labels:
         ids = map(FeatureId, table.layer.tolist(), table.index.tolist())
         is_feature = table.kind == NodeKind.FEATURE

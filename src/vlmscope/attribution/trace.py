@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from vlmscope.attribution.adjoint import Adjoint, SourceVectors, target_readers
-from vlmscope.attribution.compare import GRAPH_FILE, graph_file
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.edges import RowStore, assemble, select_rows, target_chunk
 from vlmscope.attribution.heads import ScoreParts, carriers, edge_heads, find_place, query_keys, score_parts
@@ -27,8 +26,6 @@ from vlmscope.attribution.memory import MemoryPlan, plan_memory
 from vlmscope.attribution.targets import Targets, ask, choose_logits, choose_targets
 from vlmscope.attribution.vision import save_maps, vision_path
 from vlmscope.attribution.workers import Workers
-from vlmscope.core.artifacts import parse_json, text_lines
-from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
 from vlmscope.core.maps import PictureMap
 from vlmscope.core.results import html_table, text_table
@@ -298,22 +295,6 @@ def spread_in_words(found: Mapping[str, float]) -> str:
 
 
 INDEX = "graphs.jsonl"  # in the folder of a run of many traces, one line per graph
-
-
-def graph_files(runs: Sequence[str]) -> list[Path]:
-    """The graph files of runs; those of a run of many traces in the order of its index."""
-    files: list[Path] = []
-    for run in map(Path, runs):
-        index = run / INDEX
-        if not index.is_file():
-            files.append(graph_file(run))
-            continue
-        try:
-            folders = [run / parse_json(line)["folder"] for _, line in text_lines(index)]
-        except (UserError, KeyError, TypeError) as error:
-            raise UserError(f"{index} is incomplete; finish that run with trainer.resume=true") from error
-        files += [graph_file(folder / GRAPH_FILE) for folder in folders]
-    return files
 
 
 def target_maps(vlm: VLM, traced: Trace, settings: AttributionConfig) -> list[PictureMap]:

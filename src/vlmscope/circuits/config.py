@@ -10,6 +10,7 @@ from typing import Any
 
 from vlmscope.core.errors import UserError, check_choice, check_least
 from vlmscope.core.records import ANSWER, ROLES, FeatureId, PatchBox, Positions
+from vlmscope.core.results import MODES
 from vlmscope.data.orrery.scenes import with_facts
 
 OPERATIONS = ("exchange", "carry", "toward", "shift", "ablate", "level")
@@ -445,3 +446,36 @@ class DiscoveryConfig:
                 check_choice(f"discovery.{key}", value, known)
         check_least("discovery", self, graphs=1, steps=1, edge_nodes=1, edge_pairs=0, draws=1, minimality=0)
         check_least("discovery", self, resamples=2)
+
+
+@dataclass
+class EditConfig:
+    """Keys of both tasks.
+
+    `from_graph` takes features from a trace instead of naming them: its graph.safetensors or its run folder; the `top`
+    most influential ones on its most probable answer. `circuit` takes those of a saved circuit (`/run/circuits/name`),
+    or of some of its `supernodes`, at their positions. `mode` is free, frozen_attention, direct or all. `controls` says
+    how often each control is drawn (0: none), `new_tokens` how long answers may be.
+    """
+
+    from_graph: str | None = None
+    circuit: str | None = None
+    supernodes: list[str] = field(default_factory=list)
+    top: int = 20
+    mode: str = "free"
+    controls: int = 5
+    new_tokens: int = 24
+
+    def __post_init__(self) -> None:
+        check_choice("task.mode", self.mode, (*MODES, "all"))
+        check_least("task", self, top=1, controls=0, new_tokens=1)
+
+    @property
+    def runs(self) -> dict[str, Any]:
+        """Arguments of `run_edit`."""
+        return {"modes": modes_of(self.mode), "controls": self.controls, "new_tokens": self.new_tokens}
+
+
+def modes_of(mode: str) -> tuple[str, ...]:
+    """The modes to run, the strongest last; "all" means all three."""
+    return MODES if mode == "all" else (mode,)

@@ -382,7 +382,7 @@ def _refuse_unknown_choice(cfg: DictConfig) -> None:
             raise UserError(f"no {group} named {cfg[group]!r}; {suggestion(cfg[group], options(group))}")
 
 
-_TEXTS = ("prompt", "query", "task.donor_prompt", "task.second_prompt") + tuple(
+_TEXTS = ("prompt", "query", "task.donor_prompt") + tuple(
     f"attribution.{key}" for key in ("answer", "tokens", "difference")
 )
 

@@ -7,16 +7,15 @@ come before them, at layers from `TOWER - 1` on and at positions from T on, one 
 source comes before its targets, and the adjacency matrix is strictly lower triangular. A graph of a target inside the
 model ends at its layer.
 
-Legend of merged graphs, a comparison of two or an aggregate of many: M matched nodes, E matched edges, C columns, G
-graphs. Equivalent nodes are merged by the rule `match` (`attribution/compare.py`). A column is the place of a matched
-node: a position, a role, or the only column of graphs matched without positions. The share of a node is its influence
-over that of all nodes of its graph; the share of an edge is the influence that it passes on over the same sum. Both
-refer to the whole graph, so shares are comparable between graphs of different sizes.
+Legend of a comparison of two graphs: M matched nodes, E matched edges, C columns. Equivalent nodes are merged by the
+rule `match` (`attribution/compare.py`). A column is the place of a matched node: a position, a role, or the only column
+of graphs matched without positions. The share of a node is its influence over that of all nodes of its graph; the share
+of an edge is the influence that it passes on over the same sum. Both refer to the whole graph, so shares are comparable
+between graphs of different sizes.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -318,41 +317,6 @@ class MatchedNodes:
         return self.label[node]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class MergedGraph(ABC):
-    """Base of comparisons and aggregates; prints as a table, in notebooks as HTML."""
-
-    nodes: MatchedNodes
-    columns: list[str]  # C
-    column_is_image: np.ndarray  # [C] bool, columns of soft tokens
-    sources: np.ndarray  # [E] int32, node numbers; edges are sorted by target, then source
-    targets: np.ndarray  # [E] int32
-    match: str  # the rule by which nodes were matched
-    n_layers: int  # L
-    model: str
-    names: list[str]  # G
-    prompts: list[str]  # G
-
-    def where(self, node: int) -> str:
-        """The column of a node in words; empty if it has none."""
-        column = int(self.nodes.position[node])
-        return "" if column < 0 else self.columns[column]
-
-    @abstractmethod
-    def _title(self) -> str:
-        """What is compared or averaged, for the first line."""
-
-    @abstractmethod
-    def _rows(self) -> list[tuple[str, ...]]:
-        """The table, its head first."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__} of {self._title()}\n{text_table(self._rows())}"
-
-    def _repr_html_(self) -> str:
-        return html_table(self._rows(), self._title())
-
-
 @dataclass(frozen=True)
 class ComparisonSummary:
     """Numbers of a comparison; counts are of nodes and edges that pruning kept.
@@ -377,8 +341,22 @@ class ComparisonSummary:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GraphComparison(MergedGraph):
-    """Two matched graphs: the nodes and edges that pruning kept in at least one, with their values in each graph."""
+class GraphComparison:
+    """Two matched graphs: the nodes and edges that pruning kept in at least one, with their values in each graph.
+
+    It prints as a table, in notebooks as HTML.
+    """
+
+    nodes: MatchedNodes
+    columns: list[str]  # C
+    column_is_image: np.ndarray  # [C] bool, columns of soft tokens
+    sources: np.ndarray  # [E] int32, node numbers; edges are sorted by target, then source
+    targets: np.ndarray  # [E] int32
+    match: str  # the rule by which nodes were matched
+    n_layers: int  # L
+    model: str
+    names: list[str]  # 2
+    prompts: list[str]  # 2
 
     share: np.ndarray  # [2, M] float64, shares of influence in the first and the second graph
     kept: np.ndarray  # [2, M] bool, whether pruning kept the node
@@ -387,6 +365,11 @@ class GraphComparison(MergedGraph):
     weights: np.ndarray  # [2, E] float64, signed, of the whole graphs; sums over merged edges; 0 where absent
     edge_share: np.ndarray  # [2, E] float64
     edge_kept: np.ndarray  # [2, E] bool
+
+    def where(self, node: int) -> str:
+        """The column of a node in words; empty if it has none."""
+        column = int(self.nodes.position[node])
+        return "" if column < 0 else self.columns[column]
 
     @property
     def difference(self) -> np.ndarray:
@@ -440,39 +423,11 @@ class GraphComparison(MergedGraph):
         ]
         return [*rows, ("used most", "", *tops, "features, share of influence")]
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} of {self._title()}\n{text_table(self._rows())}"
 
-@dataclass(frozen=True, eq=False, repr=False)
-class AggregateGraph(MergedGraph):
-    """Many matched graphs: means over all of them, in which an absent node or edge counts as 0."""
-
-    share: np.ndarray  # [M] float64, mean share of influence
-    count: np.ndarray  # [M] int64, number of graphs in which pruning kept it
-    present: np.ndarray  # [M] int64, number of whole graphs that contain it
-    activation: np.ndarray  # [M] float64, as in `GraphComparison`, mean over the graphs where it is present
-    weight: np.ndarray  # [E] float64, mean signed weight in the whole graphs
-    absolute: np.ndarray  # [E] float64, mean |weight|; larger than |weight| where signs differ between graphs
-    edge_share: np.ndarray  # [E] float64, mean share
-    edge_count: np.ndarray  # [E] int64, number of graphs in which pruning kept it
-
-    @property
-    def n_graphs(self) -> int:
-        return len(self.names)
-
-    def top_features(self, count: int = 8) -> np.ndarray:
-        """The features with the largest mean share, largest first, int64."""
-        features = np.flatnonzero(self.nodes.kind == NodeKind.FEATURE)
-        return features[np.argsort(-self.share[features], kind="stable")][:count]
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        rows: list[tuple[str, ...]] = [("feature", "where", "kept in", "mean share", "mean activation")]
-        for node in self.top_features().tolist():
-            often, share = f"{self.count[node]} of {self.n_graphs}", f"{self.share[node]:.2%}"
-            rows.append((self.nodes.name(node), self.where(node), often, share, f"{self.activation[node]:.3g}"))
-        return rows
-
-    def _title(self) -> str:
-        size = f"{len(self.nodes):,} nodes, {len(self.sources):,} edges"
-        return f"{self.n_graphs} graphs, {size}, nodes matched by {self.match}"
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), self._title())
 
 
 def _counts(kept: np.ndarray) -> Sequence[int]:

@@ -193,7 +193,6 @@ def share_matrices(
 
 
 _INDEX_BINS = 10
-_GROUPS = {"image": "soft tokens", "both": "both", "text": "words"}  # how groups of features are drawn together
 
 
 def _by_layer(axes: Axes, layers: Sequence[int], lines: Mapping[str, Sequence[float]], ylabel: str) -> None:
@@ -293,37 +292,6 @@ def modality_by_layer(
         _by_layer(axes, layers, shared, "firing by features of both (%)")
         percent_axis(axes.yaxis)
         axes.legend(frameon=False)
-    return Path(path)
-
-
-def score_by_layer(layers: np.ndarray, score: np.ndarray, group: np.ndarray, path: str | Path) -> Path:
-    """Boxes of the monosemanticity score by layer, one for features of soft tokens, of both and of words.
-
-    Args:
-        layers: [F] of each feature.
-        score: [F]; nan is left out.
-        group: [F], names of `features.structure.GROUPS`.
-        path: of the PNG.
-    """
-    import seaborn as sns
-
-    kind = np.array([_GROUPS.get("text" if name.startswith("words") else str(name), "") for name in group])
-    known = ~np.isnan(score) & (kind != "")
-    if not known.any():
-        raise ValueError("no feature has a score")
-    order = [name for name in _GROUPS.values() if (kind[known] == name).any()]
-    with drawing(path, 9.0, 4.2) as figure:
-        axes = figure.subplots()
-        palette = [pick(FILLS, number)[0] for number in range(len(order))]
-        look = {"fliersize": 1.2, "linewidth": 0.8, "width": 0.8, "palette": palette, "hue_order": order}
-        sns.boxplot(x=layers[known].astype(int), y=score[known], hue=kind[known], ax=axes, **look)
-        for number, container in enumerate(axes.containers):
-            for box in getattr(container, "boxes", ()):
-                box.set_hatch(pick(FILLS, number)[1])
-        axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
-        axes.set(xlabel="layer", ylabel="monosemanticity (mean cosine of pictures)")
-        _legend_below(axes, 0.14)
-        tidy(axes)
     return Path(path)
 
 

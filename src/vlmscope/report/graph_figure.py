@@ -26,11 +26,9 @@ from matplotlib.patheffects import withStroke
 from vlmscope.attribution.influence import edge_strengths
 from vlmscope.core.graph import (
     ENDS,
-    AggregateGraph,
     AttributionGraph,
     GraphComparison,
     MatchedNodes,
-    MergedGraph,
     NodeKind,
     NodeTable,
     PrunedGraph,
@@ -387,47 +385,8 @@ def _draw_positions(
                 inset.text(x + 0.012, y + 0.012, str(soft[position]), **words)
 
 
-def _draw_merged(
-    merged: MergedGraph,
-    strength: np.ndarray,
-    edges: Sequence[Edges],
-    faces: Sequence[str],
-    outlines: Sequence[str],
-    probabilities: Callable[[int], str],
-    legend: Sequence[Line2D],
-    title: str,
-    path: str | Path,
-    labels: Labels | None,
-) -> Path:
-    """Draw a comparison or an aggregate; `probabilities` gives words for a logit node."""
-    nodes, end_words = merged.nodes, {}
-    for node in np.flatnonzero(np.isin(nodes.kind, ENDS)).tolist():
-        value = probabilities(node) if nodes.kind[node] == NodeKind.LOGIT else ""
-        end_words[node] = f"{nodes.label[node]}\n{value}".strip()
-    is_image, n_layers = merged.column_is_image, merged.n_layers
-    picture = _Drawing(nodes, strength, is_image, n_layers, edges, faces, outlines, end_words, legend, 1.3)
-    upright = len(picture.layout.slots) <= 8  # so few columns that their names need not be turned
-    by_role = merged.match in ("role", "feature")  # columns hold the tokens of a whole role
-
-    def draw_columns(axes: Axes) -> None:
-        place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "top"}
-        turn = {"fontsize": 9.5} if upright else {"fontsize": 8, "rotation": 90}
-        under = {"xycoords": axes.get_xaxis_transform(), "annotation_clip": False}
-        drop = -20 if by_role else -6  # below the tokens' slanted names
-        for column, (centre, _) in picture.layout.slots.items():
-            text = "no position" if column == _NO_POSITION else merged.columns[column]
-            if column >= 0 and is_image[column] and merged.match != "role":
-                text = f"soft {text}"
-            axes.annotate(text, (centre, 0), (0, drop), **turn, **under, **place)
-        words = [node for node in picture.strongest(NodeKind.TOKEN, len(nodes)) if nodes.image[node] < 0]
-        for node in words[:6] if by_role else ():
-            spot = tuple(picture.layout.xy[node])
-            axes.annotate(nodes.label[node].strip('"'), spot, (0, -9), fontsize=7.5, rotation=20, **place)
-
-    return picture.draw(path, title, "targets", 1.2 if upright else 1.9, draw_columns, labels, white_marks=True)
-
-
 _FIRST, _SECOND, _BOTH = COLOURS[0], COLOURS[1], "#8a8a8a"
+_UPRIGHT = 8  # columns, up to which their names need not be turned
 _MORE = 2.0  # a node or edge is one graph's when its share there is this many times that in the other
 
 
@@ -465,31 +424,36 @@ def difference_graph(
         Line2D([], [], color=_BOTH, linestyle=_DOTTED, markerfacecolor="#d0d0d0", label="both", **mark),
     ]
 
-    def probabilities(node: int) -> str:
-        return "p=" + " | ".join("?" if np.isnan(p) else f"{p:.2f}" for p in comparison.activation[:, node])
-
+    nodes, end_words = comparison.nodes, {}
+    for node in np.flatnonzero(is_end).tolist():
+        shown = " | ".join("?" if np.isnan(p) else f"{p:.2f}" for p in comparison.activation[:, node])
+        value = f"p={shown}" if nodes.kind[node] == NodeKind.LOGIT else ""
+        end_words[node] = f"{nodes.label[node]}\n{value}".strip()
+    size = comparison.column_is_image, comparison.n_layers
     strength = comparison.share.max(axis=0)
-    return _draw_merged(comparison, strength, edges, faces, outlines, probabilities, legend, title, path, labels)
+    picture = _Drawing(nodes, strength, *size, edges, faces, outlines, end_words, legend, 1.3)
+    below = 1.2 if len(picture.layout.slots) <= _UPRIGHT else 1.9
+    columns = partial(_draw_columns, comparison, picture)
+    return picture.draw(path, title, "targets", below, columns, labels, white_marks=True)
 
 
-def aggregate_graph(
-    aggregate: AggregateGraph, path: str | Path, max_edges: int = 90, labels: Labels | None = None
-) -> Path:
-    """Draw the edges with the largest mean share; a node's shade says in how many graphs it was kept."""
-    top = np.argsort(-aggregate.edge_share, kind="stable")[:max_edges]
-    edges = _signed(aggregate.sources[top], aggregate.targets[top], aggregate.weight[top], aggregate.absolute[top])
-    faces = [f"{0.98 - 0.83 * often:.3f}" for often in (aggregate.count / aggregate.n_graphs).tolist()]
-    title = (
-        f"{aggregate.n_graphs} graphs: the {len(top)} edges with the largest mean share of influence; line width: mean "
-        "|edge|; black nodes are kept in every graph, white ones in few"
-    )
-    legend = _sign_legend("mean edge positive", "mean edge negative")
-
-    def probabilities(node: int) -> str:
-        return f"p={aggregate.activation[node]:.2f} in {aggregate.count[node]}"
-
-    outlines = [INK] * len(faces)
-    return _draw_merged(aggregate, aggregate.share, edges, faces, outlines, probabilities, legend, title, path, labels)
+def _draw_columns(comparison: GraphComparison, picture: _Drawing, axes: Axes) -> None:
+    """Under every column its name; where columns hold the tokens of a whole role, the strongest tokens too."""
+    nodes, by_role = comparison.nodes, comparison.match in ("role", "feature")
+    place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "top"}
+    upright = len(picture.layout.slots) <= _UPRIGHT
+    turn = {"fontsize": 9.5} if upright else {"fontsize": 8, "rotation": 90}
+    under = {"xycoords": axes.get_xaxis_transform(), "annotation_clip": False}
+    drop = -20 if by_role else -6  # below the tokens' slanted names
+    for column, (centre, _) in picture.layout.slots.items():
+        text = "no position" if column == _NO_POSITION else comparison.columns[column]
+        if column >= 0 and comparison.column_is_image[column] and comparison.match != "role":
+            text = f"soft {text}"
+        axes.annotate(text, (centre, 0), (0, drop), **turn, **under, **place)
+    words = [node for node in picture.strongest(NodeKind.TOKEN, len(nodes)) if nodes.image[node] < 0]
+    for node in words[:6] if by_role else ():
+        spot = tuple(picture.layout.xy[node])
+        axes.annotate(nodes.label[node].strip('"'), spot, (0, -9), fontsize=7.5, rotation=20, **place)
 
 
 def share_bars(comparison: GraphComparison, path: str | Path, count: int = 20, labels: Labels | None = None) -> Path:

@@ -2,52 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from vlmscope.core.errors import UserError, check_least
-
-if TYPE_CHECKING:
-    from vlmscope.config import AppConfig
-    from vlmscope.tasks.registry import RunContext
-
-USES = ("attribution",)
-MEMORY = "task.cases"
-
-
-@dataclass
-class Config:
-    """`rows` is a CSV or JSONL file of the user's cases (docs/anatomy.md); without it Orrery's questions are asked.
-
-    At most `cases` of each question; `parts` equal ranges of layers; `graphs` of each question, 0 for none.
-    """
-
-    rows: str | None = None
-    cases: int = 64
-    parts: int = 2
-    graphs: int = 2
-
-    def __post_init__(self) -> None:
-        check_least("task", self, cases=2, parts=1, graphs=0)
+from vlmscope.analyses.anatomy import anatomy, default_questions, metrics_of
+from vlmscope.config import AppConfig
+from vlmscope.config.wiring import is_default, load_model, load_scope, names_transcoders
+from vlmscope.core.errors import UserError
+from vlmscope.data.inputs import read_rows, row_questions
+from vlmscope.report.anatomy import anatomy_sections, console, summary
+from vlmscope.report.marks import write_rows
+from vlmscope.report.page import ReportPage
+from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.settings import AnatomySettings
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write anatomy.parquet, figures/anatomy.png and report.html."""
-    from vlmscope.data.inputs import read_rows, row_questions
-
-    task: Config = cfg.task
+    task: AnatomySettings = cfg.task
     if cfg.prompt is not None or cfg.image is not None:
         raise UserError("task=anatomy averages over cases; leave out prompt= and image=, or put them into task.rows=")
     cfg.attribution.check()
     rows, bad = ([], []) if task.rows is None else read_rows(task.rows)
     if bad:
         raise UserError(f"{bad[0]}; correct the file")
-
-    from vlmscope.analyses.anatomy import anatomy, default_questions, metrics_of
-    from vlmscope.config.wiring import is_default, load_model, load_scope, names_transcoders
-    from vlmscope.report.anatomy import anatomy_sections, console, summary
-    from vlmscope.report.marks import write_rows
-    from vlmscope.report.page import ReportPage
 
     vlm = load_model(cfg)
     asked = row_questions(rows) if rows else default_questions(vlm, task.cases, cfg.seed)

@@ -1,45 +1,21 @@
 """Write Orrery's scenes, or a mix of sources, as WebDataset shards; a killed build resumes."""
 
 import os
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from vlmscope.data.orrery.scenes import COUNTS
-
-if TYPE_CHECKING:
-    from vlmscope.config import AppConfig
-    from vlmscope.tasks.registry import RunContext
-
-USES = ("data",)
-MEMORY = "task.shard_size or task.workers"
-
-
-@dataclass
-class Config:
-    """Contents of `data.path`.
-
-    With data=orrery or orrery2: scenes of each kind of `data.scenes` in each split. A mix is written in `parts` parts a
-    source, by `workers` processes (None: one a core, four at most).
-    """
-
-    train: dict[str, int] = field(default_factory=lambda: dict(COUNTS["train"]))
-    val: dict[str, int] = field(default_factory=lambda: dict(COUNTS["val"]))
-    test: dict[str, int] = field(default_factory=lambda: dict(COUNTS["test"]))
-    shard_size: int = 1000
-    parts: int = 4
-    workers: int | None = None
+from vlmscope.config import AppConfig
+from vlmscope.core.errors import UserError
+from vlmscope.data.build import BuildSettings, build_mix
+from vlmscope.data.orrery.dataset import build
+from vlmscope.data.orrery.scenes import COMPOSED, KINDS
+from vlmscope.tasks.job import claimed
+from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.settings import BuildDataSettings
 
 
-def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
+def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write the shards that are missing in `data.path`."""
-    from pathlib import Path
-
-    from vlmscope.core.errors import UserError
-    from vlmscope.data.orrery.dataset import build
-    from vlmscope.data.orrery.scenes import COMPOSED, KINDS
-    from vlmscope.tasks.job import claimed
-
-    task: Config = cfg.task
+    task: BuildDataSettings = cfg.task
     if cfg.data.path is None:
         raise UserError("data.path is not set: give the folder that the shards shall go to")
     folder = Path(cfg.data.path)
@@ -47,8 +23,6 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         raise UserError(f"data={cfg.data.name}: shards are written of data=orrery and of mixes (docs/data.md)")
     with claimed(folder, "data.path"):
         if cfg.data.sources:
-            from vlmscope.data.build import BuildSettings, build_mix
-
             settings = BuildSettings(folder, task.shard_size, task.parts, cfg.data.val_share)
             workers = task.workers if task.workers is not None else min(4, os.cpu_count() or 1)
             return build_mix(cfg.data.sources, settings, workers)

@@ -3,53 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from vlmscope.core.errors import CheckFailed, check_least
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from vlmscope.config import AppConfig
-    from vlmscope.conformance import CaseReport, Check
-    from vlmscope.tasks.registry import RunContext
-
-
-@dataclass
-class Config:
-    """Sizes of the checks; larger sets are sampled with `seed=`.
-
-    `targets` features get a row of edges (total effects need all of them), `sources` features are changed one by one,
-    `positions` are changed in the Hugging Face model, answers have `new_tokens`. Whether answers need MLPs is asked of
-    `cases` of one question (docs/anatomy.md; 0: not asked).
-    """
-
-    targets: int = 5000
-    sources: int = 16
-    positions: int = 6
-    new_tokens: int = 6
-    cases: int = 32
-
-    def __post_init__(self) -> None:
-        # The first generated token does not test the cache, so there are at least two.
-        check_least("task", self, targets=1, sources=1, positions=1, new_tokens=2, cases=0)
+from vlmscope.analyses.anatomy import in_short
+from vlmscope.config import AppConfig
+from vlmscope.config.schema import RandomTranscodersConfig
+from vlmscope.config.wiring import is_default, load_model, load_scope, names_transcoders, random_scope, user_pictures
+from vlmscope.conformance import CASES, PROMPT, CaseReport, Check, Limits, run_cases
+from vlmscope.core.errors import CheckFailed
+from vlmscope.tasks.registry import RunContext
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Check the model on `prompt=` (it has a default) and `image=` (random pictures fill up)."""
-    from tqdm import tqdm
-
-    from vlmscope.analyses.anatomy import in_short
-    from vlmscope.config.schema import RandomTranscodersConfig
-    from vlmscope.config.wiring import (
-        is_default,
-        load_model,
-        load_scope,
-        names_transcoders,
-        random_scope,
-        user_pictures,
-    )
-    from vlmscope.conformance import CASES, PROMPT, Limits, run_cases
-
     pictures = user_pictures(cfg)
     vlm = load_model(cfg)
     # The named set; else the shipped one for Orrery 2 and a random one for any other model.

@@ -2,53 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
-from vlmscope.core.errors import UserError, check_least
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from vlmscope.analyses.bench import Bench
-    from vlmscope.circuits.build import Asked
-    from vlmscope.circuits.circuit import Circuit
-    from vlmscope.circuits.config import CircuitSpecConfig
-    from vlmscope.circuits.discovery.discover import Discovery
-    from vlmscope.config import AppConfig
-    from vlmscope.core.records import FeatureId
-    from vlmscope.data.inputs import Pair
-    from vlmscope.tasks.registry import RunContext
-
-USES = (
-    "attribution", "circuit", "circuit_spec", "data", "discovery", "images", "interchange", "intervention", "pairs",
-    "study",
-)  # fmt: skip
-MEMORY = "attribution.max_nodes, attribution.batch_size, attribution.memory_gb or task.traces"
-
-
-@dataclass
-class Config:
-    """Traced are `prompt=` on `image=`, every row of `rows` (a CSV or JSONL file), or the spec's own inputs.
-
-    `load` draws a saved circuit (`/run/circuits/name`) instead of finding one; with inputs its edges are theirs.
-    Without `load` and without supernodes in a circuit_spec, `pairs=` finds the circuit (`discovery`), and `traces` of
-    its training pairs' originals are traced where no input is given.
-    Edges go to the `answers` most probable answers; those of at least `min_share` of a target's input are drawn.
-    Pictures of features come from the study `study.path=`; without one from the inputs and, for Orrery, its scenes.
-    """
-
-    load: str | None = None
-    rows: str | None = None
-    answers: int = 1
-    traces: int = 8
-    min_share: float = 0.005
-    figure: bool = True
-
-    def __post_init__(self) -> None:
-        check_least("task", self, answers=1, traces=1)
-        if not 0 <= self.min_share < 1:
-            raise UserError(f"task.min_share={self.min_share}: it is a share; choose a number from 0 to below 1")
+from vlmscope.analyses.bench import Bench
+from vlmscope.circuits.build import (
+    SHOWN,
+    Asked,
+    Examples,
+    Sources,
+    asked_of,
+    build_circuit,
+    described,
+    draw_diagram,
+    example_pool,
+    examples_among,
+    spread_answers,
+    trace_all,
+    trace_pairs,
+    write_page,
+)
+from vlmscope.circuits.circuit import Circuit, circuit_metrics, direct_edges, labelled, load_circuit, save_circuit
+from vlmscope.circuits.config import CircuitSpecConfig
+from vlmscope.circuits.discovery.discover import (
+    Discovery,
+    discover_question,
+    moving_questions,
+    named_circuit,
+    write_discoveries,
+)
+from vlmscope.config import AppConfig
+from vlmscope.config.resolve import declared_circuit
+from vlmscope.config.wiring import look_for_labels, user_pictures
+from vlmscope.core.errors import UserError
+from vlmscope.core.records import FeatureId
+from vlmscope.data.images import PictureFiles, for_figures
+from vlmscope.data.inputs import Pair, check_choosing, read_rows
+from vlmscope.features.study_files import StudyFolder
+from vlmscope.tasks.registry import RunContext
+from vlmscope.training.evaluation import speaks_orrery
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
@@ -56,33 +50,6 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     A discovered circuit also has discovery.json, tables and figures.
     """
-    from dataclasses import replace
-    from functools import partial
-    from pathlib import Path
-
-    from vlmscope.analyses.bench import Bench
-    from vlmscope.circuits.build import (
-        SHOWN,
-        Asked,
-        Examples,
-        Sources,
-        build_circuit,
-        described,
-        draw_diagram,
-        example_pool,
-        examples_among,
-        spread_answers,
-        trace_all,
-        trace_pairs,
-        write_page,
-    )  # fmt: skip
-    from vlmscope.circuits.circuit import circuit_metrics, direct_edges, labelled, load_circuit, save_circuit
-    from vlmscope.config.resolve import declared_circuit
-    from vlmscope.config.wiring import look_for_labels
-    from vlmscope.data.images import for_figures
-    from vlmscope.features.study_files import StudyFolder
-    from vlmscope.training.evaluation import speaks_orrery
-
     # Refuse all that needs no model before one is loaded.
     look_for_labels(cfg)
     spec = None if cfg.circuit_spec is None else declared_circuit(cfg.circuit_spec)
@@ -139,8 +106,6 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 def check_source(cfg: AppConfig, spec: CircuitSpecConfig | None) -> None:
     """Refuse a run that names no circuit or several, or pairs that cannot find one."""
-    from vlmscope.data.inputs import check_choosing
-
     declares = spec is not None and bool(spec.supernodes)
     if cfg.task.load is not None:
         if declares:
@@ -162,11 +127,6 @@ def check_source(cfg: AppConfig, spec: CircuitSpecConfig | None) -> None:
 
 def traced_inputs(cfg: AppConfig, spec: CircuitSpecConfig | None) -> list[Asked]:
     """The inputs to trace: rows of `task.rows`, `prompt=` on `image=`, or the spec's own."""
-    from vlmscope.circuits.build import Asked, asked_of
-    from vlmscope.config.wiring import user_pictures
-    from vlmscope.data.images import PictureFiles
-    from vlmscope.data.inputs import read_rows
-
     if cfg.task.rows is not None:
         if cfg.prompt is not None or cfg.image is not None:
             raise UserError("task.rows= brings its own prompts and pictures; leave out prompt= and image=")
@@ -186,13 +146,6 @@ def discovered(bench: Bench, own: bool) -> tuple[Discovery, Circuit, Sequence[Pa
 
     `own` says that the user's own inputs will be traced, not the pairs.
     """
-    from vlmscope.circuits.discovery.discover import (
-        discover_question,
-        moving_questions,
-        named_circuit,
-        write_discoveries,
-    )
-
     cfg = bench.cfg
     if not own and (cfg.attribution.asked != "logits" or cfg.attribution.token_ids):
         key = "token_ids" if cfg.attribution.asked == "logits" else cfg.attribution.asked

@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from vlmscope.core.errors import CheckFailed, UserError, check_choice
-from vlmscope.transcoders.config import FORMAT_NAMES
+import torch
 
-if TYPE_CHECKING:
-    from vlmscope.config import AppConfig
-    from vlmscope.tasks.registry import RunContext
-    from vlmscope.transcoders.transcoder import TranscoderSet
-
-
-@dataclass
-class Config:
-    """`to` is the new format, `out` the folder to create for it.
-
-    `dtype` is the stored one; "auto" takes the smallest that holds every number exactly. `license` goes into the card;
-    None keeps that of the source's card.
-    """
-
-    to: str | None = None
-    out: str | None = None
-    dtype: str = "auto"
-    license: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.to is not None:
-            check_choice("task.to", self.to, FORMAT_NAMES)
-        check_choice("task.dtype", self.dtype, ("auto", "float32", "bfloat16", "float64"))
+from vlmscope.config import AppConfig
+from vlmscope.config.wiring import chosen_set, limit_threads
+from vlmscope.core.artifacts import atomic_folder, read_text, tensor_heads, write_text
+from vlmscope.core.errors import CheckFailed, UserError
+from vlmscope.core.records import generator
+from vlmscope.tasks.registry import RunContext
+from vlmscope.transcoders.formats import load_set, open_set, refusal, save_set
+from vlmscope.transcoders.hub import CARD, carried_over, facts_of_set, render
+from vlmscope.transcoders.transcoder import TranscoderSet
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Convert the set that `transcoder=path transcoder.path=...` names, and write its card."""
-    import torch
-
-    from vlmscope.config.wiring import chosen_set, limit_threads
-    from vlmscope.core.artifacts import atomic_folder, read_text, tensor_heads, write_text
-    from vlmscope.transcoders.formats import load_set, open_set, refusal, save_set
-    from vlmscope.transcoders.hub import CARD, carried_over, facts_of_set, render
-
     for key in ("to", "out"):
         if not getattr(cfg.task, key):
             raise UserError(f"task.{key} has no value; give it on the command line as task.{key}=...")
@@ -72,8 +49,6 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 def _smallest(transcoders: TranscoderSet) -> str:
     """The smallest stored dtype that holds every number of the set exactly."""
-    import torch
-
     for name in ("bfloat16", "float32"):
         dtype = getattr(torch, name)
         tensors = (*transcoders.parameters(), *transcoders.buffers())
@@ -88,11 +63,6 @@ def _check(expected: TranscoderSet, folder: Path, form: str, dtype: str) -> None
     Raises:
         CheckFailed: it computes something else or at other places, which is a fault of the writer.
     """
-    import torch
-
-    from vlmscope.core.records import generator
-    from vlmscope.transcoders.formats import load_set
-
     wide = next(expected.parameters()).dtype
     again = load_set(folder, dtype=wide, format=form)
     expected.to(getattr(torch, dtype)).to(wide)  # in place: there may be no room for a third copy

@@ -6,75 +6,55 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from pydoc import locate
-from typing import TYPE_CHECKING, Any
+from dataclasses import MISSING, asdict, fields
+from typing import Any
 
+import pandas as pd
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vlmscope.analyses import anatomy, feature_codes, measures, predicted_effects
+from vlmscope.analyses.bench import Bench
+from vlmscope.analyses.declared import run_declared
+from vlmscope.analyses.run_report import draw_report
+from vlmscope.circuits.config import check_baselines
+from vlmscope.config import AppConfig
+from vlmscope.config.catalog import conf_dir
+from vlmscope.config.own import module_file
+from vlmscope.config.wiring import look_for_labels, study_sources
 from vlmscope.core.errors import CheckFailed, UserError, check_choice, first_line
 from vlmscope.core.launch import program
-
-if TYPE_CHECKING:
-    from vlmscope.config import AppConfig
-    from vlmscope.tasks.registry import RunContext
+from vlmscope.data.inputs import check_own_pictures
+from vlmscope.metrics.claims import claims_text
+from vlmscope.report.marks import check_marks
+from vlmscope.tasks.registry import RunContext
+from vlmscope.viewer.export import export_with_report
 
 _LOG = logging.getLogger(__name__)
 # Name in `analyses:` -> its class, a dataclass of settings with some of `check(cfg)`, `declare(bench)`,
-# `trials(bench, declared)` and `analyse(bench)`. Named by strings because they import torch and pandas.
+# `trials(bench, declared)` and `analyse(bench)`.
 ANALYSES = {
-    "anatomy": "vlmscope.analyses.anatomy.Anatomy",
-    "discovery": "vlmscope.analyses.measures.Discover",
-    "feature_kinds": "vlmscope.analyses.feature_codes.FeatureKinds",
-    "lens": "vlmscope.analyses.measures.Lens",
-    "mean_ablation": "vlmscope.analyses.measures.MeanAblation",
-    "modality": "vlmscope.analyses.measures.Modality",
-    "number_line": "vlmscope.analyses.feature_codes.NumberLine",
-    "number_shift": "vlmscope.analyses.measures.NumberShift",
-    "predicted_effects": "vlmscope.analyses.predicted_effects.PredictedEffects",
-    "smallest": "vlmscope.analyses.measures.Smallest",
-    "transfer": "vlmscope.analyses.measures.Transfer",
-    "word_sources": "vlmscope.analyses.measures.WordSources",
+    "anatomy": anatomy.Anatomy,
+    "discovery": measures.Discover,
+    "feature_kinds": feature_codes.FeatureKinds,
+    "lens": measures.Lens,
+    "mean_ablation": measures.MeanAblation,
+    "modality": measures.Modality,
+    "number_line": feature_codes.NumberLine,
+    "number_shift": measures.NumberShift,
+    "predicted_effects": predicted_effects.PredictedEffects,
+    "smallest": measures.Smallest,
+    "transfer": measures.Transfer,
+    "word_sources": measures.WordSources,
 }
-USES = (
-    "data", "attribution", "intervention", "interchange", "discovery", "study", "where", "trials", "settings",
-    "association", "circuit", "pairs", "images", "analyses", "analysis", "report", "headline", "paper", "figure",
-)  # fmt: skip
-
-
-@dataclass
-class Config:
-    """`study`: an analysis reads a study of all features, that of `study.path` or one made first.
-
-    The experiment itself is in `trials`, `settings`, `analyses`, `analysis` and `report`.
-    """
-
-    study: bool = False
-
-    def reads_shards(self, cfg: AppConfig) -> bool:
-        """Whether the run goes through the data's shards."""
-        return self.study and cfg.study.path is None and cfg.study.published is None
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Run every declared trial, write trials.parquet, analyse, draw report.html."""
-    from hydra.core.hydra_config import HydraConfig
-
-    from vlmscope.circuits.config import check_baselines
-    from vlmscope.config.wiring import look_for_labels, study_sources
-    from vlmscope.data.inputs import check_own_pictures
-
     if cfg.task.reads_shards(cfg):
         study_sources(cfg)  # raises when shards are missing
     look_for_labels(cfg)
-    # Everything above fails fast, before torch and pandas are imported.
-    import pandas as pd
-
-    from vlmscope.analyses.bench import Bench
-    from vlmscope.analyses.declared import run_declared
-    from vlmscope.analyses.run_report import draw_report
-    from vlmscope.metrics.claims import claims_text
-    from vlmscope.report.marks import check_marks
-    from vlmscope.viewer.export import export_with_report
-
     check_own_pictures(cfg.images)
     chosen = HydraConfig.get().runtime.choices.get("experiment")  # `name=` may call the run something else
     module = own_analysis(cfg.name if chosen in (None, "null") else chosen, cfg.experiment_file)
@@ -111,7 +91,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 def general_analysis(name: str, given: Mapping[str, Any]) -> Any:
     """One of `ANALYSES` with its settings."""
     check_choice("analyses", name, tuple(ANALYSES))
-    return checked_settings(locate(ANALYSES[name]), given, f"analyses.{name}")
+    return checked_settings(ANALYSES[name], given, f"analyses.{name}")
 
 
 def own_analysis(name: str | None, experiment_file: str | None = None) -> Any:
@@ -121,9 +101,6 @@ def own_analysis(name: str | None, experiment_file: str | None = None) -> Any:
     `check(config)` refuses settings before anything is loaded, `declare(bench) -> Declared` gives trials other cases or
     features, `trials(bench, declared)` adds some, and `analyse(bench) -> metrics` is for what no trial measures.
     """
-    from vlmscope.config.catalog import conf_dir
-    from vlmscope.config.own import module_file
-
     shipped = conf_dir() / "experiment" / f"{name}.py"
     path = shipped if experiment_file is None else module_file(experiment_file)
     if path is None or not path.is_file():
@@ -142,9 +119,6 @@ def checked_settings(settings: Any, given: Mapping[str, Any], where: str) -> Any
     Raises:
         UserError: a key that it does not have, a value of another type, or a key without a value.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     known = () if settings is None else fields(settings)
     names = [item.name for item in known if item.init]
     for key in given:

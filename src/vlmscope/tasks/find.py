@@ -3,55 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from vlmscope.core.errors import UserError, check_least
+import torch
 
-if TYPE_CHECKING:
-    from vlmscope.config import AppConfig
-    from vlmscope.features.item_facts import Match
-    from vlmscope.features.labels import Labels
-    from vlmscope.features.study_files import StudyFolder
-    from vlmscope.tasks.registry import RunContext
-
-USES = ("data", "query", "study")
-
-
-@dataclass
-class Config:
-    """Settings of a search in `study.path=`, the run folder of a task=study.
-
-    `query` searches labels and the inputs that fire features. With `image=` (and `prompt=`, by default the study's most
-    frequent question about a picture), features that are active there and rare elsewhere come first. `hand` is a YAML
-    file of labels that replaces the study's own; `count` features are shown with `examples` thumbnails each.
-    """
-
-    hand: str | None = None
-    count: int = 10
-    examples: int = 6
-    figure: bool = True
-
-    def __post_init__(self) -> None:
-        check_least("task", self, count=1, examples=1)
+from vlmscope.config import AppConfig
+from vlmscope.config.wiring import load_model, load_scope, needed_study, user_pictures
+from vlmscope.core.artifacts import write_json
+from vlmscope.core.errors import UserError
+from vlmscope.core.results import text_table
+from vlmscope.features.item_facts import Match, find_by_activations, find_by_words, study_facts
+from vlmscope.features.labels import Labels, check_same
+from vlmscope.features.study import study_examples
+from vlmscope.features.study_files import StudyFolder
+from vlmscope.report.pictures import FeatureRow, feature_sheet
+from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.settings import FindSettings
+from vlmscope.training.batches import collect
+from vlmscope.training.evaluation import warn_if_strange
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Print a table; write find.json and figures/find.png."""
-    from vlmscope.config.wiring import needed_study
-
-    task: Config = cfg.task
+    task: FindSettings = cfg.task
     folder = needed_study(cfg, shipped=True)
     if (cfg.query is None) == (cfg.image is None):
         raise UserError("give one of the two: 'query=red planet', or image=path/to/picture.png")
-
-    from vlmscope.core.artifacts import write_json
-    from vlmscope.core.results import text_table
-    from vlmscope.features.item_facts import find_by_words, study_facts
-    from vlmscope.features.labels import Labels
-    from vlmscope.features.study import study_examples
-    from vlmscope.features.study_files import StudyFolder
-    from vlmscope.report.pictures import FeatureRow, feature_sheet
 
     study = StudyFolder(folder)
     labels = Labels(study, task.hand)
@@ -78,14 +54,6 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 def find_by_picture(cfg: AppConfig, context: RunContext, study: StudyFolder) -> tuple[str, list[Match]]:
     """A title for the search, and the features that are active on the user's picture."""
-    import torch
-
-    from vlmscope.config.wiring import load_model, load_scope, user_pictures
-    from vlmscope.features.item_facts import find_by_activations
-    from vlmscope.features.labels import check_same
-    from vlmscope.training.batches import collect
-    from vlmscope.training.evaluation import warn_if_strange
-
     prompt = cfg.prompt if cfg.prompt is not None else usual_question(study)
     pictures = user_pictures(cfg)
     if study.layers[0] < 0 and getattr(cfg.transcoder, "tower", None) is not None:

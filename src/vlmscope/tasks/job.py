@@ -11,24 +11,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from hydra.core.hydra_config import HydraConfig
 
+from vlmscope.config import AppConfig
 from vlmscope.config.catalog import OVERRIDES, job_settings, run_label
 from vlmscope.config.resolve import to_app_config
 from vlmscope.core.artifacts import remove_leftovers, write_json, write_yaml
 from vlmscope.core.errors import CheckFailed, NotMainRank, UserError, first_line, is_out_of_memory
-from vlmscope.core.launch import place_of, program
+from vlmscope.core.launch import Place, place_of, program
 from vlmscope.tasks import registry
-from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.registry import RunContext, Task
 from vlmscope.tracking import RunInfo, TrackedRun, open_run, sweep
-
-if TYPE_CHECKING:
-    from vlmscope.config import AppConfig
-    from vlmscope.core.launch import Place
-    from vlmscope.tasks.registry import Task
-
 
 _LOG = logging.getLogger(__name__)
 
@@ -82,7 +77,7 @@ def _locked(path: Path, key: str) -> IO[str]:
 @contextmanager
 def together(place: Place, task: Task, cfg: AppConfig, run_dir: Path) -> Iterator[tuple[AppConfig, Path]]:
     """Join the group of all processes; yield this process's configuration and rank 0's run folder."""
-    if not task.ranks:
+    if not task.config.ranks:
         remove_empty(run_dir)
         raise UserError(
             f"task={task.name} is made for one process, and {place.launcher} started {place.world}; start it alone"
@@ -176,7 +171,7 @@ def _enough_memory(task: Task) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        less = f"lower {task.memory}, or " if task.memory else ""
+        less = f"lower {task.config.memory}, or " if task.config.memory else ""
         raise UserError(
             f"task={task.name} ran out of memory ({first_line(error)}); {less}choose a smaller model, "
             "model.dtype=bfloat16 or model.offload=cpu; what is done stays, and trainer.resume=true with this "
@@ -208,7 +203,7 @@ def run_job(cfg: Any) -> None:
                 _recorded_run(cfg, app_cfg, task, own_cfg, context)
             else:
                 work_along(task, own_cfg, context, place.rank)
-    elif task.recorded:
+    elif task.config.recorded:
         with _enough_memory(task), claimed(run_dir):
             _recorded_run(cfg, app_cfg, task, app_cfg, context)
     else:
@@ -234,7 +229,7 @@ def _recorded_run(cfg: Any, app_cfg: AppConfig, task: Task, own_cfg: AppConfig, 
     if in_sweep:
         tags["sweep"] = Path(hydra.sweep.dir).name
     info = RunInfo(study, name, task.parameters(app_cfg), overrides, parent, tags)
-    resume = app_cfg.trainer.resume or task.resumes
+    resume = app_cfg.trainer.resume or task.config.resumes
     with _log_file(run_dir), open_run(app_cfg.tracking, run_dir, info, resume=resume) as tracked:
         try:
             metrics = task.run(own_cfg, replace(context, tracked=tracked, job=name if in_sweep else ""))

@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from statistics import median
 
-from vlmscope.core.errors import UserError, check_least
+import numpy as np
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from vlmscope.config import AppConfig
-    from vlmscope.core.records import FeatureId
-    from vlmscope.features.labels import Label
-    from vlmscope.features.study_files import StudyFolder
-    from vlmscope.tasks.registry import RunContext
+from vlmscope.config import AppConfig
+from vlmscope.config.wiring import needed_study
+from vlmscope.core.errors import UserError
+from vlmscope.core.records import FeatureId
+from vlmscope.core.results import text_table
+from vlmscope.features.labels import Label, set_path, would_pass, write_labels
+from vlmscope.features.proposals import ADVISED, label_study
+from vlmscope.features.study_files import StudyFolder
+from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.settings import LabelSettings
 
 FEW = 20  # held-out items below which a score is unsure
-USES = ("data", "study")
-
-
-@dataclass
-class Config:
-    """`study.path=` names the study, the run folder of a task=study; labels are the file `auto` in its `labels/`.
-
-    `shuffled` features per layer are also labelled with shuffled activations, which shows the scores of chance; `kind`
-    is the fact whose values alone are scored next to each label (a study without it has no such score).
-    """
-
-    shuffled: int = 256
-    kind: str = "scene"
-
-    def __post_init__(self) -> None:
-        check_least("task", self, shuffled=0)
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write the set of labels and print the surest ones."""
-    from vlmscope.config.wiring import needed_study
-
     folder = needed_study(cfg)
-
-    from vlmscope.features.study_files import StudyFolder
 
     study = StudyFolder(folder)
     if not len(study.items):
@@ -53,12 +35,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 def label_by_contrast(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     """Label all features offline."""
-    import numpy as np
-
-    from vlmscope.features.labels import set_path, would_pass, write_labels
-    from vlmscope.features.proposals import label_study
-
-    task: Config = cfg.task
+    task: LabelSettings = cfg.task
     labelled, shuffled = label_study(study, cfg.seed, task.shuffled, task.kind)
     write_labels(set_path(study.path, "auto"), labelled)
     print_labels(labelled)
@@ -87,10 +64,6 @@ def label_by_contrast(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
 
 def basis(labels: Sequence[Label], samples: int) -> str:
     """One line: on how many items the scores rest, and how to get more where these are few."""
-    from statistics import median
-
-    from vlmscope.features.proposals import ADVISED
-
     held_out = [label.positives for label in labels if label.level == "items"]
     if not held_out:
         return "no label is about items"
@@ -102,8 +75,6 @@ def basis(labels: Sequence[Label], samples: int) -> str:
 
 def print_labels(labels: Sequence[tuple[FeatureId, Label]], most: int = 12) -> None:
     """A table of the surest labels."""
-    from vlmscope.core.results import text_table
-
     best = sorted(((f, label) for f, label in labels if label.text), key=lambda pair: -(pair[1].low or 0.0))[:most]
     rows = [["feature", "label", "AUROC", "95 %", "about", "firing items"]]
     for feature, label in best:
@@ -114,8 +85,6 @@ def print_labels(labels: Sequence[tuple[FeatureId, Label]], most: int = 12) -> N
 
 def metrics_of(labels: Sequence[Label], name: str) -> dict[str, float]:
     """Numbers of features with a label and better than chance, and mean scores of labels by level."""
-    import numpy as np
-
     metrics = {
         f"{name}/features": float(len(labels)),
         f"{name}/labelled": float(sum(bool(label.text) for label in labels)),

@@ -1,12 +1,9 @@
 """List the tasks, experiments, models, transcoders, prompt sets and pairs to choose from, one line each."""
 
-from dataclasses import dataclass
-
 from vlmscope.config import AppConfig, catalog
 from vlmscope.tasks import registry
 from vlmscope.tasks.registry import RunContext
 
-RECORDED = False
 GROUPS = {
     "experiment": "Experiments",
     "model": "Models",
@@ -14,11 +11,6 @@ GROUPS = {
     "prompts": "Prompt sets",
     "pairs": "Counterfactual pairs",
 }
-
-
-@dataclass
-class Config:
-    """This task has no settings."""
 
 
 def table(title: str, rows: dict[str, str]) -> str:

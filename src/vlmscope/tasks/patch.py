@@ -1,41 +1,21 @@
 """Carry features' activations from another picture's run into this one: next token and answer, with controls."""
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-from vlmscope.analyses.edits import EditConfig
+from vlmscope.analyses.edits import chosen_features, report_edit, run_edit
+from vlmscope.circuits.operations import Carry
+from vlmscope.config import AppConfig
+from vlmscope.config.wiring import load_model, load_scope, user_pictures
 from vlmscope.core.errors import UserError
-
-if TYPE_CHECKING:
-    from vlmscope.config import AppConfig
-    from vlmscope.tasks.registry import RunContext
-
-
-@dataclass
-class Config(EditConfig):
-    """`features` are those to carry: 'task.features=[L1/7,L2/30]'.
-
-    The donor run has `donor_image` (a path, or a list of as many as in `image=`) and `donor_prompt`, by default the
-    recipient's. Both prompts must have the same length. `strength` multiplies the donor's activations.
-    """
-
-    features: list[str] = field(default_factory=list)
-    donor_image: Any = field(default=None, metadata={"paths": True})
-    donor_prompt: str | None = field(default=None, metadata={"verbatim": True})
-    strength: float = 1.0
+from vlmscope.data.images import open_images
+from vlmscope.interventions.edits import by_layer
+from vlmscope.models.batching import make_batch
+from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.settings import PatchSettings
+from vlmscope.training.evaluation import warn_if_strange
 
 
-def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
+def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Patch `prompt=` on `image=` with the activations of the donor run."""
-    from vlmscope.analyses.edits import chosen_features, report_edit, run_edit
-    from vlmscope.circuits.operations import Carry
-    from vlmscope.config.wiring import load_model, load_scope, user_pictures
-    from vlmscope.data.images import open_images
-    from vlmscope.interventions.edits import by_layer
-    from vlmscope.models.batching import make_batch
-    from vlmscope.training.evaluation import warn_if_strange
-
-    task: Config = cfg.task
+    task: PatchSettings = cfg.task
     if cfg.prompt is None:
         raise UserError("no prompt: add 'prompt=what is this ?' (and image=path/to/picture.png)")
     if task.donor_image is None and task.donor_prompt is None:

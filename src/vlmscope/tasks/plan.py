@@ -9,21 +9,25 @@ Legend: T positions, d width, k active features of a position.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmscope.circuits.config import baselines_of
-from vlmscope.core.errors import UserError, check_choice, check_least
+from vlmscope.attribution.config import AttributionConfig
+from vlmscope.circuits.config import CircuitConfig, baselines_of
+from vlmscope.config import AppConfig
+from vlmscope.config.schema import RandomTranscodersConfig
+from vlmscope.config.wiring import trained_transcoders
+from vlmscope.core.errors import UserError, check_choice
 from vlmscope.core.hub import gb
-
-if TYPE_CHECKING:
-    from vlmscope.attribution.config import AttributionConfig
-    from vlmscope.circuits.config import CircuitConfig
-    from vlmscope.config import AppConfig
-    from vlmscope.models.base import Adapter
-    from vlmscope.tasks.registry import RunContext
+from vlmscope.models import sizes
+from vlmscope.models.base import Adapter
+from vlmscope.models.checkpoint import DTYPES
+from vlmscope.models.families import adapter_for
+from vlmscope.models.sizes import attention_widths, empty_model, find_config, prompt_tokens
+from vlmscope.models.tiny import tiny_vlm
+from vlmscope.tasks.registry import RunContext
+from vlmscope.training.config import TranscoderArchConfig
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -67,34 +71,11 @@ def least_time(work: Work, machine: Machine) -> tuple[float, str]:
     )
 
 
-USES = ("attribution",)
-
-
-@dataclass
-class Config:
-    """The prompt is `tokens` long: by default `images` pictures' soft tokens and `text_tokens` of text.
-
-    Times are those of `device`, one of `MACHINES`.
-    """
-
-    tokens: int | None = None
-    images: int = 1
-    text_tokens: int = 64
-    device: str = "h100"
-
-    def __post_init__(self) -> None:
-        check_choice("task.device", self.device, MACHINES)
-        check_least("task", self, tokens=1, images=0, text_tokens=1)
-
-
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Print the tables and return their numbers: `plan/...`, sizes in bytes, times in seconds."""
-    from vlmscope.models.checkpoint import DTYPES
-    from vlmscope.models.families import adapter_for
-    from vlmscope.models.sizes import empty_model, find_config, prompt_tokens
-    from vlmscope.models.tiny import tiny_vlm
-
-    task, model, machine = cfg.task, cfg.model, MACHINES[cfg.task.device]
+    task, model = cfg.task, cfg.model
+    check_choice("task.device", task.device, MACHINES)
+    machine = MACHINES[task.device]
     if model.family is None:
         config = find_config(model.path, model.hub, model.revision)
     else:
@@ -159,10 +140,6 @@ def transcoder_numbers(d_model: int, n_features: int, skip: bool, activation: st
 
 def _transcoders(cfg: AppConfig, adapter: Adapter, overrides: tuple[str, ...]) -> tuple[list[int], Any]:
     """Features of each layer, and k, skip and activation, of the set that fits the model, else of a new one."""
-    from vlmscope.config.schema import RandomTranscodersConfig
-    from vlmscope.config.wiring import trained_transcoders
-    from vlmscope.training.config import TranscoderArchConfig
-
     chosen, layers, d = cfg.transcoder, adapter.n_layers, adapter.d_model
     if isinstance(chosen, RandomTranscodersConfig):
         return [chosen.n_features or 4 * d] * layers, chosen
@@ -187,8 +164,6 @@ def graph_sizes(
 
     Soft tokens from `soft[0]` to before `soft[1]` see each other.
     """
-    from vlmscope.models.sizes import attention_widths
-
     n_layers, d, t = adapter.n_layers, adapter.d_model, n_tokens
     queries, values = attention_widths(adapter)
     element = 8 if config.dtype == "float64" else 4
@@ -238,8 +213,6 @@ def plan_graph(
     cfg: AppConfig, adapter: Adapter, n_tokens: int, n_soft: int, widths: list[int], kind: Any
 ) -> dict[str, float | tuple[float, str]]:
     """Parameters, memory, size and least time of one graph."""
-    from vlmscope.models import sizes
-
     cfg.attribution.check()
     dtype, machine = cfg.model.dtype, MACHINES[cfg.task.device]
     swept = dtype if cfg.attribution.dtype == "model" else cfg.attribution.dtype

@@ -1,8 +1,8 @@
-"""Finds the tasks: every module of this package that defines a `Config` class and a `run` function."""
+"""One task of `settings.TASKS`: what it uses of a configuration, what is recorded of it, and how it is run."""
 
 import ast
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -11,14 +11,9 @@ from typing import Any, NamedTuple
 from vlmscope import tasks
 from vlmscope.config import AppConfig
 from vlmscope.core.errors import UserError
+from vlmscope.core.launch import import_quickly
+from vlmscope.tasks.settings import OPTIONAL, TASKS, Settings
 from vlmscope.tracking import TrackedRun
-
-# Groups of settings that only some tasks read; all others (model, trainer, tracking, ...) are for every task.
-OPTIONAL = (
-    "data", "optim", "attribution", "intervention", "interchange", "discovery", "study", "where", "trials", "settings",
-    "association", "circuit", "circuit_spec", "pairs", "images", "query", "analyses", "analysis", "report", "headline",
-    "paper", "figure",
-)  # fmt: skip
 
 # Settings on which no result depends: where a run is recorded, and how it is shown and judged.
 _SHOWN = ("tracking", "report", "headline", "paper", "figure", "name", "reproduce", "prompt_file", "prompt_name")
@@ -44,33 +39,28 @@ class RunContext:
 
 
 class Task(NamedTuple):
-    """`recorded` is False for a task that only prints: it gets no configuration file, metrics or tracked run.
-
-    `ranks` is True for one that several processes can run together (docs/scaling.md), `resumes` for one that always
-    resumes in its folder. `memory` names the settings to lower when memory runs out, `uses` the groups of `OPTIONAL`
-    that it reads.
-    """
+    """A task: its name, what it does in one line, and its settings."""
 
     name: str
     summary: str
-    config: type
-    run: Callable[[AppConfig, RunContext], dict[str, float]]
-    recorded: bool
-    ranks: bool
-    resumes: bool
-    memory: str
-    uses: tuple[str, ...]
+    config: type[Settings]
+
+    def run(self, app: AppConfig, context: RunContext) -> dict[str, float]:
+        """Import the task, which may take seconds, and run it; returns flat metrics."""
+        name = f"{tasks.__name__}.{self.name}"
+        import_quickly(name)
+        return sys.modules[name].run(app, context)
 
     def check_used(self, overrides: Sequence[str]) -> None:
         """Refuse settings that would change nothing, as in `task=trace study.limit=5`."""
         for override in overrides:
             group = override.lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]
-            if group in OPTIONAL and group not in self.uses:
+            if group in OPTIONAL and group not in self.config.uses:
                 raise UserError(f"{override}: task={self.name} does not use {group}; leave it out")
 
     def settings(self, app: AppConfig) -> dict[str, Any]:
         """The settings that this run can use, for config.yaml and MLflow."""
-        unused = {key for key in OPTIONAL if key not in self.uses or getattr(app, key) in (None, {}, [])}
+        unused = {key for key in OPTIONAL if key not in self.config.uses or getattr(app, key) in (None, {}, [])}
         unused |= {key for key, subject in SUBJECTS.items() if subject in unused} | {"limits"}  # which were applied
         return {key: value for key, value in asdict(app).items() if key not in unused}
 
@@ -79,7 +69,8 @@ class Task(NamedTuple):
 
         A setting without a value is left out, and so is the default of a group that only tunes the task.
         """
-        unused = {*_SHOWN, *(() if "optim" in self.uses else ("trainer",))}  # the trainer's only where one trains
+        trains = "optim" in self.config.uses
+        unused = {*_SHOWN, *(() if trains else ("trainer",))}
         kept = {}
         for key in self.settings(app).keys() - unused:
             value = chosen(getattr(app, key), key in _WHOLE)
@@ -110,23 +101,17 @@ def chosen(value: Any, whole: bool) -> Any:
 def summaries() -> dict[str, str]:
     """Name and one-line description of every task, read from the source without importing it."""
     lines: dict[str, str] = {}
-    for path in sorted(file for folder in tasks.__path__ for file in Path(folder).glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-        names = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
-        if {"Config", "run"} <= names:
-            lines[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    for name in TASKS:
+        path = next(file for folder in tasks.__path__ if (file := Path(folder) / f"{name}.py").is_file())
+        lines[name] = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
     return lines
 
 
 def load(name: str) -> Task:
-    """Import one task by name; a name that is not in `summaries()` is a `KeyError`."""
-    summary = summaries()[name]
-    module: Any = importlib.import_module(f"{tasks.__name__}.{name}")
-    defaults = {"RECORDED": True, "RANKS": False, "RESUMES": False, "MEMORY": "", "USES": ()}
-    options = {key.lower(): getattr(module, key, default) for key, default in defaults.items()}
-    return Task(name, summary, module.Config, module.run, **options)
+    """One task by name; a name that is not in `TASKS` is a `KeyError`."""
+    return Task(name, summaries()[name], TASKS[name])
 
 
 def configs() -> dict[str, type]:
-    """The `Config` dataclass of every task."""
-    return {name: load(name).config for name in summaries()}
+    """The dataclass of every task's settings."""
+    return dict(TASKS)

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from vlmscope.analyses.run_report import draw_report
+from vlmscope.config import AppConfig
+from vlmscope.core.artifacts import read_json, read_yaml
 from vlmscope.core.errors import UserError
-
-if TYPE_CHECKING:
-    from vlmscope.config import AppConfig
-    from vlmscope.tasks.registry import RunContext
-
-RECORDED = False  # nothing is measured
-
-
-@dataclass
-class Config:
-    """`run` is the folder of a run of `task=experiment`; its report is written there."""
-
-    run: str | None = None
+from vlmscope.tasks.registry import RunContext
+from vlmscope.viewer.export import export_with_report
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Read the run's own configuration and numbers, and draw its marks."""
-    from vlmscope.analyses.run_report import draw_report
-    from vlmscope.core.artifacts import read_json, read_yaml
-    from vlmscope.viewer.export import export_with_report
-
     if cfg.task.run is None:
         raise UserError("task.run is not given: the folder of a finished experiment, as in task.run=outputs/my_run")
     folder = Path(cfg.task.run)

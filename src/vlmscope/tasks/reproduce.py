@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from vlmscope.tasks.registry import OPTIONAL
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from vlmscope.config import AppConfig
-    from vlmscope.core.results import Reproduced
-    from vlmscope.tasks.registry import RunContext
-    from vlmscope.tasks.reproduction import Ended, Job
-
-RESUMES = True
-USES = OPTIONAL  # what is set is passed on to the experiments
-
-
-@dataclass
-class Config:
-    """`only` names experiments that say `reproduce: true` (empty: all of them).
-
-    `seeds` repeats each with these seeds and writes the ranges of its numbers; the root key `seed`, that of a run
-    without them, is left out of the ranges and held against them if it is one of these.
-    """
-
-    only: list[str] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=list)
+from vlmscope.config import AppConfig
+from vlmscope.config.schema import numbers_of
+from vlmscope.core.artifacts import read_json
+from vlmscope.core.errors import CheckFailed
+from vlmscope.core.results import Reproduced
+from vlmscope.report.reproduction import key_picture, write_page, write_ranges
+from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.reproduction import Ended, Job, finished, planned, run_job
+from vlmscope.tracking import sweep
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
@@ -38,10 +24,6 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         UserError: before any run: an experiment that does not compose or lacks its files.
         CheckFailed: afterwards: an experiment failed or a number lies outside its range.
     """
-    from vlmscope.core.errors import CheckFailed
-    from vlmscope.report.reproduction import write_page, write_ranges
-    from vlmscope.tasks.reproduction import planned
-
     results = _run_all(context, planned(cfg, context))
     if cfg.task.seeds:
         write_ranges(context.run_dir, results, cfg.seed)
@@ -68,11 +50,6 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 def _run_all(context: RunContext, jobs: list[Job]) -> list[Reproduced]:
     """The result of every job, run now or earlier in this folder."""
-    from tqdm import tqdm
-
-    from vlmscope.tasks.reproduction import finished, run_job
-    from vlmscope.tracking import sweep
-
     run_dir = context.run_dir
     ended = {job.label: finished(run_dir, job.label, job.digest) for job in jobs}
     left = [job for job in jobs if ended[job.label] is None]
@@ -91,11 +68,6 @@ def _run_all(context: RunContext, jobs: list[Job]) -> list[Reproduced]:
 
 
 def _judged(run_dir: Path, job: Job, end: Ended) -> Reproduced:
-    from vlmscope.config.schema import numbers_of
-    from vlmscope.core.artifacts import read_json
-    from vlmscope.core.results import Reproduced
-    from vlmscope.report.reproduction import key_picture
-
     folder, done = run_dir / job.label, end.code == 0
     metrics = read_json(folder / "metrics.json") if done else {}
     report = f"{job.label}/report.html" if (folder / "report.html").is_file() else None

@@ -20,23 +20,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
+from vlmscope.config import AppConfig
 from vlmscope.config.catalog import first_comment, reproducible
 from vlmscope.config.resolve import CONFIG_ERRORS, one_line, quote, suggestion, to_app_config
 from vlmscope.config.schema import TranscoderSetConfig
 from vlmscope.config.wiring import model_origin, study_digest, transcoder_origin
 from vlmscope.core.artifacts import files_digest, read_json, shipped, write_json
 from vlmscope.core.errors import UserError
+from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.settings import ExperimentSettings
 from vlmscope.tracking.client import package_versions
-
-if TYPE_CHECKING:
-    from vlmscope.config import AppConfig
-    from vlmscope.tasks.registry import RunContext
 
 # Overrides of this task, which are not passed on; and settings on which no number depends.
 _OWN = ("task=", "task.", "hydra", "experiment=", "name=")
@@ -135,9 +134,7 @@ def _composed(name: str, overrides: Sequence[str]) -> AppConfig:
 
 
 def _reads_shards(cfg: AppConfig) -> bool:
-    from vlmscope.tasks.experiment import Config
-
-    return isinstance(cfg.task, Config) and cfg.data.name == "orrery" and cfg.task.reads_shards(cfg)
+    return isinstance(cfg.task, ExperimentSettings) and cfg.data.name == "orrery" and cfg.task.reads_shards(cfg)
 
 
 def base_digest() -> str:

@@ -1,42 +1,21 @@
 """Set features to values of your choice on one prompt: next token and answer before and after, with controls."""
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-from vlmscope.analyses.edits import EditConfig
+from vlmscope.analyses.edits import Fixed, chosen_features, report_edit, run_edit
+from vlmscope.circuits.circuit import at_supernodes
+from vlmscope.config import AppConfig
+from vlmscope.config.wiring import load_model, load_scope, user_pictures
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
-
-if TYPE_CHECKING:
-    from vlmscope.config import AppConfig
-    from vlmscope.tasks.registry import RunContext
-
-
-@dataclass
-class Config(EditConfig):
-    """`features` maps names to activations: 'task.features={L1/7: 8.0, L2/30: 0}' (0 switches off).
-
-    `factors` maps names to numbers by which their own activations are multiplied, wherever they are: {L3/1242: 2}.
-    Features of `from_graph` or `circuit` are all set to `value`. `positions` are prompt positions to edit; without them
-    the edit applies everywhere, generated tokens included, except for supernodes with positions of their own.
-    """
-
-    features: dict[str, float] = field(default_factory=dict)
-    factors: dict[str, float] = field(default_factory=dict)
-    value: float = 0.0
-    positions: list[int] | None = None
+from vlmscope.interventions.edits import steer_plan
+from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.settings import SteerSettings
 
 
-def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
+def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Steer `prompt=` on `image=` (none for text alone)."""
-    from vlmscope.analyses.edits import Fixed, chosen_features, report_edit, run_edit
-    from vlmscope.circuits.circuit import at_supernodes
-    from vlmscope.config.wiring import load_model, load_scope, user_pictures
-    from vlmscope.interventions.edits import steer_plan
-
     if cfg.prompt is None:
         raise UserError("no prompt: add 'prompt=what is this ?' (and image=path/to/picture.png)")
-    task: Config = cfg.task
+    task: SteerSettings = cfg.task
     values_given = {FeatureId.parse(text): value for text, value in task.features.items()}
     factors = {FeatureId.parse(text): factor for text, factor in task.factors.items()}
     if both := values_given.keys() & factors.keys():

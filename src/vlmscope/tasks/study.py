@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from vlmscope.core.errors import NotMainRank, UserError, check_least
+from vlmscope.config import AppConfig
+from vlmscope.config.wiring import load_model, load_scope, made_study, study_origin, study_sources
+from vlmscope.core.errors import NotMainRank, UserError
 from vlmscope.core.records import layer_key
+from vlmscope.data.mixing import NumberedRows
+from vlmscope.features.labels import set_path, write_labels
+from vlmscope.features.proposals import label_study
+from vlmscope.features.shipped import small_copy
+from vlmscope.features.study import StudyPart, data_record, finish, finished_study, run_part, study_parts
+from vlmscope.features.study_files import StudyFolder, open_sources
+from vlmscope.tasks.registry import RunContext
+from vlmscope.training.ranks import joint_sum, own_share
 
-if TYPE_CHECKING:
-    from vlmscope.config import AppConfig
-    from vlmscope.features.study_files import StudyFolder
-    from vlmscope.tasks.registry import RunContext
-
-USES = ("data", "study")
-RANKS = True  # several processes can run it together
 SCENE = "scene"  # the fact whose values alone are scored next to each label, where the data have it
-MEMORY = "study.forward_tokens (which a resumed study may change), study.batch_size or study.top"
-
-
-@dataclass
-class Config:
-    """What is kept is in `study=`, the data in `data=`. The files are in `study/` of the run folder.
-
-    `labels` names the features too, as task=label does. `keep` writes a small copy of the study, labels included, to
-    `small/` of the run folder: with so many of the strongest and of the drawn examples of each feature.
-    """
-
-    labels: bool = False
-    keep: int | None = None
-
-    def __post_init__(self) -> None:
-        check_least("task", self, keep=1)
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Study the data, each process its part; the main process writes the files."""
-    from vlmscope.config.wiring import load_model, load_scope, study_origin, study_sources
-
     config = cfg.study
     if cfg.prompt is not None or cfg.image is not None:
         raise UserError("task=study goes through data; leave out prompt= and image=, or put them into data=folder")
@@ -46,18 +29,11 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         raise UserError("study.path names a study that is there already; leave it out of task=study, which makes one")
     folder = context.run_dir / "study"
     if config.published is not None:
-        from vlmscope.config.wiring import made_study
-
         study = made_study(cfg, load_scope(cfg, load_model(cfg), context.overrides), folder)
         return metrics_of(study) | _labelled_and_small(cfg, context, study)
     sources = study_sources(cfg)
     if folder.exists() and not cfg.trainer.resume:
         raise UserError(f"{folder} is there already; add trainer.resume=true to resume, or choose a new hydra.run.dir")
-
-    from vlmscope.data.mixing import NumberedRows
-    from vlmscope.features.study import StudyPart, data_record, finish, finished_study, run_part, study_parts
-    from vlmscope.features.study_files import open_sources
-    from vlmscope.training.ranks import joint_sum, own_share
 
     origin, share = study_origin(cfg, sources, context.overrides), own_share()
     done = finished_study(folder, origin)
@@ -80,16 +56,11 @@ def _labelled_and_small(cfg: AppConfig, context: RunContext, study: StudyFolder)
     """Label the study and write its small copy, as the task's settings say."""
     metrics: dict[str, float] = {}
     if cfg.task.labels:
-        from vlmscope.features.labels import set_path, write_labels
-        from vlmscope.features.proposals import label_study
-
         labels, _ = label_study(study, cfg.seed, shuffled=0, kind=SCENE)
         write_labels(set_path(study.path, "auto"), labels)
         metrics["label/labelled"] = float(sum(bool(label.text) for _, label in labels))
         metrics["label/beats_chance"] = float(sum(label.beats_chance for _, label in labels))
     if cfg.task.keep is not None:
-        from vlmscope.features.shipped import small_copy
-
         place = context.run_dir / "small"
         shutil.rmtree(place, ignore_errors=True)  # of a run before this one
         small = small_copy(study, place, cfg.task.keep)

@@ -13,28 +13,66 @@ import os
 import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from PIL import Image
+from tqdm import tqdm
+
+from vlmscope.attribution.export import save_graph, source_words, write_graph_json
+from vlmscope.attribution.influence import ranked_features, reaches_image
+from vlmscope.attribution.targets import choose_logits
+from vlmscope.attribution.trace import (
+    INDEX,
+    Trace,
+    spread,
+    spread_in_words,
+    target_maps,
+    trace,
+    with_heads,
+    write_target_maps,
+)
+from vlmscope.attribution.workers import own_rank
+from vlmscope.config import AppConfig
+from vlmscope.config.wiring import (
+    feature_labels,
+    label_folders,
+    labels_folder,
+    load_model,
+    load_scope,
+    look_for_labels,
+    model_origin,
+    study_digest,
+    transcoder_origin,
+    user_pictures,
+)
+from vlmscope.core.artifacts import (
+    atomic_folder,
+    files_digest,
+    flat,
+    plain,
+    read_json,
+    refuse_other,
+    write_json,
+    write_text,
+)
 from vlmscope.core.errors import NoRoom, NotMainRank, UserError
+from vlmscope.core.graph import NodeKind, PrunedGraph
 from vlmscope.core.launch import place_of, program
+from vlmscope.core.records import FeatureId
+from vlmscope.core.results import printable, text_table
+from vlmscope.data.images import for_figures, open_images
+from vlmscope.data.inputs import PromptRow, other_pictures, read_rows
+from vlmscope.interventions.ablation import without_mlps
+from vlmscope.models.base import ModelInputs
+from vlmscope.report.graph_figure import attribution_graph
+from vlmscope.report.pictures import patch_maps
+from vlmscope.scope import Scope
+from vlmscope.tasks.registry import RunContext
+from vlmscope.training.evaluation import warn_if_strange
+from vlmscope.viewer.export import export_graph
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from vlmscope.attribution.trace import Trace
-    from vlmscope.config import AppConfig
-    from vlmscope.core.graph import PrunedGraph
-    from vlmscope.core.records import FeatureId
-    from vlmscope.data.inputs import PromptRow
-    from vlmscope.models.base import ModelInputs
-    from vlmscope.scope import Scope
-    from vlmscope.tasks.registry import RunContext
-
-USES = ("attribution",)
-RANKS = True  # several processes can make a graph together
-MEMORY = "attribution.max_nodes, attribution.batch_size or attribution.memory_gb"
 _LOG = logging.getLogger(__name__)
 _ROWS, _ROW = "rows", "row.json"
 _MAPPED = 3  # targets in figures/patches.png
@@ -45,27 +83,8 @@ _RUNNERS_UP = 3  # words that the graph does not explain
 _SUBJECT = ("model=", "model.", "transcoder=", "transcoder.")  # overrides that a command about the same graph needs
 
 
-@dataclass
-class Config:
-    """Settings of the graph and its targets are in `attribution=` (docs/attribution.md).
-
-    `figure` draws the pruned graph too. One more forward with `others` pictures tells whether the answer needs MLPs
-    (docs/anatomy.md; 0: not asked). `page` writes graph.html too: the graph to click through, with examples of the 40
-    most influential features, in one file. `rows` is a CSV or JSONL file of many prompts with their pictures
-    (docs/graphs.md); with `skip_bad` rows that cannot be traced are left out and counted.
-    """
-
-    figure: bool = True
-    page: bool = False
-    others: int = 8
-    rows: str | None = None
-    skip_bad: bool = False
-
-
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Trace `prompt=` on `image=` (none for text alone), or every row of `task.rows=`."""
-    from vlmscope.config.wiring import label_folders, load_model, load_scope, look_for_labels, user_pictures
-
     look_for_labels(cfg)
     if cfg.task.rows is not None:
         if place_of(os.environ) is not None:
@@ -82,8 +101,6 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     scope = load_scope(cfg, vlm, context.overrides)
     metrics = _trace_into(context.run_dir, cfg, scope, inputs, pictures)
     if cfg.task.page:
-        from vlmscope.viewer.export import export_graph
-
         export_graph(context.run_dir, label_folders(cfg), _WITH_EXAMPLES)
     print("\n".join(_next_steps(context.run_dir, cfg, context.overrides)))
     return metrics
@@ -98,15 +115,6 @@ def _trace_into(
     name: str | None = None,
 ) -> dict[str, float]:
     """Trace a prompt, write its files into a folder and return metrics; `name` is the graph's, else the folder's."""
-    from vlmscope.attribution.export import save_graph, write_graph_json
-    from vlmscope.attribution.influence import reaches_image
-    from vlmscope.attribution.trace import target_maps, trace, with_heads, write_target_maps
-    from vlmscope.attribution.workers import own_rank
-    from vlmscope.config.wiring import feature_labels
-    from vlmscope.data.images import for_figures
-    from vlmscope.report.graph_figure import attribution_graph
-    from vlmscope.report.pictures import patch_maps
-
     labels = feature_labels(cfg, scope.vlm.name, scope)
     traced = trace(scope, inputs, cfg.attribution, folder)
     if own_rank()[0]:  # it has made its part of the rows
@@ -140,12 +148,6 @@ def _trace_into(
 
 def _answer(traced: Trace, tokenizer: Any, labels: Mapping[FeatureId, str]) -> list[str]:
     """What the graph explains and how much of it, the features with most influence, and what is on the picture."""
-    from vlmscope.attribution.influence import ranked_features
-    from vlmscope.attribution.targets import choose_logits
-    from vlmscope.attribution.trace import spread, spread_in_words
-    from vlmscope.core.graph import NodeKind
-    from vlmscope.core.results import printable, text_table
-
     graph, pruned = traced.graph, traced.pruned
     logits = graph.nodes.kind[-1] == NodeKind.LOGIT
     lines = ["answer" if logits else "explains", *(f"  {printable(words)}" for words in traced.explained())]
@@ -183,8 +185,6 @@ def _answer(traced: Trace, tokenizer: Any, labels: Mapping[FeatureId, str]) -> l
 
 def _attention(pruned: PrunedGraph, labels: Mapping[FeatureId, str]) -> list[str]:
     """The heads that carry most, and why they attend."""
-    from vlmscope.attribution.export import source_words
-
     heads, graph = pruned.heads, pruned.graph
     if heads is None or not len(heads.edges):
         return []
@@ -205,8 +205,6 @@ def _attention(pruned: PrunedGraph, labels: Mapping[FeatureId, str]) -> list[str
 
 def _next_steps(folder: Path, cfg: AppConfig, overrides: Sequence[str]) -> list[str]:
     """The files to look at first, and commands that go on from this graph."""
-    from vlmscope.config.wiring import labels_folder
-
     pictures = ",".join(cfg.image or ())
     subject = [f"image={pictures}" if len(cfg.image) == 1 else f"image=[{pictures}]"] if cfg.image else []
     subject += [f"prompt={cfg.prompt}", *(one for one in overrides if one.lstrip("+").startswith(_SUBJECT))]
@@ -228,10 +226,6 @@ def _next_steps(folder: Path, cfg: AppConfig, overrides: Sequence[str]) -> list[
 
 def _without_mlps(cfg: AppConfig, scope: Scope, inputs: ModelInputs) -> float:
     """The answer's probability with every MLP's output averaged over other pictures; one line where it hardly falls."""
-    from vlmscope.core.results import printable
-    from vlmscope.data.inputs import other_pictures
-    from vlmscope.interventions.ablation import without_mlps
-
     others = [scope.vlm.prepare(inputs.prompt, images) for images in other_pictures(inputs.sizes, cfg.task.others)]
     found = without_mlps(scope.adapter, inputs, others)
     if found.hardly_needed and cfg.task.rows is None:
@@ -249,13 +243,6 @@ def _trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     Every row is checked before any is traced. Metrics are means over the rows that have them, medians and quartiles of
     scores (`spread`), and counts of rows.
     """
-    from tqdm import tqdm
-
-    from vlmscope.attribution.trace import INDEX, spread, spread_in_words
-    from vlmscope.config.wiring import load_model, load_scope
-    from vlmscope.core.artifacts import write_text
-    from vlmscope.data.inputs import read_rows
-
     if cfg.prompt is not None or cfg.image is not None:
         raise UserError("task.rows= brings its own prompts and pictures; leave out prompt= and image=")
     if cfg.task.page:
@@ -324,12 +311,8 @@ def _refuse(cfg: AppConfig, bad: Sequence[str]) -> int:
 
 def _origin(cfg: AppConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """All settings and files besides the row on which its graph depends, by name."""
-    from vlmscope.config.wiring import label_folders, model_origin, study_digest, transcoder_origin
-    from vlmscope.core.artifacts import flat, plain
-
-    # The settings left out change memory and time, not numbers.
-    free = ("batch_size", "memory_gb", "devices")
-    attribution = {k: v for k, v in asdict(cfg.attribution).items() if k not in free}
+    # The two settings left out change memory and time, not numbers.
+    attribution = {k: v for k, v in asdict(cfg.attribution).items() if k not in ("batch_size", "memory_gb")}
     attribution["labels"] = [study_digest(str(folder)) for folder in label_folders(cfg)]
     task = {"task.figure": cfg.task.figure, "seed": cfg.seed}
     return plain(model_origin(cfg) | transcoder_origin(cfg, overrides) | flat("attribution", attribution) | task)
@@ -337,8 +320,6 @@ def _origin(cfg: AppConfig, overrides: Sequence[str]) -> dict[str, Any]:
 
 def _row_record(row: PromptRow) -> dict[str, Any]:
     """The part of row.json that identifies a row."""
-    from vlmscope.core.artifacts import files_digest
-
     images = [str(image) for image in row.images]
     return {"id": row.id, "prompt": row.prompt, "images": images, "pictures": files_digest(row.images)}
 
@@ -349,8 +330,6 @@ def _finished(folder: Path, row: PromptRow, origin: dict[str, Any]) -> dict[str,
     Raises:
         UserError: it was traced with other settings, another model, other transcoders or as another row.
     """
-    from vlmscope.core.artifacts import read_json, refuse_other
-
     if not folder.is_dir():
         return None
     record = read_json(folder / _ROW)
@@ -362,16 +341,11 @@ def _finished(folder: Path, row: PromptRow, origin: dict[str, Any]) -> dict[str,
 
 
 def _inputs(vlm: Any, row: PromptRow) -> tuple[ModelInputs, list[Image.Image]]:
-    from vlmscope.data.images import open_images
-
     pictures = open_images(row.images)
     return vlm.prepare(row.prompt, pictures), pictures
 
 
 def _trace_row(cfg: AppConfig, scope: Scope, row: PromptRow, folder: Path, origin: dict[str, Any]) -> dict[str, Any]:
-    from vlmscope.core.artifacts import atomic_folder, write_json
-    from vlmscope.training.evaluation import warn_if_strange
-
     inputs, pictures = _inputs(scope.vlm, row)
     warn_if_strange(scope, [inputs.tensors], f"row {row.id}: its")
     with atomic_folder(folder / row.id) as half:

@@ -7,52 +7,33 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vlmscope.config import AppConfig
+from vlmscope.config.wiring import data_origin, load_model, model_origin
+from vlmscope.core.artifacts import flat, folder_digest, read_json, write_json, write_text
 from vlmscope.core.errors import UserError, bad_picture
+from vlmscope.core.hub import is_hub_id
 from vlmscope.core.launch import program
 from vlmscope.core.results import text_table
-from vlmscope.training.config import BatchConfig, RecipeConfig, TranscoderArchConfig, TranscoderTrainingConfig
+from vlmscope.report.figures import fvu_by_layer
+from vlmscope.tasks.registry import RunContext
+from vlmscope.training.captures import batches_for
+from vlmscope.training.config import TranscoderArchConfig, TranscoderTrainingConfig
+from vlmscope.training.ranks import own_share
+from vlmscope.training.transcoder_training import train_transcoders
+from vlmscope.transcoders.formats import save_set
+from vlmscope.transcoders.hub import CARD, facts_of_set, render, with_metrics
+from vlmscope.transcoders.transcoder import TranscoderSet
 
-if TYPE_CHECKING:
-    from vlmscope.config import AppConfig
-    from vlmscope.tasks.registry import RunContext
-    from vlmscope.transcoders.transcoder import TranscoderSet
-
-USES = ("data", "optim")
-RANKS = True  # several processes can run it together
-MEMORY = "task.micro_tokens (which a resumed training may change), task.tokens_per_batch or transcoder.expansion_factor"
 # Settings that stand elsewhere in the card, and so not in its table.
 _IN_CARD = ("k", "activation", "skip", "cross_layer", "data")
 
 
-@dataclass
-class Config(RecipeConfig, BatchConfig):
-    """Batches (`BatchConfig`) and the recipe (`RecipeConfig`). Sizes: transcoder=arch, optim, trainer.
-
-    `license` goes into the set's card: an identifier of the hub, such as apache-2.0.
-    """
-
-    license: str = "unknown"
-
-    def __post_init__(self) -> None:
-        RecipeConfig.__post_init__(self)
-        BatchConfig.__post_init__(self)
-
-
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Train, save to `<run_dir>/transcoders`, and report FVU, L0, dead features and the change of cross-entropy."""
-    from vlmscope.config.wiring import data_origin, load_model, model_origin
-    from vlmscope.core.artifacts import flat, folder_digest, read_json, write_json, write_text
-    from vlmscope.report.figures import fvu_by_layer
-    from vlmscope.training.captures import batches_for
-    from vlmscope.training.ranks import own_share
-    from vlmscope.training.transcoder_training import train_transcoders
-    from vlmscope.transcoders.formats import save_set
-    from vlmscope.transcoders.hub import CARD
-
     if not isinstance(cfg.transcoder, TranscoderArchConfig):
         raise UserError("training needs an architecture, not a trained set: add transcoder=arch")
     config = TranscoderTrainingConfig(cfg.transcoder, cfg.optim, cfg.trainer, cfg.task)
@@ -137,9 +118,6 @@ def training_card(
     Training tokens (`train/tokens`) are split by the shares drawn from each source (`data/<source>/tokens_share`);
     without shares all are of the data that the configuration names.
     """
-    from vlmscope.core.hub import is_hub_id
-    from vlmscope.transcoders.hub import facts_of_set, render, with_metrics
-
     model = cfg.model
     hub = model.hub or (model.path if model.family is None and is_hub_id(model.path) else None)
     facts = with_metrics(facts_of_set(transcoders), metrics)

@@ -2,53 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import time
+from typing import Any
 
+import numpy as np
+from scipy.stats import rankdata
+
+from vlmscope.attention import MEASURES, Subject, WhereMaps, cell_values, map_curves, save_maps, where_maps
+from vlmscope.config import AppConfig
+from vlmscope.config.wiring import load_model, load_scope, user_pictures
+from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError, check_least
+from vlmscope.core.records import FeatureId
+from vlmscope.data.images import for_figures
+from vlmscope.features.readouts import image_features
+from vlmscope.report.pictures import feature_maps
+from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.settings import WhereSettings
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from vlmscope.attention import WhereMaps
-    from vlmscope.config import AppConfig
-    from vlmscope.core.records import FeatureId
-    from vlmscope.tasks.registry import RunContext
-
-USES = ("attribution", "where")
 _DRAWN = 30  # features in the figure, a row a picture
 _SIDE = 16  # rows and columns of the grid on which maps are compared
 
 
-@dataclass
-class Config:
-    """`features` are ids such as [L5/123,L6/7], by default the `top` strongest ones on the soft tokens.
-
-    `figure` draws the maps over the picture. With `curves` each map is tested by deletion and insertion on this picture
-    (docs/where.md).
-    """
-
-    features: list[str] = field(default_factory=list)
-    top: int = 3
-    figure: bool = True
-    curves: bool = False
-
-
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Map features of `prompt=` over the patches of `image=`."""
-    import time
-
-    import numpy as np
-
-    from vlmscope.attention import MEASURES, Subject, map_curves, save_maps, where_maps
-    from vlmscope.config.wiring import load_model, load_scope, user_pictures
-    from vlmscope.core.artifacts import write_json
-    from vlmscope.core.records import FeatureId
-    from vlmscope.data.images import for_figures
-    from vlmscope.features.readouts import image_features
-    from vlmscope.report.pictures import feature_maps
-
-    task: Config = cfg.task
+    task: WhereSettings = cfg.task
     if cfg.prompt is None:
         raise UserError("no prompt: add 'prompt=what is this ?'")
     check_least("task", task, top=1)
@@ -100,10 +78,6 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 def _described(where: WhereMaps, feature: FeatureId, is_image: np.ndarray) -> dict[str, Any]:
     """The entry of a feature in where.json: peaks of its maps and how far they agree; prints a line."""
-    import numpy as np
-
-    from vlmscope.attention import cell_values
-
     values, maps = where.activations[feature], where.maps[feature]
     grids = {kind: np.concatenate([cell_values(m, _SIDE).ravel() for m in records]) for kind, records in maps.items()}
     metrics = {
@@ -126,8 +100,6 @@ def _described(where: WhereMaps, feature: FeatureId, is_image: np.ndarray) -> di
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:
     """Spearman's rank correlation; 0 where a map is flat."""
-    from scipy.stats import rankdata
-
     a, b = rankdata(first), rankdata(second)
     a, b = a - a.mean(), b - b.mean()
     scale = float((a @ a) * (b @ b)) ** 0.5

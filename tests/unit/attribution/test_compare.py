@@ -1,16 +1,15 @@
-"""Comparisons and aggregates against sums made edge by edge; what viewers rely on."""
+"""Comparisons against sums made edge by edge; what viewers rely on."""
 
 import dataclasses
 from collections import defaultdict
 from collections.abc import Hashable
-from pathlib import Path
 
 import numpy as np
 import pytest
 from tests.random_graphs import random_graph
 
-from vlmscope.attribution.compare import aggregate, compare
-from vlmscope.attribution.export import graph_to_json, node_id, save_graph
+from vlmscope.attribution.compare import compare
+from vlmscope.attribution.export import graph_to_json, node_id
 from vlmscope.attribution.influence import edge_strengths, influence, logit_weights, prune
 from vlmscope.attribution.storage import smallest_set
 from vlmscope.core.graph import NodeKind, PrunedGraph
@@ -156,40 +155,6 @@ def test_shares_and_strongest_edges_follow_the_convention_for_biases() -> None:
     strongest = strongest[np.argsort(-strength[strongest], kind="stable")][:20]
     np.testing.assert_array_equal(edge_strengths(folded)[0][:20], strongest)
     assert not np.array_equal(edge_strengths(prune(graph))[0][:20], strongest)
-
-
-def test_an_aggregate_is_the_mean_of_what_the_graphs_have() -> None:
-    graphs = [traced(0), traced(1), traced(2, tokens=7)]
-    found = aggregate(graphs, match="role")
-    own = [own_sums(pruned, "role") for pruned in graphs]
-    nodes, edges = set.union(*(one[2] for one in own)), set.union(*(one[3] for one in own))
-    weights = np.array([[one[1].get(edge, 0.0) for edge in edges] for one in own])
-    assert np.allclose(np.sort(found.weight), np.sort(weights.mean(0)), atol=1e-6)
-    assert np.allclose(np.sort(found.absolute), np.sort(np.abs(weights).mean(0)), atol=1e-6)
-    often = [sum(edge in one[3] for one in own) for edge in edges]
-    assert np.array_equal(np.sort(found.edge_count), np.sort(often))
-    shares = [np.mean([one[0].get(key, 0.0) for one in own]) for key in nodes]
-    assert np.allclose(np.sort(found.share), np.sort(shares), atol=1e-12)
-    assert np.array_equal(np.sort(found.count), np.sort([sum(key in one[2] for one in own) for key in nodes]))
-    assert (found.absolute >= np.abs(found.weight) - 1e-12).all()
-
-
-def test_what_few_graphs_keep_is_left_out() -> None:
-    graphs = [traced(0), traced(1), traced(2)]
-    every, often = aggregate(graphs), aggregate(graphs, min_present=0.6)
-    assert often.count.min() == 2
-    assert often.edge_count.min() == 2
-    assert len(often.nodes) == (every.count >= 2).sum()
-    assert len(often.sources) == (every.edge_count >= 2).sum()  # an edge needs its ends, which are kept as often
-
-
-def test_files_are_read_twice_and_named_by_their_folders(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        save_graph(tmp_path / f"row {seed}" / "graph.safetensors", traced(seed))
-    found = aggregate([tmp_path / "row 0", tmp_path / "row 1" / "graph.safetensors"])
-    direct = aggregate([traced(0), traced(1)])
-    assert found.names == ["row 0", "row 1"]
-    assert np.array_equal(found.weight, direct.weight)
 
 
 def whole(node_threshold: float = 0.8) -> PrunedGraph:

@@ -8,7 +8,7 @@ from tests.configs.composing import composed
 
 from vlmscope.config import catalog
 from vlmscope.config.catalog import asset, conf_dir
-from vlmscope.tasks.reproduction import work_digest
+from vlmscope.tasks.reproduce import work_digest
 
 TAGGED = sorted(catalog.reproducible([conf_dir()]))
 

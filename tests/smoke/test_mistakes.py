@@ -78,8 +78,6 @@ MISTAKES = [
     ("where where.counts=[64]", "where.counts"),
     ("where model=tiny model.family=gemma3_text", "takes no pictures"),
     ("where image=null", "add image="),
-    ("run task=compare", "nothing to compare"),
-    ("run task=compare prompt='what colour is mars ?'", "nothing to compare with"),
     ("run task=compare task.first=/no/run task.second=/no/run", "/no/run is neither"),
     ("run task=compare task.first=a", "give task.first=RUN and task.second=RUN"),
     ("run task=compare task.first=a task.second=b", "a is neither a run folder nor a file"),

@@ -17,7 +17,7 @@ import yaml
 from tests.unit.report.test_html import Parsed
 
 from vlmscope.app import main
-from vlmscope.tasks import reproduction
+from vlmscope.tasks import reproduce
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = """# @package _global_
@@ -60,9 +60,9 @@ folder.joinpath("metrics.json").write_text(json.dumps(numbers | {"a/rate_control
 DRIVER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from vlmscope.tasks import reproduction
+from vlmscope.tasks import reproduce
 program = sys.argv.pop(1)
-reproduction._program = lambda: [sys.executable, program]
+reproduce._program = lambda: [sys.executable, program]
 from vlmscope.app import main
 sys.exit(main())
 """
@@ -72,7 +72,7 @@ sys.exit(main())
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "program.py"
     path.write_text(PROGRAM)
-    monkeypatch.setattr(reproduction, "_program", lambda: [sys.executable, str(path)])
+    monkeypatch.setattr(reproduce, "_program", lambda: [sys.executable, str(path)])
     return path
 
 

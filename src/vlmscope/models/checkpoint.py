@@ -15,7 +15,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -172,51 +172,18 @@ def free_bytes(device: str) -> int:
     return min(free, limit - held + cached)
 
 
-class Needs(NamedTuple):
-    """Number of a model's parameters, shared ones counted once, and of the largest module's, moved whole by offload."""
+def check_memory(model: nn.Module, what: str, dtype: str, device: str, offload: str) -> None:
+    """Raise a `UserError` when a model's weights do not fit where they are kept; it may be on the `meta` device.
 
-    n_parameters: int
-    largest: int
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Needs:
-        """Count the parameters of any model, on the `meta` device too."""
-        largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
-        return cls(sum(p.numel() for p in model.parameters()), largest)
-
-    def by_device(self, dtype: str, device: str, offload: str) -> dict[str, float]:
-        """Bytes on each device, with a margin."""
-        size = DTYPES[dtype].itemsize * _MARGIN
-        if offload == "none":
-            return {device: self.n_parameters * size}
-        return {device: self.largest * size, **({"cpu": self.n_parameters * size} if offload == "cpu" else {})}
-
-    def shortage(self, dtype: str, device: str, offload: str) -> tuple[str, float, float] | None:
-        """The first device with too little memory: its name, the needed and the free bytes."""
-        for where, needed in self.by_device(dtype, device, offload).items():
-            if needed > (free := free_bytes(where)):
-                return where, needed, free
-        return None
-
-
-def check_memory(needs: Needs, what: str, dtype: str, device: str, offload: str) -> None:
-    """Raise a `UserError` that names settings which fit when the weights of a model, `what`, do not."""
-    shortage = needs.shortage(dtype, device, offload)
-    if shortage is None:
-        return
-    narrower = [(d, offload) for d in ("float32", "bfloat16") if DTYPES[d].itemsize < DTYPES[dtype].itemsize]
-    elsewhere = [(dtype, o) for o in OFFLOADS if o not in ("none", offload) and (o, device) != ("cpu", "cpu")]
-    both = [("bfloat16", o) for _, o in elsewhere if DTYPES[dtype].itemsize > 2]
-    advice = []
-    for other_dtype, other_offload in (*narrower, *elsewhere, *both):
-        if needs.shortage(other_dtype, device, other_offload) is None:
-            keys = [f"model.dtype={other_dtype}"] if other_dtype != dtype else []
-            keys += [f"model.offload={other_offload}"] if other_offload != offload else []
-            sizes = needs.by_device(other_dtype, device, other_offload).items()
-            advice.append(f"{' '.join(keys)} needs {' and '.join(f'{gb(size)} on {where}' for where, size in sizes)}")
-    where, needed, free = shortage
-    todo = ", ".join(advice[:2]) or "nothing of it fits: choose a smaller model or a larger machine"
-    raise UserError(f"{what} needs about {gb(needed)} in {dtype} on {where}, {gb(free)} are free; {todo}")
+    Offload moves modules one at a time, so the computing device needs room for the largest.
+    """
+    size = DTYPES[dtype].itemsize * _MARGIN
+    whole = size * sum(p.numel() for p in model.parameters())
+    largest = size * max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
+    advice = "choose a smaller dtype (model.dtype=bfloat16), model.offload=cpu or disk, or a smaller model"
+    check_room(whole if offload == "none" else largest, f"the weights of {what} in {dtype}", device, advice)
+    if offload == "cpu":
+        check_room(whole, f"the weights of {what} in {dtype}", "cpu", advice)
 
 
 def check_room(needed: float, what: str, device: str, advice: str) -> None:

@@ -28,7 +28,6 @@ from vlmscope.models.base import Adapter, ModelInputs, token_strings
 from vlmscope.models.checkpoint import (
     DTYPES,
     OFFLOADS,
-    Needs,
     check_device,
     check_memory,
     check_weights,
@@ -317,7 +316,7 @@ def load_vlm(
         processor = _load_processor(family.processor, folder)
         _check_processor(processor, empty.config, folder)
         _, template = chosen_template(processor)
-        check_memory(Needs.of(empty), f"the model at {folder}", dtype, device, offload)
+        check_memory(empty, f"the model at {folder}", dtype, device, offload)
         model = _load_weights(family.model, folder, dtype, device, offload)
     vlm = VLM(model, processor, adapter_for(model), name=name or folder.resolve().name, path=str(folder))
     if vlm.adapter.chat_template and template:

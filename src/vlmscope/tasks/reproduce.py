@@ -1,20 +1,78 @@
-"""Run every experiment that needs no training, compare its numbers with their ranges, and show all on one page."""
+"""Run every experiment that needs no training, compare its numbers with their ranges, and show all on one page.
+
+Each tagged experiment is composed, and run once in a process of its own. The state of a job is in `.reproduce/` of the
+run folder: `<label>.json`, and a lock that is held while its process lives, even after this one was killed: such a
+process finishes its work, which then counts.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO, Any
 
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf, open_dict
 from tqdm import tqdm
 
 from vlmscope.config import AppConfig
-from vlmscope.config.schema import numbers_of
-from vlmscope.core.artifacts import read_json
-from vlmscope.core.errors import CheckFailed
+from vlmscope.config.catalog import first_comment, reproducible
+from vlmscope.config.resolve import CONFIG_ERRORS, one_line, quote, suggestion, to_app_config
+from vlmscope.config.schema import TranscoderSetConfig, numbers_of
+from vlmscope.config.wiring import model_origin, study_digest, transcoder_origin
+from vlmscope.core.artifacts import files_digest, read_json, shipped, write_json
+from vlmscope.core.errors import CheckFailed, UserError
 from vlmscope.core.results import Reproduced
 from vlmscope.report.reproduction import key_picture, write_page, write_ranges
 from vlmscope.tasks.registry import RunContext
-from vlmscope.tasks.reproduction import Ended, Job, finished, planned, run_job
+from vlmscope.tasks.settings import ExperimentSettings
 from vlmscope.tracking import sweep
+from vlmscope.tracking.client import package_versions
+
+# Overrides of this task, which are not passed on; and settings on which no number depends.
+_OWN = ("task=", "task.", "hydra", "experiment=", "name=")
+_NO_NUMBER = ("reproduce", "paper", "figure", "headline", "tracking", "trainer")
+_METRICS = "metrics.json"
+_PACKAGE = Path(__file__).resolve().parents[1]
+_GRACE = 3.0  # seconds in which a process that got the user's Ctrl-C too ends by itself
+_PATIENCE = 30.0  # seconds for it to clean up after SIGINT
+
+
+@dataclass(frozen=True)
+class Job:
+    """One experiment under one seed, composed to `cfg`; `label` names its folder.
+
+    `digest` is of configuration, code, assets and packages: the same digest, the same numbers.
+    """
+
+    name: str
+    label: str
+    question: str
+    overrides: tuple[str, ...]
+    cfg: AppConfig
+    digest: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended: exit code, wall seconds (None when not measured), and the problem in one line."""
+
+    code: int
+    seconds: float | None
+    problem: str = ""
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
@@ -75,3 +133,203 @@ def _judged(run_dir: Path, job: Job, end: Ended) -> Reproduced:
         job.name, job.label, job.question, job.cfg.paper or "", numbers_of(job.cfg.headline, metrics), end.seconds,
         end.problem, report, key_picture(folder, job.cfg.figure) if done else None,
     )  # fmt: skip
+
+
+def planned(cfg: AppConfig, context: RunContext) -> list[Job]:
+    """All jobs in order, composed with the overrides that the command line passes on.
+
+    Raises:
+        UserError: no experiment is tagged, `task.only` names another, or one does not compose or lacks a file.
+    """
+    hydra = HydraConfig.get()
+    if hydra.runtime.choices.get("experiment") not in (None, "null"):
+        raise UserError("task=reproduce runs experiments itself; choose them with task.only=[a,b], not experiment=")
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file" and source.path]
+    tagged = reproducible(folders)
+    if not tagged:
+        raise UserError("no experiment says reproduce: true; tag one, with its headline (docs/reproduce.md)")
+    for name in cfg.task.only:
+        if name not in tagged:
+            raise UserError(f"task.only: no experiment {name!r} that says reproduce: true; {suggestion(name, tagged)}")
+    shared = [override for override in context.overrides if not override.lstrip("+~").startswith(_OWN)]
+    if cfg.task.seeds and any(override.startswith("seed=") for override in shared):
+        raise UserError("both seed= and task.seeds= were given; give one of them")
+    if cfg.task.seeds and set(cfg.task.seeds) <= {cfg.seed}:
+        raise UserError(
+            f"task.seeds={list(cfg.task.seeds)}: ranges are tested on seed {cfg.seed}, so others must make them; "
+            "give some, as in task.seeds=[1,2,3]"
+        )
+    shared += [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
+    base, jobs = base_digest(), []
+    for name in [name for name in tagged if not cfg.task.only or name in cfg.task.only]:
+        for seed in cfg.task.seeds or [None]:
+            overrides = (f"experiment={name}", *shared, *([] if seed is None else [f"seed={seed}"]))
+            composed = _composed(name, overrides)
+            label = name if seed is None else f"{name}_seed_{seed}"
+            digest = work_digest(base, composed)
+            jobs.append(Job(name, label, first_comment(tagged[name]), overrides, composed, digest))
+    return jobs
+
+
+def _composed(name: str, overrides: Sequence[str]) -> AppConfig:
+    """The experiment's configuration, or a `UserError` where it does not compose or lacks a file."""
+    from vlmscope.models.checkpoint import is_hub_id
+
+    try:
+        cfg = compose("config", list(overrides), return_hydra_config=True)
+        swept = OmegaConf.select(cfg, "hydra.mode")
+        with open_dict(cfg):
+            del cfg["hydra"]
+        app = to_app_config(cfg, overrides)
+    except UserError as error:
+        raise UserError(f"experiment={name}: {error}") from error
+    except CONFIG_ERRORS as error:
+        raise UserError(f"experiment={name}: {one_line(error)}") from error
+    if swept is not None and swept.name == "MULTIRUN":
+        raise UserError(f"experiment={name} is a sweep, which has no numbers of its own; it cannot say reproduce: true")
+    paths = {"study.path": app.study.path}
+    if app.model.family is None and app.model.hub is None:
+        paths["model.path"] = app.model.path
+    if isinstance(app.transcoder, TranscoderSetConfig):
+        paths["transcoder.path"] = app.transcoder.path
+    for key, path in paths.items():
+        if path is not None and not Path(path).exists() and not is_hub_id(path):
+            raise UserError(f"experiment={name}: {key}={path} is not there; give the folder, or restore assets/")
+    return app
+
+
+def _reads_shards(cfg: AppConfig) -> bool:
+    return isinstance(cfg.task, ExperimentSettings) and cfg.data.name == "orrery" and cfg.task.reads_shards(cfg)
+
+
+def base_digest() -> str:
+    """Digest of the code, the shipped assets and the packages that can change a number."""
+    digest = hashlib.sha256(json.dumps(package_versions()).encode())
+    for folder, pattern in ((_PACKAGE, "*"), (shipped("assets"), "*"), (shipped("conf/experiment"), "*.py")):
+        for path in sorted(folder.rglob(pattern)):
+            if path.is_file() and "__pycache__" not in path.parts:
+                digest.update(os.fsencode(path.relative_to(folder)) + b"\0")
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def work_digest(base: str, cfg: AppConfig) -> str:
+    """Digest of all that an experiment's numbers depend on: `base`, its settings, and the content of its files.
+
+    Without shards, scenes are rendered with seed 0, so that `base` covers them.
+    """
+    from vlmscope.data.shards import INDEX
+
+    content: list[Any] = []
+    if Path(cfg.model.path).is_dir():  # else a model of the hub at a fixed commit, or a tiny one
+        content.append(model_origin(cfg))
+    if isinstance(cfg.transcoder, TranscoderSetConfig) and Path(cfg.transcoder.path).is_dir():
+        content.append(transcoder_origin(cfg))
+    content += [study_digest(path) for path in (cfg.study.path, cfg.attribution.labels) if path is not None]
+    files = [*(cfg.image or []), *(path for group in cfg.images.values() for path in group)]
+    files += [group.path for group in (cfg.pairs, cfg.circuit_spec) if group is not None and group.path is not None]
+    content.append(files_digest(Path(path) for path in files))
+    index = Path(cfg.data.path or "") / INDEX
+    shards = index.read_text(encoding="utf-8") if _reads_shards(cfg) and index.is_file() else ""
+    settings = {key: value for key, value in asdict(cfg).items() if key not in _NO_NUMBER}
+    return hashlib.sha256(
+        json.dumps([base, settings, shards, content], sort_keys=True, default=str).encode()
+    ).hexdigest()
+
+
+def finished(run_dir: Path, label: str, digest: str) -> Ended | None:
+    """How the job ended in this folder before, if it was the same work and succeeded; waits while it runs.
+
+    Raises:
+        UserError: a folder of this name is there that is not this task's.
+    """
+    state, folder = _state(run_dir, label), run_dir / label
+    if not state.is_file():
+        if folder.exists():
+            raise UserError(f"{folder} is there already and not of task=reproduce; choose a new hydra.run.dir")
+        return None
+    with _lock(run_dir, label):
+        before = read_json(state)
+        if before["digest"] != digest or before.get("code", 0) != 0 or not (folder / _METRICS).is_file():
+            return None
+        return Ended(0, before.get("seconds"))
+
+
+def run_job(run_dir: Path, label: str, digest: str, overrides: Sequence[str], env: Mapping[str, str]) -> Ended:
+    """Run one job in `<run_dir>/<label>` and wait for it; its output goes to `console.log` there.
+
+    `digest` is kept for `finished`, `env` is added to the environment. Ctrl-C ends the job's process too.
+    """
+    folder, state = run_dir / label, _state(run_dir, label)
+    with _lock(run_dir, label) as lock:
+        if state.is_file() and read_json(state)["digest"] != digest:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        (folder / _METRICS).unlink(missing_ok=True)
+        command = [*_program(), *overrides, f"hydra.run.dir={quote(str(folder))}"]
+        if (folder / ".mlflow_run_id").is_file():  # what a killed run of the same work left
+            command.append("trainer.resume=true")
+        write_json(state, {"digest": digest})
+        start = time.perf_counter()
+        with (folder / "console.log").open("wb") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **_found(), **env},
+                pass_fds=[lock.fileno()],  # the lock outlives this process
+            )  # fmt: skip
+            code = _wait(process)
+        seconds = time.perf_counter() - start
+        problem = "" if code == 0 else _last_words(folder / "console.log", code)
+        write_json(state, {"digest": digest, "code": code, "seconds": seconds})
+    return Ended(code, seconds, problem)
+
+
+def _program() -> list[str]:
+    """The command that starts vlmscope."""
+    return [sys.executable, "-m", "vlmscope"]
+
+
+def _found() -> dict[str, str]:
+    """The environment in which Python finds this very package, installed or not."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(_PACKAGE.parent), os.environ.get("PYTHONPATH")]))}
+
+
+def _state(run_dir: Path, label: str) -> Path:
+    return run_dir / ".reproduce" / f"{label}.json"
+
+
+@contextmanager
+def _lock(run_dir: Path, label: str) -> Iterator[IO[str]]:
+    """A job's lock, held by this process and by those that inherit its file; prints a line when it has to wait."""
+    path = run_dir / ".reproduce" / f"{label}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{label} is still running, for another run or one that was killed; waiting", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a process and return its exit code; on Ctrl-C stop it, first gently, and wait for its end."""
+    try:
+        return process.wait()
+    except BaseException:
+        for number, seconds in ((None, _GRACE), (signal.SIGINT, _PATIENCE), (signal.SIGKILL, None)):
+            if number is not None:
+                process.send_signal(number)
+            try:
+                process.wait(seconds)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        raise
+
+
+def _last_words(log: Path, code: int) -> str:
+    """The last `error:` line of a failed process, or the last line of its traceback."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines
+    return f"{errors[-1] if errors else 'it said nothing'} (exit code {code})"

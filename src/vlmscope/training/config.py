@@ -93,9 +93,8 @@ class RecipeConfig:
     `steps_per_batch` steps pass between captures (1 and 1: each step has its own batch). `micro_tokens` bounds memory:
     that many tokens of a step are encoded and differentiated at a time, with the same result (null: all).
     `aux_coefficient` weighs the loss that trains `aux_k` dead features per token, those that have not fired for
-    `dead_after_tokens`. `matryoshka` lists fractions of the features that must work on their own;
-    `sparsity_coefficient` weighs the penalty of jumprelu (L0, null: 1) and relu (L1, null: 0.003). `clip` is the
-    largest gradient norm of one layer's transcoder.
+    `dead_after_tokens`. `sparsity_coefficient` weighs the penalty of jumprelu (L0, null: 1) and relu (L1, null: 0.003).
+    `clip` is the largest gradient norm of one layer's transcoder.
     """
 
     init_batches: int = 8
@@ -105,7 +104,6 @@ class RecipeConfig:
     aux_coefficient: float = 1 / 32
     aux_k: int = 64
     dead_after_tokens: int = 100_000
-    matryoshka: list[float] = field(default_factory=list)
     sparsity_coefficient: float | None = None
     clip: float = 1.0
 
@@ -114,9 +112,6 @@ class RecipeConfig:
         check_least("task", self, micro_tokens=1, sparsity_coefficient=0, **positive)
         if self.clip <= 0:
             raise UserError(f"task.clip={self.clip}: it must be positive")
-        for fraction in self.matryoshka:
-            if not 0 < fraction <= 1:
-                raise UserError(f"task.matryoshka: {fraction} must be a fraction in (0, 1]; correct it")
 
     def sparsity_weight(self, activation: str) -> float:
         """`sparsity_coefficient`, or its default: L1 scales with the activations, L0's penalty is of order 1."""
@@ -166,9 +161,8 @@ class TranscoderTrainingConfig:
     def __post_init__(self) -> None:
         if self.recipe.micro_tokens is not None and self.transcoder.activation == "batchtopk":
             raise UserError("batchtopk chooses among a whole batch; take task.micro_tokens=null, or topk")
-        single_layer = [name for name in ("matryoshka", "micro_tokens") if getattr(self.recipe, name)]
-        if self.transcoder.cross_layer and single_layer:
-            raise UserError(f"task.{single_layer[0]} is for single layers; leave out it or transcoder.cross_layer")
+        if self.transcoder.cross_layer and self.recipe.micro_tokens is not None:
+            raise UserError("task.micro_tokens is for single layers; leave out it or transcoder.cross_layer")
 
     def settings(self) -> dict[str, Any]:
         """The settings that decide the weights, by name; a run resumes only with the same."""

@@ -1,9 +1,8 @@
 """Training of one layer's transcoder: its starting point, its loss, its step in micro-batches, and what stops it.
 
-Loss, in standardised coordinates: FVU of the batch (as in the paper), averaged with those of Matryoshka prefixes if
-there are any, + aux_coefficient x AuxK + sparsity_coefficient x the penalty of a nonlinearity that needs one.
-The loss of a cross-layer set is the sum of its layers' losses, each from the features of its own layer and of all
-below (Ameisen et al. 2025).
+Loss, in standardised coordinates: FVU of the batch (as in the paper) + aux_coefficient x AuxK + sparsity_coefficient x
+the penalty of a nonlinearity that needs one. The loss of a cross-layer set is the sum of its layers' losses, each from
+the features of its own layer and of all below (Ameisen et al. 2025).
 
 Starting point, in standardised coordinates: a feature starts as one token of the data, W_enc[f] = x_n / |x_n|,
 W_dec[f] = y_n / (k |x_n|). Every feature fires at least near its own token, so few start dead, and the first
@@ -116,26 +115,6 @@ def aux_k(
     values = gather_pre_activations(pre, indices, x, transcoder.W_enc, transcoder.b_enc).relu()
     step = None if step is None else replace(step, deviations=step.residual_deviations)
     return step_fvu(residual, sparse_decode(indices, values, transcoder.W_dec), step)
-
-
-def prefix_sizes(fractions: Sequence[float], n_features: int) -> list[int]:
-    """Number of features of each Matryoshka prefix, ascending, without the whole dictionary."""
-    sizes = sorted({max(1, round(fraction * n_features)) for fraction in fractions})
-    return [size for size in sizes if size < n_features]
-
-
-def prefix_fvu(
-    transcoder: Transcoder, code: SparseCode, x: Tensor, y: Tensor, sizes: Sequence[int], step: Step | None = None
-) -> Tensor:
-    """Mean FVU of `y` [N, d] over reconstructions from only the first features, one for each size, with the same code.
-
-    The first features must work on their own, so that they stay general (Matryoshka SAEs, arXiv 2503.17547).
-    """
-    terms = []
-    for size in sizes:
-        values = torch.where(code.indices < size, code.values, 0)
-        terms.append(step_fvu(y, transcoder.decode(replace(code, values=values), x), step))
-    return torch.stack(terms).mean()
 
 
 def l0_penalty(activation: JumpReLU, at_support: Tensor, indices: Tensor, k: int, step: Step | None = None) -> Tensor:
@@ -300,10 +279,6 @@ class LayerTrainer(nn.Module):
             out = replace(out, reconstruction=out.reconstruction + earlier)
         unexplained = step_fvu(y, out.reconstruction, step)
         loss = unexplained
-        sizes = prefix_sizes(recipe.matryoshka, transcoder.config.n_features)
-        if sizes:
-            prefixes = prefix_fvu(transcoder, out.code, x, y, sizes, step)
-            loss = (loss + len(sizes) * prefixes) / (1 + len(sizes))
         dead = dead_features(self.silent, recipe.dead_after_tokens)
         if len(dead) and recipe.aux_coefficient:
             residual = (y - out.reconstruction).detach()

@@ -67,7 +67,7 @@ def _by_feature(indices: Tensor, n_features: int) -> _ByFeature:
 class FeatureOrder:
     """The order of one support's entries by feature, sorted once and only if a gradient needs it.
 
-    The gradients of encoder and decoder, and those of Matryoshka prefixes, sum over the same entries.
+    The gradients of encoder and decoder sum over the same entries.
     """
 
     def __init__(self) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import secrets
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,6 +48,23 @@ async def _body(request: Request) -> dict[str, Any]:
 
 
 Body = Annotated[dict[str, Any], Depends(_body)]
+
+
+@dataclass(frozen=True)
+class Query:
+    """Which features are wanted; None and "" leave a filter out. Shares are of the study's inputs."""
+
+    layer: int | None = None
+    modality: str = ""  # text, image or answer: most firings are at such positions
+    density_min: float | None = None
+    density_max: float | None = None
+    label: str = ""  # "yes" or "no"
+    score_min: float | None = None
+    words: str = ""  # each must be in the label, the feature's name or the tokens that it promotes
+    sort: str = "score"
+    offset: int = 0
+    limit: int = 60
+    only: str = ""  # these features, separated by commas and in this order, whatever the filters
 
 
 def create_app(root: Path, host: str = "127.0.0.1", token: str | None = None, jobs: Jobs | None = None) -> Any:
@@ -105,23 +123,7 @@ def create_app(root: Path, host: str = "127.0.0.1", token: str | None = None, jo
         return JSONResponse({"studies": studies().listed()})
 
     @app.get("/api/studies/{name:path}/features")
-    def features(
-        name: str,
-        layer: int | None = None,
-        modality: str = "",
-        density_min: float | None = None,
-        density_max: float | None = None,
-        label: str = "",
-        score_min: float | None = None,
-        words: str = "",
-        sort: str = "score",
-        offset: int = 0,
-        limit: int = 60,
-        only: str = "",
-    ) -> Response:
-        from vlmscope.viewer.studies import Query
-
-        asked = Query(layer, modality, density_min, density_max, label, score_min, words, sort, offset, limit, only)
+    def features(name: str, asked: Annotated[Query, Depends()]) -> Response:
         return JSONResponse(studies().features(name, asked))
 
     @app.get("/api/studies/{name:path}/features/{layer}/{index}")

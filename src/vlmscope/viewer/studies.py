@@ -11,10 +11,9 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -29,6 +28,9 @@ from vlmscope.report.feature_page import FeaturePage, PageExample, PageMaker
 from vlmscope.report.pictures import HeatPicture, data_uri
 from vlmscope.viewer.runs import Runs
 from vlmscope.viewer.safety import Refused, inside
+
+if TYPE_CHECKING:
+    from vlmscope.viewer.server import Query
 
 _OPEN = 3  # studies that are kept in memory
 _EXAMPLES, _SAMPLES = 12, 4  # shown of the strongest inputs, and of each weaker group
@@ -124,23 +126,6 @@ def feature_body(page: FeaturePage, study: str, neighbours: dict[str, list[dict[
         "neighbours": neighbours,
         "missing": page.missing,
     }
-
-
-@dataclass(frozen=True)
-class Query:
-    """Which features are wanted; None and "" leave a filter out. Shares are of the study's inputs."""
-
-    layer: int | None = None
-    modality: str = ""  # one of `KINDS`: most firings are at such positions
-    density_min: float | None = None
-    density_max: float | None = None
-    label: str = ""  # "yes" or "no"
-    score_min: float | None = None
-    words: str = ""  # each must be in the label, the feature's name or the tokens that it promotes
-    sort: str = "score"
-    offset: int = 0
-    limit: int = 60
-    only: str = ""  # these features, separated by commas and in this order, whatever the filters
 
 
 class OpenStudy:

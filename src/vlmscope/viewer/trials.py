@@ -10,7 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from vlmscope.core.artifacts import read_text, read_yaml, shipped
+from vlmscope.config.catalog import first_comment
+from vlmscope.core.artifacts import read_yaml, shipped
 from vlmscope.core.errors import UserError
 from vlmscope.metrics.rates import CASE, CONTROLS, draws_of, measures_of, rates
 from vlmscope.viewer.safety import Refused
@@ -115,7 +116,4 @@ def _claims(table: Any) -> list[dict[str, Any]]:
 def _hypothesis(experiment: str) -> str:
     """The first comment of a shipped experiment's YAML: what it asks."""
     file = shipped("conf/experiment") / f"{Path(experiment).name}.yaml"
-    if not file.is_file():
-        return ""
-    lines = (line for line in read_text(file).splitlines() if line.startswith("# ") and "@package" not in line)
-    return next(lines, "").removeprefix("# ")
+    return first_comment(file) if file.is_file() else ""

@@ -93,9 +93,7 @@ def _steps(activation: str, micro: int | None, skip: bool) -> tuple[list[Tensor]
     random = torch.Generator().manual_seed(0)
     x = 3 + torch.randn(N, D, generator=random, dtype=torch.float64)
     y = 2 - (x @ torch.randn(D, D, generator=random, dtype=torch.float64)).relu()
-    recipe = RecipeConfig(
-        micro_tokens=micro, dead_after_tokens=150, aux_k=8, matryoshka=[0.2, 0.5], clip=0.1, sparsity_coefficient=0.3
-    )
+    recipe = RecipeConfig(micro_tokens=micro, dead_after_tokens=150, aux_k=8, clip=0.1, sparsity_coefficient=0.3)
     trainer = LayerTrainer(TranscoderConfig(D, F, K, 0, activation, skip, bandwidth=1.0), recipe).double()
     trainer.standardise(x, y)
     inputs, targets = trainer.standard.apply(x, y)
@@ -183,7 +181,7 @@ def test_features_are_exchanged_only_where_bfloat16_cannot_tell_them_apart() -> 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_agree_with_float32(activation: str, same_features: bool) -> None:
     """A share of about 4 UNIT of the entries is exchanged, each of which is gone and come: sqrt(8 UNIT) of the norm."""
-    half, full, x, y = _pair(activation, True, matryoshka=[0.25], dead_after_tokens=1, aux_k=8)
+    half, full, x, y = _pair(activation, True, dead_after_tokens=1, aux_k=8)
     if same_features:
         product = half.transcoder._product(half.standardised(x, y)[0])
         full.transcoder.activation.support = lambda pre: half.transcoder.activation.support(product)
@@ -199,7 +197,7 @@ def test_gradients_agree_with_float32(activation: str, same_features: bool) -> N
 
 
 # What can be trained: every nonlinearity with all that a single layer may have, and across layers.
-KINDS = [{"activation": name, "skip": True, "matryoshka": [0.25, 0.5]} for name in ACTIVATIONS]
+KINDS = [{"activation": name, "skip": True} for name in ACTIVATIONS]
 KINDS += [{"activation": "topk", "cross_layer": True, "skip": True}]
 
 

@@ -29,7 +29,7 @@ rank, world, init, out, run, steps, changes = sys.argv[1:8]
 torch.set_num_threads(1)
 if int(world) > 1:
     dist.init_process_group("gloo", init_method=init, rank=int(rank), world_size=int(world))
-config = settings(CONFIG, pool_batches=2, matryoshka=[0.25], **json.loads(changes))
+config = settings(CONFIG, pool_batches=2, **json.loads(changes))
 try:
     trained, _ = train_transcoders(tiny_gemma3(0), interrupted_at(int(steps), RuntimeError), [], config, run)
     save_set(trained, out)

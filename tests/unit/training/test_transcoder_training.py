@@ -18,7 +18,7 @@ from vlmscope.models.loading import VLM
 from vlmscope.scope import Scope
 from vlmscope.training.batches import Batch, LayerActivations, collect
 from vlmscope.training.captures import ActivationStream, Captures
-from vlmscope.training.config import OptimConfig, RecipeConfig, TrainerConfig, TranscoderArchConfig
+from vlmscope.training.config import OptimConfig, TrainerConfig, TranscoderArchConfig
 from vlmscope.training.evaluation import evaluate_transcoders
 from vlmscope.training.layer_trainer import LayerTrainer
 from vlmscope.training.ranks import Ranks
@@ -145,7 +145,7 @@ def test_layers_are_independent_of_each_other(gemma: VLM) -> None:
         {"skip": True},
         {"cross_layer": True},
         {"activation": "batchtopk"},
-        {"activation": "jumprelu", "matryoshka": [0.25, 0.5]},
+        {"activation": "jumprelu"},
         {"precision": "bf16-mixed", "activation": "jumprelu", "micro_tokens": 20},
     ],
 )
@@ -280,9 +280,7 @@ def test_a_full_disk_is_found_before_training(gemma: VLM, tmp_path: Path, monkey
         (TrainerConfig, {"max_steps": 0}, r"trainer\.max_steps=0: it must be at least 1"),
         (TrainerConfig, {"precision": "16"}, r"trainer\.precision=16: no such choice"),
         (TranscoderArchConfig, {"k": 0}, r"transcoder\.k=0: it must be at least 1"),
-        (RecipeConfig, {"matryoshka": [0.5, 1.5]}, r"matryoshka: 1\.5 must be a fraction"),
         (settings, {"micro_tokens": 16, "activation": "batchtopk"}, "batchtopk chooses among a whole batch"),
-        (settings, {"cross_layer": True, "matryoshka": [0.5]}, r"task\.matryoshka is for single layers"),
         (settings, {"cross_layer": True, "micro_tokens": 16}, r"task\.micro_tokens is for single layers"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmscope.training.layer_trainer import l0_penalty, prefix_fvu, prefix_sizes
+from vlmscope.training.layer_trainer import l0_penalty
 from vlmscope.transcoders import nonlinearities
 from vlmscope.transcoders.config import ACTIVATIONS
 from vlmscope.transcoders.nonlinearities import BatchTopK, JumpReLU
@@ -108,21 +108,6 @@ def test_jump_relus_gradients_are_the_papers_pseudo_derivatives() -> None:
     assert penalty.item() == pytest.approx(((mean / K - 1) ** 2).item())
     (pull,) = torch.autograd.grad(penalty, [jump.threshold])
     torch.testing.assert_close(pull, 2 * (mean / K - 1) / K * -kernel.sum(0) / N, rtol=0, atol=1e-12)
-
-
-def test_prefixes_explain_with_the_first_features_alone() -> None:
-    transcoder, x = one("topk", skip=True)
-    y = torch.randn(N, D, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    assert prefix_sizes((0.25, 0.5, 1.0), F) == [5, 10]
-    code = transcoder.encode(x)
-    terms = []
-    for size in (5, 10):
-        dense = code.dense(F)
-        dense[:, size:] = 0
-        assert transcoder.W_skip is not None
-        reconstruction = dense @ transcoder.W_dec + transcoder.b_dec + x @ transcoder.W_skip.T
-        terms.append((y - reconstruction).square().sum() / (y - y.mean(0)).square().sum())
-    torch.testing.assert_close(prefix_fvu(transcoder, code, x, y, [5, 10]), torch.stack(terms).mean())
 
 
 # -- the k largest by blocks against `torch.topk`

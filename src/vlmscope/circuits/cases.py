@@ -309,6 +309,18 @@ def subject_of_pairs(
     return pair_subject(scope, question, originals, others, tokens, other_tokens, least, answerable, modes, right)
 
 
+def told_apart_alike(scope: Scope, pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs whose two answers are told apart by the same token, the first or a later one, as most are."""
+    begun = [len(ask_pair(scope, pair)[0].begin) for pair in pairs]
+    usual = max(sorted(set(begun)), key=begun.count, default=0)
+    kept = [pair for pair, length in zip(pairs, begun, strict=True) if length == usual]
+    if len(kept) < len(pairs):
+        left = len(pairs) - len(kept)
+        _LOG.warning("question %r: %d of %d pairs are left out: another token tells their answers apart",
+                     pairs[0].question, left, len(pairs))  # fmt: skip
+    return kept
+
+
 def ask_pair(scope: Scope, pair: Pair) -> tuple[Question, Question]:
     """The two sides of a pair as questions, whose answer is called ""."""
     both = {"original": pair.original.answer, "counterfactual": pair.counterfactual.answer}

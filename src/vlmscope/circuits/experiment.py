@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from vlmscope.circuits.baselines import Baselines, RoleVectors, mean_outputs
-from vlmscope.circuits.cases import TextPair, answer_tokens, ask_pair, concept_questions, pair_cases, subject_of_pairs
+from vlmscope.circuits.cases import (
+    TextPair,
+    answer_tokens,
+    ask_pair,
+    concept_questions,
+    pair_cases,
+    subject_of_pairs,
+    told_apart_alike,
+)
 from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.config import CircuitConfig, InterchangeConfig, SettingConfig, TrialConfig, baselines_of
 from vlmscope.circuits.operations import Ablate, Carry, Exchange, Level, Shift, Toward, all_features
@@ -32,7 +40,9 @@ from vlmscope.metrics.prediction import prior
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
 
-ALL, OWN, EACH = "all", "own", "each"  # sets of features that a trial may name besides questions and supernodes
+# Sets of features that a trial may name besides questions and supernodes. Of those chosen for the questions, `common`
+# are chosen for every question, `particular` for the case set's question alone.
+ALL, OWN, EACH, COMMON, PARTICULAR = "all", "own", "each", "common", "particular"
 Metrics = Callable[[pd.DataFrame, Mapping[str, TrialConfig], Mapping[str, SettingConfig]], dict[str, float]]
 
 
@@ -257,7 +267,7 @@ class PairSource:
         `modes` has, for each case set, those that it will be edited in.
         """
         case_sets: dict[str, list[Cases]] = {"test": [], "stays": [], "counterfactual": []}
-        for question, pairs in self.load("test", self.pairs).items():
+        for question, pairs in self.loaded("test").items():
             name = "test" if pairs[0].moves else "stays"
             subject = self.subject(question, pairs, modes.get(name, ("free",)))
             cases = pair_cases(self.scope, subject, pairs, name)
@@ -281,7 +291,12 @@ class PairSource:
 
     @cached_property
     def _training(self) -> Mapping[str, list[Pair]]:
-        return self.load("train", self.pairs)
+        return self.loaded("train")
+
+    def loaded(self, split: str) -> Mapping[str, list[Pair]]:
+        """The pairs of a split by question; of each those whose answers are told apart by the same token."""
+        groups = self.load(split, self.pairs)
+        return {name: told_apart_alike(self.scope, pairs) for name, pairs in groups.items()}
 
     @cached_property
     def questions(self) -> list[str]:
@@ -324,15 +339,34 @@ class PairSource:
         """
         if named == ALL:
             return all_features(self.scope.transcoders), ()
+        if named in (COMMON, PARTICULAR) and self.circuit is None:
+            members = self.common() if named == COMMON else self.particular(question)
+            return self._by_layer(members[:limit]), ()
         own = named in (None, OWN)
         if self.circuit is not None and (own or named in self.circuit.supernodes):
             nodes = [node for name, node in self.circuit.supernodes.items() if own or name == named]
             return self._by_layer(member for node in nodes for member in node.features[:limit]), tuple(nodes)
         source = question if own else str(named)
         if self.circuit is not None or source not in self.questions:
-            there = ", ".join((ALL, OWN, EACH, *self.sets))
+            there = ", ".join((ALL, OWN, EACH, COMMON, PARTICULAR, *self.sets))
             raise UserError(f"trials: features={named}: no such set for question {question!r}; choose from {there}")
         return self._by_layer(self.ranked(source)[: limit or self.config.features]), ()
+
+    def common(self) -> list[CircuitFeature]:
+        """The features that are chosen for every question, those first whose worst place in the rankings is best."""
+        ranks = [
+            {m.feature: rank for rank, m in enumerate(self.ranked(name)[: self.config.features])}
+            for name in self.questions
+        ]
+        first = self.ranked(self.questions[0])[: self.config.features]
+        shared = [member for member in first if all(member.feature in rank for rank in ranks)]
+        return sorted(shared, key=lambda member: max(rank[member.feature] for rank in ranks))
+
+    def particular(self, question: str) -> list[CircuitFeature]:
+        """The features that are chosen for this question alone, best first."""
+        others = [name for name in self.questions if name != question]
+        taken = {m.feature for name in others for m in self.ranked(name)[: self.config.features]}
+        return [m for m in self.ranked(question)[: self.config.features] if m.feature not in taken]
 
     def _by_layer(self, members: Iterable[CircuitFeature]) -> Features:
         return by_layer(self.scope.transcoders, [member.feature for member in members])
@@ -345,7 +379,7 @@ class PairSource:
 
     def answers(self, cases: Cases) -> list[int]:
         """Every token that answers the question in a training or a test pair."""
-        pairs = [*self._training.get(cases.question, ()), *self.load("test", self.pairs)[cases.question]]
+        pairs = [*self._training.get(cases.question, ()), *self.loaded("test")[cases.question]]
         return sorted({side.token("") for pair in pairs for side in ask_pair(self.scope, pair)})
 
     def prompts(self, cases: Cases) -> list[tuple[InputBatch, Tensor]]:

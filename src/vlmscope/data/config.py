@@ -96,10 +96,11 @@ class DataConfig:
 
 @dataclass
 class PairsConfig:
-    """Pairs of inputs that differ in one fact (docs/circuits.md)."""
+    """Pairs of inputs that differ in one fact (docs/circuits.md): of Orrery's scenes, of a file, or of icons."""
 
-    change: str | None = None  # the fact of Orrery's scenes that differs; None for the user's own pairs
+    change: str | None = None  # the fact of Orrery's scenes that differs
     path: str | None = None  # a JSONL file of the user's own pairs
+    relations: list[str] = field(default_factory=list)  # asked of two icons (assets/eyes_pictures/relations.yaml)
     original: str | None = None  # the fact's word in every original, drawn when None
     counterfactual: str | None = None  # the same in every counterfactual
     train: int = 60  # pairs on which features are chosen
@@ -107,9 +108,10 @@ class PairsConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (self.change is None) == (self.path is None):
+        if (self.change is not None) + (self.path is not None) + bool(self.relations) != 1:
             raise UserError(
-                "pairs: give pairs.change=<fact> for Orrery's scenes or pairs.path=<file.jsonl>, one of them"
+                "pairs: give pairs.change=<fact> for Orrery's scenes, pairs.path=<file.jsonl> or "
+                "pairs.relations=[...] for icons, one of them"
             )
         check_least("pairs", self, train=0, test=1)
 

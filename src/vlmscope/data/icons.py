@@ -1,4 +1,4 @@
-"""Pictures that others drew: icons of 363 concepts, split by artist (`assets/eyes_pictures`).
+"""Pictures that others drew: icons of 363 concepts, split by artist, and facts about them (`assets/eyes_pictures`).
 
 The pictures are shipped as one Parquet file a split, with columns `image` (a 64 x 64 WebP with transparent ground, as
 `datasets` stores it), `label` (the concept), `kind`, `artist` (the icon set), `icon` and `licence`, which
@@ -14,9 +14,11 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from PIL import Image
@@ -28,9 +30,19 @@ from vlmscope.data.orrery.rendering import planet_scene
 from vlmscope.data.orrery.scenes import PLANETS, SPLITS
 
 SIDE = 64
+PICTURE = "<start_of_image>"  # Gemma 3's placeholder: prompts of relations are written for its text model
 PLANET_POSES = {"train": 12, "val": 3, "test": 6}  # of each planet: there are textures of one artist only
 NOT_KINDS = ("sets", "called", "ambiguous", "spelt")  # of the keys of concepts.yaml
 COLUMNS = ["image", "label", "kind", "artist", "icon", "licence"]
+
+
+class IconPair(NamedTuple):
+    """Two concepts and a picture of each."""
+
+    original: str
+    counterfactual: str
+    picture: Image.Image
+    other_picture: Image.Image
 
 
 def pictures_folder() -> Path:
@@ -53,6 +65,46 @@ def read_icons(split: str, kinds: Sequence[str] | None = None) -> pd.DataFrame:
 def on_ground(picture: Image.Image, ground: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """A picture with transparency, on ground of one colour."""
     return Image.alpha_composite(Image.new("RGBA", picture.size, (*ground, 255)), picture).convert("RGB")
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A fact of things, which a text model may know: the question, `{}` being the thing, and the answers by concept."""
+
+    prompt: str
+    answers: dict[str, str]  # with the space before the word
+
+    def asked(self, concept: str | None = None) -> str:
+        """The question of a written name; without one, of a picture."""
+        return self.prompt.replace("{}", PICTURE if concept is None else concept)
+
+
+def read_relations(names: Sequence[str] = ()) -> dict[str, Relation]:
+    """The relations of `relations.yaml` by name; all without `names`."""
+    stored = read_yaml(pictures_folder() / "relations.yaml")
+    for name in names:
+        check_choice("relations", name, list(stored))
+    answers = {name: {c: f" {word}" for c, word in stored[name]["answers"].items()} for name in names or stored}
+    return {name: Relation(stored[name]["prompt"], words) for name, words in answers.items()}
+
+
+def icon_pairs(relations: Mapping[str, Relation], split: str, count: int, seed: int = 0) -> Iterator[IconPair]:
+    """At most `count` pairs of different concepts, each with a picture of the split, that all relations are asked of.
+
+    Training and test pairs have no two concepts in common, nor an artist. Concepts without pictures are left out.
+    """
+    table = read_icons(split)
+    shown = [set(relation.answers) for relation in relations.values()]
+    concepts = sorted(set.intersection(set(table.label), *shown))
+    both = list(combinations(concepts, 2))
+    order = generator(seed, "icon pairs").permutation(len(both))
+    half = len(both) // 2
+    rng = generator(seed, "icon pairs", split)
+    rows = dict(iter(table.groupby("label")))
+    for number in (order[:half] if split == "train" else order[half:])[:count]:
+        pair = [both[number][side] for side in rng.permutation(2)]
+        drawn = [rows[concept].iloc[int(rng.integers(len(rows[concept])))] for concept in pair]
+        yield IconPair(*pair, *(on_ground(row.image) for row in drawn))
 
 
 def render(concepts: dict[str, Any], packages: Path) -> Iterator[dict[str, Any]]:

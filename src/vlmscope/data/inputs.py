@@ -37,6 +37,7 @@ from vlmscope.core.artifacts import parse_json, read_json, read_text, text_lines
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import as_rgb, generator, normalised
 from vlmscope.data.config import PairsConfig
+from vlmscope.data.icons import icon_pairs, read_relations
 from vlmscope.data.images import PictureFiles, check_image, open_image
 from vlmscope.data.orrery.dataset import plainly_asked, scene_pairs
 from vlmscope.data.orrery.rendering import make_scene
@@ -330,8 +331,10 @@ def load_pairs(config: PairsConfig, split: str) -> list[Pair]:
     Of a file, the first `config.train` scenes are for training and the next `config.test` for testing, of those that
     share no input with them: what decides is the content of an input, not its line or id.
     """
+    if config.relations:
+        return relation_pairs(config, split)
     if config.path is None:
-        assert config.change is not None, "PairsConfig requires one of change and path"
+        assert config.change is not None, "PairsConfig requires one of change, path and relations"
         count = config.train if split == "train" else config.test
         return orrery_pairs(config.change, split, count, config.seed, config.original, config.counterfactual)
     pairs = read_pairs(config.path)
@@ -375,6 +378,18 @@ def orrery_pairs(
             sides.append([Side(question.question, images, question.answer) for question in scene.questions])
         groups = [question.group for question in pair.original.questions]
         pairs += [Pair(pair.key, group, change, *both) for group, *both in zip(groups, *sides, strict=True)]
+    return pairs
+
+
+def relation_pairs(config: PairsConfig, split: str) -> list[Pair]:
+    """Pairs of icons of different things, one per relation; the answers of some may agree."""
+    relations = read_relations(config.relations)
+    pairs = []
+    for icons in icon_pairs(relations, split, config.train if split == "train" else config.test, config.seed):
+        for name, relation in relations.items():
+            shown = ((icons.picture, icons.original), (icons.other_picture, icons.counterfactual))
+            sides = [Side(relation.asked(), (picture,), relation.answers[concept]) for picture, concept in shown]
+            pairs.append(Pair(f"{icons.original} to {icons.counterfactual}", name, "picture", *sides))
     return pairs
 
 

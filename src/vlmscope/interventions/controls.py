@@ -111,7 +111,8 @@ def used_by_role(scope: Scope, cases: Cases, layer: int) -> np.ndarray:
         return cases.used[layer]
     runs = [(cases.codes(scope)[layer], cases.batch.roles)]
     if cases.donors is not None:
-        runs.append((cases.donor_codes(scope)[layer], cases.donors.roles))
+        roles = cases.donors.roles if cases.donor_at is None else cases.batch.roles
+        runs.append((cases.donor_codes(scope)[layer], roles))
     roles = _roles(cases)
     used = np.zeros((len(roles), scope.transcoders[layer].config.n_features), dtype=bool)
     for code, role_of in runs:

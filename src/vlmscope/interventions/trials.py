@@ -65,6 +65,7 @@ class Cases:
     # Answers of several tokens, right and aimed at, from the token on that tells them apart; for mode "generate".
     answer_ids: tuple[tuple[int, ...], ...] = ()
     target_ids: tuple[tuple[int, ...], ...] = ()
+    donor_at: Tensor | None = None  # [T], the donors' position that stands for each; None where both have the same
     # Further columns of whole answers, from the cases' ids and the generated token ids.
     score: Callable[[Sequence[str], Sequence[Sequence[int]]], Mapping[str, Any]] | None = None
     # What is computed once, for all trials, settings and control draws.
@@ -84,13 +85,17 @@ class Cases:
         return self._codes.get("own", {})
 
     def donor_codes(self, scope: Scope) -> Mapping[int, SparseCode]:
-        """The donors' codes of every layer, from one forward."""
+        """The donors' codes of every layer, from one forward, at the recipients' positions."""
         if self.donors is None:
             raise UserError(
                 f"settings: cases={self.name} has no donors to carry anything from; choose test, or do: shift"
             )
         if "donors" not in self._codes:
-            self._codes["donors"] = codes(scope, self.donors)
+            found = codes(scope, self.donors)
+            if self.donor_at is not None:
+                at = self.donor_at.to(scope.adapter.device)
+                found = {n: SparseCode(code.indices[:, at], code.values[:, at]) for n, code in found.items()}
+            self._codes["donors"] = found
         return self._codes["donors"]
 
     def first(self, count: int | None) -> Cases:

@@ -19,6 +19,7 @@ from vlmscope.circuits.pairs import PairSubject, pair_subject
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import ANSWER
 from vlmscope.data.config import PairsConfig
+from vlmscope.data.icons import Relation
 from vlmscope.data.images import png_bytes
 from vlmscope.data.inputs import Pair, load_pairs
 from vlmscope.interventions.run import base_run, log_likelihoods, whole_answers, without_special
@@ -28,6 +29,7 @@ from vlmscope.models.batching import InputBatch, continued
 from vlmscope.scope import Scope
 
 _LOG = logging.getLogger(__name__)
+TO_PICTURE, TO_TEXT = "text_to_picture", "picture_to_text"  # case sets of `crossed_cases`
 Pictures = Callable[[str, str, int], Sequence[Image.Image]]  # concept, split, count
 
 
@@ -351,6 +353,53 @@ def pair_cases(scope: Scope, subject: PairSubject, pairs: Sequence[Pair], name: 
         answer_ids=tuple(each[0].answers[""] for each in asked) if long else (),
         target_ids=tuple(each[1].answers[""] for each in asked) if long else (),
     )
+
+
+def of_one_length(inputs: Sequence[ModelInputs]) -> list[int]:
+    """The rows whose prompts have the most usual length, which fit into one batch."""
+    lengths = [len(each) for each in inputs]
+    return [row for row, length in enumerate(lengths) if length == max(sorted(set(lengths)), key=lengths.count)]
+
+
+def standing_for(recipient: ModelInputs, donor: ModelInputs) -> torch.Tensor:
+    """[T] the donor's position for each of the recipient's, where one shows what the other names.
+
+    Words that both have stand for themselves; soft tokens and the name's tokens, repeated so that both end together,
+    for each other.
+    """
+    mine, theirs = recipient.input_ids, donor.input_ids
+    first = next(n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b)
+    last = next(n for n, (a, b) in enumerate(zip(mine[::-1], theirs[::-1], strict=False)) if a != b)
+    size, others = len(mine) - first - last, len(theirs) - first - last
+    middle = [first + (place - size) % others for place in range(size)]
+    return torch.tensor([*range(first), *middle, *range(len(theirs) - last, len(theirs))])
+
+
+def crossed_cases(scope: Scope, cases: Cases, relation: Relation, answerable: bool = True) -> list[Cases]:
+    """Cases of a relation's pairs (`inputs.relation_pairs`) that carry between picture and written name.
+
+    "text_to_picture" has the counterfactual's written name as donor of the original's picture; "picture_to_text" the
+    counterfactual's picture as donor of the original's written name; if `answerable`, where that is answered rightly.
+    Names have the most usual number of tokens.
+    """
+    sides = [case.split(" to ") for case in cases.ids]
+
+    def written(row: int, side: int) -> ModelInputs:
+        begin = ask(scope, "", {concept: relation.answers[concept] for concept in sides[row]}).begin
+        return Question(relation.asked(sides[row][side]), begin, {}).inputs(scope, [])
+
+    names = [[written(row, side) for row in range(len(sides))] for side in (0, 1)]
+    rows, others = (of_one_length(inputs) for inputs in names)
+    donors = [names[1][row] for row in others]
+    pictures = replace(cases.select(others), name=TO_PICTURE, donors=scope.batch(donors), donor_logits=None)
+    crossed = [replace(pictures, donor_at=standing_for(cases.inputs[0], donors[0]))]
+    texts, mine = [names[0][row] for row in rows], cases.select(rows)
+    asked = bystanders(scope, TO_TEXT, cases.question, texts, mine.ids)
+    at = standing_for(texts[0], cases.inputs[0])
+    asked = replace(asked, target=mine.target, donors=mine.donors, donor_at=at)
+    known = torch.nonzero(asked.answer == mine.answer).flatten().tolist() if answerable else range(len(rows))
+    crossed += [asked.select(known)] * bool(known)
+    return crossed
 
 
 def _both_sides(pair: Pair) -> bytes:

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from vlmscope.circuits.baselines import Baselines, RoleVectors, mean_outputs
 from vlmscope.circuits.cases import (
+    TO_PICTURE,
+    TO_TEXT,
     TextPair,
     answer_tokens,
     ask_pair,
     concept_questions,
+    crossed_cases,
     pair_cases,
     subject_of_pairs,
     told_apart_alike,
@@ -32,6 +35,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 from vlmscope.core.results import CircuitFeature, Supernode
 from vlmscope.data.config import PairsConfig
+from vlmscope.data.icons import read_relations
 from vlmscope.data.inputs import Pair
 from vlmscope.interventions.edits import by_layer, donor_activations
 from vlmscope.interventions.run import base_run
@@ -257,12 +261,14 @@ class PairSource:
     circuit: Circuit | None = None
     deepest: int = 0
     accuracy: dict[str, float] = field(default_factory=dict)
+    _loaded: dict[str, Mapping[str, list[Pair]]] = field(default_factory=dict)
     _subjects: dict[str, PairSubject] = field(default_factory=dict)
     _effects: dict[str, PairEffects] = field(default_factory=dict)
 
     def cases(self, modes: Mapping[str, Collection[str]]) -> dict[str, list[Cases]]:
         """Case sets "test" (questions whose answers differ within pairs), "counterfactual" (the other side of these
-        pairs, with the same target) and "stays" (questions whose answers do not differ: the target is the answer).
+        pairs, with the same target) and "stays" (questions whose answers do not differ: the target is the answer); of
+        relations those of `crossed_cases` too.
 
         `modes` has, for each case set, those that it will be edited in.
         """
@@ -281,6 +287,10 @@ class PairSource:
                 base = base_run(self.scope, subject.other, modes["counterfactual"])
                 other = replace(cases, name="counterfactual", batch=subject.other, base=base, inputs=())
                 case_sets["counterfactual"].append(replace(other, donors=None, donor_logits=None))
+            if name == "test" and {TO_PICTURE, TO_TEXT} & {*modes}:
+                relation = read_relations(self.pairs.relations)[question]
+                for crossed in crossed_cases(self.scope, cases, relation, self.config.answerable):
+                    case_sets.setdefault(crossed.name, []).append(crossed)
         if not case_sets["test"]:
             raise UserError("no question's answer differs within a pair: there is nothing that could follow")
         return case_sets
@@ -295,8 +305,10 @@ class PairSource:
 
     def loaded(self, split: str) -> Mapping[str, list[Pair]]:
         """The pairs of a split by question; of each those whose answers are told apart by the same token."""
-        groups = self.load(split, self.pairs)
-        return {name: told_apart_alike(self.scope, pairs) for name, pairs in groups.items()}
+        if split not in self._loaded:
+            groups = self.load(split, self.pairs)
+            self._loaded[split] = {name: told_apart_alike(self.scope, pairs) for name, pairs in groups.items()}
+        return self._loaded[split]
 
     @cached_property
     def questions(self) -> list[str]:

@@ -73,6 +73,12 @@ class Relation:
 
     prompt: str
     answers: dict[str, str]  # with the space before the word
+    unknown: frozenset[str] = frozenset()  # concepts of which the text model gives another answer
+
+    @property
+    def known(self) -> set[str]:
+        """The concepts whose answer the text model gives."""
+        return set(self.answers) - self.unknown
 
     def asked(self, concept: str | None = None) -> str:
         """The question of a written name; without one, of a picture."""
@@ -84,18 +90,20 @@ def read_relations(names: Sequence[str] = ()) -> dict[str, Relation]:
     stored = read_yaml(pictures_folder() / "relations.yaml")
     for name in names:
         check_choice("relations", name, list(stored))
-    answers = {name: {c: f" {word}" for c, word in stored[name]["answers"].items()} for name in names or stored}
-    return {name: Relation(stored[name]["prompt"], words) for name, words in answers.items()}
+    found = {}
+    for name in names or stored:
+        answers = {concept: f" {word}" for concept, word in stored[name]["answers"].items()}
+        found[name] = Relation(stored[name]["prompt"], answers, frozenset(stored[name].get("unknown", ())))
+    return found
 
 
 def icon_pairs(relations: Mapping[str, Relation], split: str, count: int, seed: int = 0) -> Iterator[IconPair]:
-    """At most `count` pairs of different concepts, each with a picture of the split, that all relations are asked of.
+    """At most `count` pairs of different concepts of which the text model knows the first relation.
 
-    Training and test pairs have no two concepts in common, nor an artist. Concepts without pictures are left out.
+    Their pictures are of the split. Training and test share no pair of concepts, nor an artist.
     """
-    table = read_icons(split)
-    shown = [set(relation.answers) for relation in relations.values()]
-    concepts = sorted(set.intersection(set(table.label), *shown))
+    table, first = read_icons(split), next(iter(relations.values()))
+    concepts = sorted(set(table.label) & first.known)
     both = list(combinations(concepts, 2))
     order = generator(seed, "icon pairs").permutation(len(both))
     half = len(both) // 2

@@ -382,11 +382,16 @@ def orrery_pairs(
 
 
 def relation_pairs(config: PairsConfig, split: str) -> list[Pair]:
-    """Pairs of icons of different things, one per relation; the answers of some may agree."""
+    """Pairs of icons of different things, called "A to B", one per relation that the text model knows of both.
+
+    The two answers may agree.
+    """
     relations = read_relations(config.relations)
     pairs = []
     for icons in icon_pairs(relations, split, config.train if split == "train" else config.test, config.seed):
         for name, relation in relations.items():
+            if not {icons.original, icons.counterfactual} <= relation.known:
+                continue
             shown = ((icons.picture, icons.original), (icons.other_picture, icons.counterfactual))
             sides = [Side(relation.asked(), (picture,), relation.answers[concept]) for picture, concept in shown]
             pairs.append(Pair(f"{icons.original} to {icons.counterfactual}", name, "picture", *sides))

@@ -365,6 +365,8 @@ def groups(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """
     data: Any = pd.read_parquet(folder.file(mark.file or f"{name}.parquet"))
     x, by, y = mark.x or "name", mark.by or "series", mark.y or "value"
+    if data.empty:
+        return [Text(mark.title or label(name), ("The table has no rows.",))]
     rows = _means(data, by, x, y)
     names = list(dict.fromkeys(data[x]))
     series = {label(str(value)): [rows.get((value, word)) for word in names] for value in dict.fromkeys(data[by])}

@@ -6,7 +6,8 @@ import pytest
 
 from vlmscope.core.errors import UserError
 from vlmscope.data import icons
-from vlmscope.data.config import SourceConfig
+from vlmscope.data.config import PairsConfig, SourceConfig
+from vlmscope.data.inputs import load_pairs
 from vlmscope.data.samples import WHOLE
 from vlmscope.data.tables import hf_source
 
@@ -61,3 +62,27 @@ def test_an_icon_is_rendered_in_the_middle_of_a_transparent_square(tmp_path) -> 
     assert [row["label"] for row in rows] == ["Red", "Other"]
     pixels = np.asarray(icons.Image.open(icons.io.BytesIO(rows[0]["image"]["bytes"])).convert("RGBA"))
     assert (pixels[20:44] == (255, 0, 0, 255)).all() and (pixels[:14, :, 3] == 0).all()
+
+
+def test_pairs_of_a_relation_are_known_and_not_shared_by_splits() -> None:
+    asked = icons.read_relations(["capital", "currency"])
+    sides = {split: list(icons.icon_pairs(asked, split, 30)) for split in ("train", "test")}
+    pairs = [{frozenset(pair[:2]) for pair in found} for found in sides.values()]
+    assert len(pairs[0]) == len(pairs[1]) == 30 and not pairs[0] & pairs[1]
+    assert set().union(*pairs[0], *pairs[1]) <= asked["capital"].known
+    loaded = load_pairs(PairsConfig(relations=["capital", "currency"], test=30), "test")
+    for pair in loaded:
+        names = pair.id.split(" to ")
+        assert set(names) <= asked[pair.question].known
+        assert [pair.original.answer, pair.counterfactual.answer] == [asked[pair.question].answers[n] for n in names]
+    assert asked["capital"].asked("France") == "Country: France\nCapital:" and icons.PICTURE in asked["capital"].asked()
+
+
+def test_relations_name_shown_concepts_and_other_settings_are_refused(tables: dict[str, pd.DataFrame]) -> None:
+    for name, relation in icons.read_relations().items():
+        assert relation.unknown <= set(relation.answers), name
+        assert len(relation.known & set(tables["test"].label)) >= len(relation.known) - 2, name
+    with pytest.raises(UserError, match="relations"):
+        icons.read_relations(["capitals"])
+    with pytest.raises(UserError, match="one of them"):
+        PairsConfig(relations=["capital"], change="planet")

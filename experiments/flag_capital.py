@@ -11,11 +11,11 @@ import torch
 from vlmscope.analyses.bench import Bench
 from vlmscope.analyses.declared import from_pairs
 from vlmscope.attribution.trace import trace
+from vlmscope.circuits.build import described, draw_diagram
 from vlmscope.circuits.cases import of_one_length
 from vlmscope.circuits.circuit import Circuit, direct_edges
 from vlmscope.circuits.config import SupernodeConfig
 from vlmscope.circuits.experiment import Declared
-from vlmscope.circuits.page import described, draw_diagram
 from vlmscope.circuits.selectors import by_contrast
 from vlmscope.core.records import Positions, generator
 from vlmscope.core.results import Supernode

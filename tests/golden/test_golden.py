@@ -40,7 +40,11 @@ EYES = {"text": TEXT, "vision_width": 8, "vision_layers": 1, "vision_mlp": 8, "v
 STAND_INS["train_eyes"] = [f"task.architecture.{key}={value}" for key, value in EYES.items()]
 # Random models answer nothing rightly, so their pairs and facts need no right answers.
 STAND_INS["eyes_accuracy"] = ["model=tiny", "transcoder=random"]
-STAND_INS["flag_capital"] = [*STAND_INS["eyes_accuracy"], "interchange.answerable=false", "pairs.relations=[capital,language]"]
+STAND_INS["flag_capital"] = [
+    *STAND_INS["eyes_accuracy"],
+    "interchange.answerable=false",
+    "pairs.relations=[capital,language]",
+]
 CLOSE = {"rel_tol": 1e-3, "abs_tol": 1e-5}
 MACHINE_FACTS = ("seconds", "per_s", "_gb", "over_forward")  # in a metric's name: time and memory
 

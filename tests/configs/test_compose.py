@@ -33,7 +33,7 @@ LIMITED = (
     "mars_earth_curves",
 )
 LIMITED += ("linear_story", "where_in_the_picture", "hallucination_prediction", "visual_arithmetic", "counting")
-LIMITED += ("sixth_finger", "tower_carry", "train_eyes")
+LIMITED += ("sixth_finger", "tower_carry", "train_eyes", "eyes_accuracy", "flag_capital")
 GROUPS = (
     "model",
     "data",

@@ -71,6 +71,7 @@ class Folder:
     path: Path
     measures: Mapping[str, str] = field(default_factory=dict)
     settings: Collection[str] = ()
+    counted: dict[Any, pd.DataFrame] = field(default_factory=dict)  # rates so far, which several marks show
 
     def file(self, name: str) -> Path:
         """A file of the folder, which the run must have made."""
@@ -118,10 +119,12 @@ class Folder:
                 raise UserError(f"report: trials have no column {column!r}; choose from {', '.join(table.columns)}")
         trials = table.operation.str.partition("/")[0]  # "carry/name" is the trial `carry` with the features of a name
         measures = (trials + "/" + table.setting).map(lambda key: self.measures.get(key, "hit"))
-        parts = [
-            rates(part, by, chosen or str(measure_name))
-            for (_, measure_name), part in table.groupby(["operation", measures], sort=False)
-        ]
+        parts = []
+        for key, part in table.groupby(["operation", measures], sort=False):
+            wanted = (tuple(mark.trials), tuple(by), key, counted := chosen or str(key[1]))
+            if wanted not in self.counted:
+                self.counted[wanted] = rates(part, by, counted)
+            parts.append(self.counted[wanted])
         return corrected(pd.concat(parts))
 
 

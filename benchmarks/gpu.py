@@ -55,11 +55,11 @@ from vlmscope.models.base import Adapter, ModelInputs, exact_float64
 from vlmscope.models.checkpoint import check_device, free_bytes
 from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import VLM
-from vlmscope.models.sizes import find_config, parameters_by_part
 from vlmscope.models.tiny import FAMILIES, tiny_vlm
 from vlmscope.replacement import build_replacement
 from vlmscope.scope import Scope
 from vlmscope.tasks import plan
+from vlmscope.tasks.plan import find_config, parameters_by_part
 from vlmscope.tasks.settings import PlanSettings
 from vlmscope.training.config import TranscoderArchConfig
 from vlmscope.transcoders.formats import load_set, save_set

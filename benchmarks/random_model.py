@@ -10,9 +10,9 @@ from torch import Tensor
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.families import adapter_for, family_of
 from vlmscope.models.loading import VLM
-from vlmscope.models.sizes import soft_tokens
 from vlmscope.models.tiny import tiny_vlm
 from vlmscope.scope import Scope
+from vlmscope.tasks.plan import soft_tokens
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 

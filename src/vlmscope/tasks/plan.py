@@ -1,5 +1,8 @@
 """Needs of a model without its weights: parameters, memory, the size of one graph, and the least time it takes.
 
+A model's size comes from its `config.json` alone: its architecture is built on the `meta` device, where tensors have
+shapes but no memory. `models/published/NAME.json` holds the numbers of `google/NAME`'s in transformers' spelling.
+
 Counts follow the code that would run. Exact: parameters, the recorded state of a forward, a graph's rows, columns and
 nodes. Edges of a graph are those that causal attention can carry, with rows spread evenly over layers and positions.
 Buffers inside a forward are estimates. Times are lower bounds by the roofline (Williams, Waterman and Patterson 2009):
@@ -9,27 +12,34 @@ Legend: T positions, d width, k active features of a position.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 
+from vlmscope import models
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.circuits.config import CircuitConfig, baselines_of
 from vlmscope.config import AppConfig
 from vlmscope.config.schema import RandomTranscodersConfig
 from vlmscope.config.wiring import trained_transcoders
+from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError, check_choice
-from vlmscope.core.hub import gb
-from vlmscope.models import sizes
+from vlmscope.core.hub import cached_folder, gb, is_commit, is_hub_id
 from vlmscope.models.base import Adapter
-from vlmscope.models.checkpoint import DTYPES
-from vlmscope.models.families import adapter_for
-from vlmscope.models.sizes import attention_widths, empty_model, find_config, prompt_tokens
+from vlmscope.models.checkpoint import DTYPES, read_config
+from vlmscope.models.families import adapter_for, family_of
 from vlmscope.models.tiny import tiny_vlm
 from vlmscope.tasks.registry import RunContext
 from vlmscope.training.config import TranscoderArchConfig
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+PUBLISHED = {
+    f"google/{file.stem}": file for file in sorted(Path(models.__file__).with_name("published").glob("*.json"))
+}
 
 
 class Machine(NamedTuple):
@@ -65,10 +75,7 @@ class Work(NamedTuple):
 def least_time(work: Work, machine: Machine) -> tuple[float, str]:
     """The roofline: least seconds for the work, and which of the two rates bounds them."""
     rate = {"float64": machine.float64, "float32": machine.float32}.get(work.dtype, machine.half)
-    return max(
-        (work.flops / (rate * 1e12), "arithmetic"),
-        (work.moved / (machine.bandwidth * 1e9), "memory"),
-    )
+    return max((work.flops / (rate * 1e12), "arithmetic"), (work.moved / (machine.bandwidth * 1e9), "memory"))
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
@@ -221,15 +228,15 @@ def plan_graph(
     first = min(5, n_tokens - n_soft)
     soft = (first, first + n_soft * (adapter.model.config.model_type == "gemma3"))
     graph, swept_flops = graph_sizes(adapter, n_tokens, soft, min(kind.k, *widths), kind.skip, cfg.attribution)
-    parts, state = sizes.parameters_by_part(adapter), sizes.state_elements(adapter, n_tokens)
+    parts, state = parameters_by_part(adapter), state_elements(adapter, n_tokens)
     model, recorded = parts["total"], sum(state.values())
     extra = sum(transcoder_numbers(d, width, kind.skip, kind.activation) for width in widths)
     # The sweep needs copies of what is frozen where its dtype is not the model's.
-    frozen = n_layers * d * sum(sizes.attention_widths(adapter)) + adapter.vocab_size * d + extra
+    frozen = n_layers * d * sum(attention_widths(adapter)) + adapter.vocab_size * d + extra
     copies = (frozen + recorded) * BYTES[swept] if swept != dtype else 0
-    forward = sizes.forward_elements(adapter, n_tokens, cfg.task.images) * element
+    forward = forward_elements(adapter, n_tokens, cfg.task.images) * element
     sweep = graph["memory/rows"] + graph["memory/gradients"] + graph["memory/sources"]
-    flops = sizes.forward_flops(adapter, n_tokens, cfg.task.images)
+    flops = forward_flops(adapter, n_tokens, cfg.task.images)
     return {
         **{f"parameters/{part}": count for part, count in parts.items()},
         "parameters/transcoders": extra,
@@ -246,3 +253,147 @@ def plan_graph(
         "sweep/gflops": swept_flops / 1e9,
         "sweep/seconds": least_time(Work(swept_flops, dtype=swept), machine),
     }
+
+
+# Sizes of a model and of its forward
+
+
+def find_config(path: str, hub: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """The `config.json` of a model from a folder, the hub's cache, or `PUBLISHED`; nothing is fetched."""
+    if Path(path).is_dir():
+        return read_config(Path(path))
+    repo = hub or (path if is_hub_id(path) else None)
+    if repo is not None and revision is not None and is_commit(revision):
+        folder = cached_folder(repo, revision)
+        if (folder / "config.json").is_file():
+            return read_config(folder)
+    if repo in PUBLISHED:
+        return read_json(PUBLISHED[repo])
+    raise UserError(
+        f"no folder {path}, and of {repo or path} nothing is known here: its config.json alone, in a folder that "
+        f"model.path= names, is enough; known without it: {', '.join(PUBLISHED)}"
+    )
+
+
+def empty_model(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    """The Hugging Face model of a `config.json` on the `meta` device: shapes, no memory."""
+    model_type = str(config.get("model_type"))
+    model_class: Any = getattr(transformers, family_of(model_type, "config.json").model)
+    try:
+        with torch.device("meta"):
+            read = model_class.config_class.from_dict(config)
+            return model_class._from_config(read, dtype=dtype).eval()
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"transformers refuses the config.json of this {model_type} model: {reason}") from error
+
+
+def parameters_by_part(adapter: Adapter) -> dict[str, int]:
+    """Parameters by part, shared ones counted once, so that the parts add up to the last entry, `total`."""
+    decoder: Any = adapter.decoder()
+    seen: set[Any] = set()
+
+    def count_new(*modules: Any) -> int:
+        fresh = {parameter for module in modules for parameter in module.parameters()} - seen
+        seen.update(fresh)
+        return sum(parameter.numel() for parameter in fresh)
+
+    # The order matters: shared parameters count for the first part that has them.
+    parts = {"embeddings": count_new(decoder.embed_tokens), "decoder": count_new(decoder)}
+    parts["head"] = count_new(adapter.lm_head())
+    towers = ("vision_tower", "vision_model", "visual")
+    parts["vision"] = count_new(*(m for name, m in adapter.model.named_modules() if name.rpartition(".")[2] in towers))
+    parts["projector"] = count_new(adapter.model)  # all that is left
+    return {**parts, "total": sum(parts.values())}
+
+
+def n_patches(adapter: Adapter) -> int | None:
+    """Patches of one picture in the vision tower, 0 for a text-only model; None where they depend on its size."""
+    vision = getattr(adapter.model.config, "vision_config", None)
+    if vision is None:
+        return 0
+    if getattr(vision, "image_size", None) is None:
+        return None
+    # Each is one number, or height and width.
+    down, across = np.broadcast_to(vision.image_size, 2) // np.broadcast_to(vision.patch_size, 2)
+    return int(down * across)
+
+
+def soft_tokens(adapter: Adapter) -> int | None:
+    """Soft tokens of one picture, or of one tile for models that cut tiles; None where they depend on its size."""
+    config, patches = adapter.model.config, n_patches(adapter)
+    if not adapter.has_vision:
+        return 0
+    if getattr(config, "mm_tokens_per_image", None):  # Gemma 3
+        return int(config.mm_tokens_per_image)
+    # Patches per soft token: InternVL's ratio of sides, or Idefics3's factor.
+    ratio = getattr(config, "downsample_ratio", None)
+    shrink = round(1 / float(ratio) ** 2) if ratio else int(getattr(config, "scale_factor", 1)) ** 2
+    return None if patches is None else patches // shrink
+
+
+def prompt_tokens(adapter: Adapter, tokens: int | None, images: int, text_tokens: int) -> tuple[int, int]:
+    """Length of a prompt of `images` and `text_tokens`, or `tokens` in all, and its number of soft tokens."""
+    per_image = soft_tokens(adapter) if images else 0
+    if per_image is None:
+        if tokens is None:
+            raise UserError("how many soft tokens a picture has depends on its size here; say task.tokens=")
+        return tokens, 0
+    soft = per_image * images
+    return (soft + text_tokens, soft) if tokens is None else (tokens, min(soft, max(tokens - text_tokens, 0)))
+
+
+def attention_widths(adapter: Adapter) -> tuple[float, float]:
+    """Width of all heads' queries and of all their values, the mean over the layers."""
+    layers = range(adapter.n_layers)
+    queries = sum(adapter.output_weight(layer).shape[1] for layer in layers)
+    values = sum(adapter.value_weight(layer).shape[0] for layer in layers)
+    return queries / len(layers), values / len(layers)
+
+
+def state_elements(adapter: Adapter, n_tokens: int) -> dict[str, int]:
+    """Exact number of elements in each tensor of `activations.ForwardState` for a prompt."""
+    layers, d, t = adapter.n_layers, adapter.d_model, n_tokens
+    normed = [layer for layer in range(layers) if adapter.value_norm(layer) is not None]
+    vision = getattr(adapter.model.config, "vision_config", None)
+    injected = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    return {
+        "embeddings": t * d,
+        "patterns": layers * adapter.n_heads * t * t,
+        "mlp_in": layers * t * d,
+        "mlp_out": layers * t * d,
+        "norm_scales": layers * 4 * t * d,
+        "final_norm_scale": t * d,
+        "logits": t * adapter.vocab_size,
+        "value_scales": t * sum(adapter.value_weight(layer).shape[0] for layer in normed),
+        "injections": injected * t * d,
+    }
+
+
+def forward_elements(adapter: Adapter, n_tokens: int, n_images: int) -> int:
+    """An estimate of the elements alive at once inside one recorded forward.
+
+    It holds scores, softmax (in float32) and pattern of all heads, and logits; a vision tower's kernel holds none.
+    """
+    d, hidden = adapter.d_model, int(adapter.model.config.get_text_config().intermediate_size)
+    block = n_tokens * (4 * d + 3 * hidden) + 5 * adapter.n_heads * n_tokens**2
+    most = max(block, n_tokens * (adapter.vocab_size + d))
+    patches = n_patches(adapter)
+    if not patches:
+        return most
+    vision = adapter.model.config.vision_config
+    width = int(vision.hidden_size)
+    return max(most, n_images * patches * (6 * width + 2 * int(getattr(vision, "intermediate_size", 4 * width))))
+
+
+def forward_flops(adapter: Adapter, n_tokens: int, n_images: int) -> float:
+    """Operations of a forward: two per weight and token (of pictures: and patch), and those of unmasked attention."""
+    parts, patches = parameters_by_part(adapter), n_patches(adapter)
+    flops = 2.0 * parts["decoder"] * n_tokens + 2.0 * adapter.vocab_size * adapter.d_model * n_tokens
+    flops += 4.0 * adapter.n_layers * attention_widths(adapter)[0] * n_tokens**2
+    if not patches:
+        return flops
+    vision = adapter.model.config.vision_config
+    depth = int(getattr(vision, "num_hidden_layers", 0) or getattr(vision, "depth", 0))
+    attention = 4.0 * depth * int(vision.hidden_size) * patches**2
+    return flops + n_images * (2.0 * (parts["vision"] + parts["projector"]) * patches + attention)

@@ -21,11 +21,11 @@ from vlmscope.conformance import Limits, run_cases
 from vlmscope.models.base import DECODERS, Adapter, ModelInputs, exact_float64
 from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import VLM
-from vlmscope.models.sizes import attention_widths, empty_model, find_config, state_elements
 from vlmscope.models.tiny import randomise, tiny_gemma3, tiny_image, tiny_vlm
 from vlmscope.replacement import build_replacement
 from vlmscope.scope import Scope
 from vlmscope.tasks.check import failures
+from vlmscope.tasks.plan import attention_widths, empty_model, find_config, state_elements
 from vlmscope.transcoders.transcoder import random_set
 
 OWN_FAMILY = {"qwen2_5_vl_text", "qwen3_vl_text"}  # need the positions that their own family makes

@@ -20,19 +20,20 @@ from vlmscope.config.catalog import asset
 from vlmscope.core.errors import UserError
 from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import load_vlm
-from vlmscope.models.sizes import (
+from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
+from vlmscope.replacement import build_replacement
+from vlmscope.scope import Scope
+from vlmscope.tasks.plan import (
     PUBLISHED,
     empty_model,
     find_config,
     forward_flops,
+    graph_sizes,
     parameters_by_part,
     soft_tokens,
     state_elements,
+    transcoder_numbers,
 )
-from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
-from vlmscope.replacement import build_replacement
-from vlmscope.scope import Scope
-from vlmscope.tasks.plan import graph_sizes, transcoder_numbers
 from vlmscope.transcoders.config import ACTIVATIONS
 from vlmscope.transcoders.formats import load_set
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig

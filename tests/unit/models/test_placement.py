@@ -132,9 +132,9 @@ def test_too_little_memory_is_said(
 MEMORY = [
     (["model=path", "model.path=MODEL"], 0.1, "in float32 need about .* on cpu, .*model.dtype=bfloat16"),
     (
-        ["model=orrery2"],
+        ["model=orrery2", "transcoder.stream=false"],
         12,
-        "the transcoders in .*orrery2_transcoders need about 16.8 MB on cpu, 12.0 MB are free; choose",
+        "the transcoders in .*orrery2_transcoders need about 16.8 MB on cpu, 12.0 MB are free; leave transcoder.stream=false away",
     ),
     (
         ["model=tiny", "transcoder=random", "transcoder.n_features=100000"],

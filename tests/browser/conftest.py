@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import screenshots
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
+
+SLOW = 60_000  # ms: what a page may take on a busy machine, where WebGL is drawn in software
 
 
 @dataclass
@@ -19,6 +21,7 @@ class Watched:
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
+    expect.set_options(timeout=SLOW)
     with screenshots.browser() as started:
         yield started
 

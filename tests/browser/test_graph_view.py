@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +15,7 @@ import uvicorn
 import yaml
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect
+from tests.browser.conftest import SLOW
 
 from vlmscope.core.artifacts import shipped
 from vlmscope.viewer import export
@@ -24,7 +26,6 @@ EXAMPLE = json.loads((shipped("assets/example_graph") / "graph.json").read_text(
 EXAMPLE["qParams"] = {"pinnedIds": [], "supernodes": []}
 ANSWER, FIRST, SECOND = "9_56_28", "5_586_28", "4_823_28"
 HOSTILE = "</script><img src=http://127.0.0.1:9/x.png onerror='window.hacked=1'><script>window.hacked=1</script>"
-SLOW = 60_000  # ms; WebGL in software on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +53,8 @@ def address(root: Path) -> Iterator[str]:
 def context(chromium: Browser) -> Iterator[BrowserContext]:
     context = chromium.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
     context.set_default_timeout(SLOW)
-    expect.set_options(timeout=SLOW)
     yield context
     context.close()
-    expect.set_options(timeout=5000)
 
 
 @pytest.fixture
@@ -84,15 +83,12 @@ def click(page: Page, node: str, **options: Any) -> None:
         page.mouse.click(x, y, **options)
 
 
-def saved(root: Path, name: str, page: Page) -> dict[str, Any]:
-    """The annotations of a graph, once the page has saved."""
-    page.wait_for_timeout(500)
-    file = root / name / "annotations.json"
-    for _ in range(100):
-        if file.is_file() and not page.evaluate("document.querySelector('[data-saving=saving]') !== null"):
-            break
-        page.wait_for_timeout(100)
-    return json.loads(file.read_text())
+def saved(root: Path, name: str, page: Page, expected: Callable[[dict[str, Any]], bool]) -> None:
+    """Wait until the annotations of a graph are what is expected: a page saves a moment after a change."""
+    file, end = root / name / "annotations.json", time.monotonic() + SLOW / 1000
+    while not file.is_file() or not expected(json.loads(file.read_text())):
+        assert time.monotonic() < end, file.read_text() if file.is_file() else f"no {file}"
+        page.wait_for_timeout(50)
 
 
 def test_a_clicked_node_shows_its_edges_and_search_and_keys_lead_on(opened: Callable[[str], Page]) -> None:
@@ -145,13 +141,16 @@ def test_groups_names_undo_and_reload(opened: Callable[[str], Page], root: Path)
     page.get_by_label("Name of the group").fill("says mars")
     page.keyboard.press("Enter")
     expect(page.locator(".subgraph g.item")).to_contain_text("says mars")
-    group = saved(root, "groups", page)["supernodes"]
-    assert [(one["name"], sorted(one["members"])) for one in group] == [("says mars", sorted([FIRST, SECOND]))]
+
+    def named(found: dict[str, Any]) -> bool:
+        return [(one["name"], set(one["members"])) for one in found["supernodes"]] == [("says mars", {FIRST, SECOND})]
+
+    saved(root, "groups", page, named)
     page.keyboard.press("z")
     expect(page.locator(".subgraph g.item")).not_to_contain_text("says mars")
     page.keyboard.press("Shift+Z")
     expect(page.locator(".subgraph g.item")).to_contain_text("says mars")
-    assert saved(root, "groups", page)["supernodes"] == group
+    saved(root, "groups", page, named)
     page.reload()
     expect(page.locator(".subgraph g.item")).to_contain_text("says mars")
 
@@ -162,9 +161,8 @@ def test_two_tabs_keep_what_both_did(opened: Callable[[str], Page], root: Path) 
         page.bring_to_front()
         click(page, node)
         page.keyboard.press("p")
-        saved(root, "tabs", page)
-    second.wait_for_timeout(1000)
-    assert set(saved(root, "tabs", second)["pinned"]) == {FIRST, SECOND}
+        saved(root, "tabs", page, lambda found, node=node: node in found["pinned"])
+    saved(root, "tabs", second, lambda found: set(found["pinned"]) == {FIRST, SECOND})
     first.bring_to_front()
     first.evaluate("dispatchEvent(new Event('focus'))")
     expect(first.get_by_role("button", name="Pinned 2")).to_be_visible()

@@ -1,6 +1,7 @@
 """The workbench's pages besides the graph: runs, features, trials, comparing, and `try it` with the shipped model."""
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, expect
+from tests.browser.conftest import SLOW
 from tests.unit.viewer.test_server import run_folder
 from tests.unit.viewer.test_studies import LABEL, LAYERS, WIDTH, study_run
 
@@ -17,7 +19,7 @@ from vlmscope.viewer.server import _listen, create_app
 
 pytestmark = pytest.mark.browser
 EXAMPLE = (shipped("assets/example_graph") / "graph.json").read_text()
-SLOW = 240_000  # ms; the worker imports torch and loads the model
+LOADING = 240_000  # ms; the worker imports torch and loads the model
 GL = "GL Driver Message"  # of WebGL in software, when the window is read
 SIZES = [(1280, 800), (390, 844)]
 Opened = Callable[..., Page]
@@ -59,6 +61,7 @@ def opened(chromium: Browser, address: str) -> Iterator[Opened]:
 
     def page_of(route: str, size: tuple[int, int] = SIZES[0]) -> Page:
         contexts.append(chromium.new_context(viewport={"width": size[0], "height": size[1]}))
+        contexts[-1].set_default_timeout(SLOW)
         page = contexts[-1].new_page()
         page.on(
             "console",
@@ -80,7 +83,7 @@ def opened(chromium: Browser, address: str) -> Iterator[Opened]:
                                    "feature/study/mine/L1/3", "try", "compare?a=trace/mars&b=trace/earth"])  # fmt: skip
 def test_a_page_opens_quietly_and_fits(route: str, size: tuple[int, int], opened: Opened) -> None:
     page = opened(route, size)
-    expect(page.locator("[role=progressbar]")).to_have_count(0, timeout=30_000)
+    expect(page.locator("[role=progressbar]")).to_have_count(0)
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
     assert page.evaluate("window.hacked") is None
 
@@ -97,7 +100,7 @@ def test_runs_are_found_filtered_and_opened(opened: Opened) -> None:
     rows.first.click()
     detail = page.get_by_label("Run trace/earth", exact=True)
     expect(detail.get_by_text("task=trace image=earth.png 'prompt=what is it ?'")).to_be_visible()
-    assert "words=earth" in page.url and "kind=graph" in page.url, "the address keeps what is shown"
+    expect(page).to_have_url(re.compile("(?=.*words=earth)(?=.*kind=graph)"))  # the address keeps what is shown
     page.keyboard.press("Escape")
     page.get_by_label("Find a run").fill("")
     page.get_by_label("Compare the graph of trace/mars").check()
@@ -130,10 +133,10 @@ def test_features_are_filtered_found_and_seen(opened: Opened) -> None:
     panel = page.get_by_label("Feature L1/3", exact=True)
     expect(panel.get_by_role("heading", name=LABEL.text)).to_be_visible()
     expect(panel.get_by_text("0.90 of 1, chance is 0.5")).to_be_visible()
-    assert panel.locator(".example").count() > 0
+    expect(panel.locator(".example").first).to_be_visible()
     picture = panel.locator(".example .heat").first
     assert picture.locator("img").evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
-    assert panel.locator(".example .heat rect, .example .word i").count() > 0, "nothing is tinted"
+    expect(panel.locator(".example .heat rect, .example .word i")).not_to_have_count(0)  # something is tinted
     neighbour = panel.locator(".neighbours button").first
     name = neighbour.locator(".mono").inner_text()
     neighbour.click()
@@ -146,8 +149,8 @@ def trace(page: Page, picture: str) -> None:
     page.get_by_label(f"Take the picture {picture}").click()
     expect(page.get_by_label("Question")).to_have_value("what planet is this ?")
     page.get_by_role("button", name="Trace").click()
-    expect(page.locator(".try-tabs .answer")).to_have_text(f"answer: {picture}", timeout=SLOW)
-    expect(page.locator(".try-graph .stage .canvas canvas.sigma-nodes")).to_be_visible(timeout=SLOW)
+    expect(page.locator(".try-tabs .answer")).to_have_text(f"answer: {picture}", timeout=LOADING)
+    expect(page.locator(".try-graph .stage .canvas canvas.sigma-nodes")).to_be_visible(timeout=LOADING)
 
 
 def test_mars_turns_into_earth_next_to_its_controls(opened: Opened) -> None:
@@ -159,7 +162,7 @@ def test_mars_turns_into_earth_next_to_its_controls(opened: Opened) -> None:
     expect(page.locator(".edits li")).to_have_count(2)
     page.get_by_role("button", name="Run with").click()
     effect = page.locator(".effect")
-    expect(effect.locator(".turn")).to_have_text("mars→earth", timeout=SLOW)
+    expect(effect.locator(".turn")).to_have_text("mars→earth", timeout=LOADING)
     controls = effect.locator(".controls tbody tr")
     expect(controls).to_have_count(3)
     for control in (controls.nth(1), controls.nth(2)):
@@ -192,7 +195,7 @@ def test_a_dropped_picture_is_traced_and_a_trace_is_cancelled(opened: Opened) ->
     page.get_by_label("Question").fill("how many shapes are there ?")
     page.get_by_role("button", name="Trace").click()
     page.get_by_role("button", name="Cancel").click()
-    expect(page.get_by_text("Cancelled.")).to_be_visible(timeout=SLOW)
+    expect(page.get_by_text("Cancelled.")).to_be_visible(timeout=LOADING)
     page.get_by_role("button", name="Trace").click()
-    expect(page.locator(".try-tabs .answer")).to_be_visible(timeout=SLOW)
+    expect(page.locator(".try-tabs .answer")).to_be_visible(timeout=LOADING)
     assert page.locator(".toast.error").count() == 0

@@ -61,16 +61,6 @@ def test_gemma_gets_a_placeholder_a_picture(name: str) -> None:
         assert turn.content == prompt.prompt
 
 
-def test_the_captioning_prompt_is_the_turn_of_the_papers_training() -> None:
-    (caption,) = prompts("captioning").values()
-    vlm = tiny_vlm("gemma3")
-    text = vlm.adapter.wrap_prompt(caption.prompt, 1, vlm.tokenizer).text
-    assert caption.wording == "paper"
-    assert text.removeprefix("<bos>").rstrip("\n") == (
-        "<start_of_turn>user\n<start_of_image>Describe this image in detail.<end_of_turn>\n<start_of_turn>model"
-    )
-
-
 def test_the_command_line_goes_before_an_experiments_prompt_name(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     body = "# @package _global_\ndefaults:\n  - override /prompts: orrery_cross_modal\nprompt_name: mars_text\n"

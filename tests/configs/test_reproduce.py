@@ -20,7 +20,7 @@ def test_experiments_that_train_are_not_tagged() -> None:
 
 
 @pytest.mark.parametrize("name", TAGGED)
-def test_a_tagged_experiment_states_ranges_that_can_be_missed_and_takes_another_model(name: str) -> None:
+def test_a_tagged_experiment_states_ranges_that_can_be_missed(name: str) -> None:
     app = composed(f"experiment={name}")
     assert app.reproduce and app.name == name and 2 <= len(app.headline) <= 6
     for metric, wanted in app.headline.items():
@@ -28,12 +28,6 @@ def test_a_tagged_experiment_states_ranges_that_can_be_missed_and_takes_another_
     # Where nothing happens, as with edits that are not applied, some number must be missed.
     assert any(wanted.low > 0 or wanted.high < 0 for wanted in app.headline.values())
     assert app.report
-    other = composed(
-        f"experiment={name}", "model=gemma3_4b_it", "model.dtype=bfloat16", "transcoder=path",
-        "transcoder.path=/my/set", "seed=1",
-    )  # fmt: skip
-    assert other.model.hub == "google/gemma-3-4b-it" and other.model.dtype == "bfloat16"
-    assert other.transcoder.path == "/my/set" and other.headline
 
 
 def test_other_content_of_a_file_of_ones_own_is_other_work(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from vlmscope.models.tiny import FAMILIES, tiny_image
 from vlmscope.tracking.client import open_client
 
 SMALL = ["task.sources=2", "task.positions=2", "task.new_tokens=2"]
-# One of each kind of tower; the identities of all families are in tests/maths, and all names in `make test-slow`.
-QUICK = {"gemma3_text", "qwen2_5_vl", "smolvlm"}
+# Without a tower and with one; the identities of all families are in tests/maths, and all names in `make test-slow`.
+QUICK = {"gemma3_text", "smolvlm"}
 NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ("gemma3_text", *FAMILIES)]
 
 
@@ -26,18 +26,6 @@ def run(run_dir: Path, *arguments: str) -> int:
 
 def metrics(run_dir: Path) -> dict[str, float]:
     return json.loads((run_dir / "metrics.json").read_text())
-
-
-def test_a_tiny_model_is_checked_without_further_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path, "task=check", "model=tiny") == 0
-    out = capsys.readouterr().out
-    assert out.strip().splitlines()[-1] == str(tmp_path)
-    for words in ("tiny_gemma3: 4 layers", "transcoders: random", "completeness", "in float32", "two_pictures: 34 tok"):
-        assert words in out
-    numbers = metrics(tmp_path)
-    assert (numbers["check/failed"], numbers["check/held"], numbers["check/skipped"]) == (0, 32, 1)
-    assert 0 < numbers["check/two_pictures/completeness/error"] < 1e-12
-    assert 1e-9 < numbers["check/one_picture/parity/error_own_dtype"] < 1e-4
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -61,10 +49,10 @@ def test_every_family_is_checked_and_traced_by_name(
 
 
 def test_orrery_is_checked_with_its_own_transcoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path, "task=check", *SMALL, "task.targets=60") == 0
+    assert run(tmp_path, "task=check", *SMALL, "task.targets=20") == 0
     out = capsys.readouterr().out
     assert "orrery2_transcoders; 2 layers of the vision tower too; errors in float64" in out
-    assert "total_effects, text: skipped, it needs all 2,112 active features, 60 have a row" in out
+    assert "total_effects, text: skipped, it needs all 2,112 active features, 20 have a row" in out
 
 
 def test_an_identity_that_fails_is_named_and_recorded_as_a_failure(

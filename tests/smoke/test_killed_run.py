@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tests.processes import Forked, command_line
+from tests.processes import Forked
 from tests.smoke.test_launch import MIX, ended, errors, start, stopped
 
 from vlmscope.app import main
@@ -21,10 +21,10 @@ from vlmscope.transcoders.formats import save_set
 from vlmscope.transcoders.transcoder import random_set
 
 
-def _reached(process: Forked, run: Path, pattern: str) -> None:
-    """Wait until the running `process` has written a file."""
+def _said(process: Forked, word: str) -> None:
+    """Wait until the running `process` has printed a word."""
     end = time.monotonic() + 240
-    while not list(run.glob(pattern)):
+    while word not in process.said()[0]:
         assert time.monotonic() < end and process.poll() is None, process.said()
         time.sleep(0.005)
 
@@ -63,27 +63,25 @@ def test_a_second_signal_ends_at_once() -> None:
     for first, second, expected in ((signal.SIGTERM, signal.SIGTERM, 143), (signal.SIGINT, signal.SIGTERM, 143)):
         process = Forked(code)
         for word, number in (("ready", first), ("saving", second)):
-            end = time.monotonic() + 60
-            while word not in process.said()[0]:
-                assert time.monotonic() < end and process.poll() is None
-                time.sleep(0.005)
+            _said(process, word)
             process.send_signal(number)
         began = time.monotonic()
-        assert process.wait() == expected and time.monotonic() - began < 10
+        assert process.wait() == expected and time.monotonic() - began < 50  # of 60
 
 
-# Kills itself when a file whose path ends so is to get its name, or (with "after") has just got it.
+# Kills or stops itself when a file whose path ends so is to get its name, or (with "after") has just got it.
 _KILLED = """
-import os, sys, signal
+import os, sys
 from pathlib import Path
 from vlmscope.app import main
-when, name, replace = sys.argv.pop(1), sys.argv.pop(1), os.replace
+number, when, name, replace = int(sys.argv.pop(1)), sys.argv.pop(1), sys.argv.pop(1), os.replace
 def killing(source, target):
     hit = Path(target).match(name)
     if not (hit and when == "before"):
         replace(source, target)
     if hit:
-        os.kill(os.getpid(), signal.SIGKILL)
+        print("(reached)", flush=True)
+        os.kill(os.getpid(), number)
 os.replace = killing
 sys.exit(main())
 """
@@ -125,7 +123,7 @@ def test_a_run_that_was_killed_and_resumed_has_the_files_of_an_uninterrupted_one
     whole = _files(tmp_path / "whole")
     run = [f"hydra.run.dir={tmp_path / 'run'}", "trainer.resume=true"]
     for when, name in kills:  # of one run, one after the other: what each leaves must go
-        process = Forked(_KILLED, when, name, *command, *run)
+        process = Forked(_KILLED, int(signal.SIGKILL), when, name, *command, *run)
         assert process.wait() == -signal.SIGKILL, (name, process.said())
         if when == "before":
             assert list((tmp_path / "run").rglob(".*.tmp*")), name
@@ -142,11 +140,8 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_blocks_noth
 ) -> None:
     run = tmp_path / "run"
     command = [*FEW_ROWS, "tracking=none", f"data.path={mixed_data}", f"hydra.run.dir={run}", "trainer.resume=true"]
-    process = command_line(*command)
-    _reached(process, run, ".lock")
-    while not (run / ".lock").read_text():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGSTOP)  # it stands still, and holds the folder
+    process = Forked(_KILLED, int(signal.SIGSTOP), "before", "checkpoint_1", *command)
+    _said(process, "(reached)")  # it stands still, and holds the folder
     before = _files(run)
     assert main(command) == 2
     (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]

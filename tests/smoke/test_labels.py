@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from vlmscope.app import main
-from vlmscope.core.study import item_hash
 from vlmscope.features.item_facts import item_facts, study_facts, words_of
 from vlmscope.features.labels import Labels
 from vlmscope.features.study_files import StudyFolder
@@ -49,24 +48,6 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert (run / "study/labels/auto.parquet").read_bytes() == whole  # what task=study writes
     assert main(["task=label", "task.kind=colour", *TINY, f"study.path={run}", f"hydra.run.dir={root / 'label'}"]) == 0
     return run
-
-
-def test_a_small_copy_has_the_strongest_and_a_fair_draw(study: Path) -> None:
-    whole, small = StudyFolder(study), StudyFolder(study / "small")
-    assert (small.info.settings["top"], small.info.settings["samples"]) == (4, 2)
-    for layer in whole.layers:
-        assert np.array_equal(small.layer(layer).fired, whole.layer(layer).fired)
-        for before, after in zip(whole.features(layer), small.features(layer), strict=True):
-            assert [e.item for e in after.group("top")] == [e.item for e in before.group("top")[:4]]
-            drawn = {e.item for e in before.examples if e.group != "top"}
-            kept = [e for e in after.examples if e.group != "top"]
-            by_hash = sorted(drawn, key=lambda item: int(item_hash(np.array([item]))[0]))
-            assert sorted(e.item for e in kept) == sorted(by_hash[:2])
-            for group in {e.group for e in kept}:
-                assert [e.rank for e in after.group(group)] == list(range(len(after.group(group))))
-            assert after.top_logits == tuple(before.top_logits[:4]) or len(after.top_logits) == 4
-    example = next(e for record in small.features(whole.layers[0]) for e in record.examples)
-    assert small.pictures(small.items[example.item])  # opened again, by reference
 
 
 def features_found(folder: Path, *arguments: str) -> list[dict]:

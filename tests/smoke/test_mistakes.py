@@ -4,7 +4,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
 
 from vlmscope.app import main
 from vlmscope.models.tiny import tiny_image
@@ -27,28 +26,19 @@ BASES = {
     "task.tokens_per_batch=80 trainer.max_steps=10 task.steps_per_batch=1 task.pool_batches=2 task.val_examples=6 "
     "optim.warmup=1 data=mix_orrery data.context=32",
 }
-TEXTS = "data.sources.text.path=PLACE/texts ~data.sources.captions ~data.sources.questions"
 MISTAKES = [
     ("check transcoder=orrery", "the model has 4 layers"),
-    ("check model=orrery transcoder=orrery2", "not the transcoders of orrery: choose transcoder=orrery"),
     ("trace model=orrery", "not the transcoders of orrery: choose transcoder=orrery"),
-    ("check transcoder=path transcoder.path=/no/set", "/no/set"),
     ("check model=gemma3_4b_it", "hf download google/gemma-3-4b-it --revision 093f9f3"),
     ("check model.family=gema3", "choose one of: gemma3, gemma3_text"),
     ("check model.path=/x", "two models"),
     ("check model=orrery model.path=/no/model", "no model at"),
-    ("check task.sources=0", "at least 1"),
-    ("check task.new_tokens=1", "at least 2"),
     ("check transcoder=random transcoder.k=1000", "k = 1000"),
     ("check model=orrery2 prompt='what is this zebra ?'", "zebra"),
     ("check model.family=llava prompt='what is <image> <image> <image> ?'", "3 times but"),
     ("evaluate", "data.path is not set"),
-    ("evaluate task.val_examples=0", "task.val_examples=0: it must be at least 1"),
     ("plan task.device=h1000", "task.device=h1000: no such choice; did you mean 'h100'?"),
-    ("plan task.tokens=0", "task.tokens=0: it must be at least 1"),
-    ("plan model=path model.path=/no/model", "nothing is known here"),
     ("plan model=tiny model.family=qwen2_5_vl", "depends on its size here; say task.tokens="),
-    ("train trainer.precision=64", "trainer.precision=64: no such choice"),
     ("plan model=gemma3_4b_it transcoder=path transcoder.path=/no/set", "no transcoder set in /no/set"),
     ("trace image=/no/such.png", "no such file"),
     ("trace prompt='what planet is this zebra ?'", "zebra"),
@@ -56,35 +46,19 @@ MISTAKES = [
     # A Latin-1 byte on the command line, as Python passes it on.
     ("trace prompt='what planet is caf\udce9 ?'", r"prompt= has '\udce9' at character 19"),
     ("trace attribution.answer=caf\udce9", "attribution.answer="),
-    ("trace attribution.tokens=[mars,caf\udce9]", "attribution.tokens="),
     ("trace attribution.logit_mass=2", "logit_mass"),
     ("trace attribution.choice=best", "attribution.choice=best"),
-    ("trace attribution.bias=none", "attribution.bias=none"),
     ("trace attribution.memory_gb=0.002", "is too little for 29 tokens"),
-    ("trace attribution.tokens=[marz]", "the nearest is 'mars'"),
-    ("trace attribution.feature=L5/9999", "features 0 to 2047"),
-    ("trace attribution.attention=L9H9", "layers 0 to 7"),
-    ("trace attribution.difference=[mars]", "takes two"),
-    ("trace attribution.patch_rule=lrp", "patch_rule"),
-    ("trace model=path model.path=/no/model", "no model at"),
-    ("trace transcoder=path transcoder.path=/no/set", "/no/set"),
     ("trace hydra.run.dir=/proc/nothing/here", "/proc/nothing"),
     ("trace image=null attribution.patches=true", "needs a picture"),
     ("where task.features=[L5/99999]", "L5/99999 is active on no soft token"),
-    ("where task.features=[five]", "not a feature id"),
-    ("where task.features=[L5/1215]", "L5/1215 is active on no soft token"),
     ("where task.top=0", "task.top=0"),
-    ("where where.head_share=2", "where.head_share=2"),
-    ("where where.counts=[64]", "where.counts"),
     ("where model=tiny model.family=gemma3_text", "takes no pictures"),
     ("where image=null", "add image="),
     ("run task=compare task.first=/no/run task.second=/no/run", "/no/run is neither"),
     ("run task=compare task.first=a", "give task.first=RUN and task.second=RUN"),
-    ("run task=compare task.first=a task.second=b", "a is neither a run folder nor a file"),
     ("steer", "which features?"),
     ("steer 'task.features={L1/7: 1}' task.from_graph=/no", "give exactly one of"),
-    ("steer 'task.features={L1-7: 1}'", "not a feature id: 'L1-7'"),
-    ("steer 'task.features={L1/96: 1}'", "L1/96: layer 1 has 96 features"),
     ("steer 'task.features={L1/7: 1}' task.positions=[99]", "position 99"),
     ("steer task.from_graph=/no/graph.safetensors", "/no/graph.safetensors: no such file"),
     ("patch", "no donor"),
@@ -108,7 +82,6 @@ MISTAKES = [
         "[change, original, counterfactual]",
     ),
     ("run experiment=captioning analysis.swaps.mars_to_earth=[planet,mars,pink]", "no value 'pink'"),
-    ("run experiment=captioning trials.steer.gate=0", "trials: gate=0"),
     ("run experiment=mars_earth_patch circuit.per_layer={image:0,last:0}", "give a role with features"),
     ("run experiment=counting interchange.scenes=[36,5]", "at least 30 training and 30 held-out scenes"),
     ("run task=label", "study.path=FOLDER"),
@@ -119,21 +92,13 @@ MISTAKES = [
     ("run task=structure task.twin=2", "task.twin=2"),
     ("run task=study study.path=/x", "leave it out of task=study"),
     ("pairs discovery.question=size", "discovery.question=size: choose from name, colour, cover"),
-    ("pairs task.traces=0", "task.traces=0: it must be at least 1"),
     ("pairs attribution.tokens=[mars]", "attribution.tokens: the graphs of pairs= explain the difference"),
-    ("pairs attribution.max_nodes=0", "attribution.max_nodes=0: it must be at least 1"),
     ("pairs pairs.original=mars pairs.counterfactual=vulcan", "vulcan"),
     ("pairs pairs=file pairs.path=/no/pairs.jsonl", "/no/pairs.jsonl"),
-    ("pairs pairs.train=0", "leaves no pair to choose a circuit by"),
     ("pairs image=mars.png", "image= without prompt="),
-    ("pairs study.path=/no/study", "/no/study"),
     ("train +task.batch.cats=2", "task.batch=cats: no such choice"),
-    ("train trainer.precision=64", "trainer.precision=64: no such choice; choose one of 32, bf16-mixed"),
     ("train data=mix_paper", "HF_HUB_OFFLINE forbids to stream EleutherAI/SmolLM2-135M-10B"),
-    ("train data=mix_paper ~data.sources.text", "HF_HUB_OFFLINE forbids to stream ILSVRC/imagenet-1k"),
     ("train data=mix_local", "data.sources.text.path"),
-    (f"train data=mix_local {TEXTS} data.sources.text.text=body", "no column 'body'; the columns are text"),
-    ("train data.sources.text.weight=-1", "data.sources.text.weight=-1.0: a weight must be"),
     ("train data.sources.text.wieght=1", "wieght"),
     ("train model.family=gemma3_text", "samples of captions could not be used"),
 ]
@@ -141,12 +106,11 @@ MISTAKES = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two pictures of different shapes and a dataset of texts."""
+    """Pictures of different shapes and formats."""
     folder = tmp_path_factory.mktemp("place")
     tiny_image(0).resize((24, 24)).save(folder / "a.png")
     tiny_image(0).resize((24, 24)).save(folder / "same.bmp")
     tiny_image(1).resize((72, 24)).save(folder / "wide.png")
-    Dataset.from_dict({"text": ["a red planet"] * 4}).save_to_disk(folder / "texts")
     return folder
 
 

@@ -81,10 +81,9 @@ def test_maps_over_patches_sum_to_the_edges_of_the_picture(run_dir: Path) -> Non
     assert {path.name for path in (run_dir / "figures").iterdir()} == {"graph.png", "patches.png"}
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "1x1", "huge"])
+@pytest.mark.parametrize("mode", ["RGBA", "huge"])
 def test_odd_pictures_are_traced_to_their_patches(tmp_path: Path, mode: str) -> None:
-    sizes = {"1x1": (1, 1), "huge": (4000, 700)}
-    image = Image.new("RGB" if mode in sizes else mode, sizes.get(mode, (40, 50)), 120 if mode == "L" else None)
+    image = Image.new("RGB", (4000, 700)) if mode == "huge" else Image.new(mode, (40, 50))
     image.save(tmp_path / "x.png")
     more = ("attribution.patches=true", "attribution.max_nodes=100")
     assert traced(tmp_path / "r", tmp_path / "x.png", *more) == 0

@@ -10,15 +10,12 @@ from vlmscope.analyses.anatomy import (
     ablations,
     answer_ids,
     case_set,
-    default_questions,
     measured,
     metrics_of,
 )
-from vlmscope.config.catalog import asset
 from vlmscope.data.inputs import other_pictures
-from vlmscope.interventions.ablation import Ablation, all_sites, block_outputs, without_mlps
+from vlmscope.interventions.ablation import all_sites, block_outputs, without_mlps
 from vlmscope.models.base import exact_float64
-from vlmscope.models.loading import load_named
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.report.anatomy import HEADLINES, measure_of, need, told, value
 from vlmscope.scope import Scope
@@ -69,30 +66,6 @@ def test_the_table_is_what_hooks_and_counts_say(vlm) -> None:
     assert value(table, "q", "kl", blocks="mlp") == pytest.approx(float(kl), abs=1e-10)
     assert set(table.layers) == {"all", "0-1", "2-3" if vlm.adapter.n_layers == 4 else "2"}
     assert set(table[table.method == "resample"].layers) == {"all"}
-
-
-def test_orrerys_shapes_hardly_need_mlps_and_its_sums_do() -> None:
-    orrery = load_named(asset("orrery"), None, None, "float32", "cpu", "none")
-    everywhere = [Ablation(("mlp",), "mean", (0, orrery.adapter.n_layers - 1))]
-    asked = default_questions(orrery, 40)
-    sets = [case_set(orrery, name, asked[name]) for name in ("shape", "sum")]
-    rows = [row for cases in sets for row in measured(orrery, cases, everywhere)]
-    table = pd.DataFrame(rows)
-    assert value(table, "shape", "accuracy", blocks="mlp") > 0.8 > value(table, "shape", "accuracy", blocks="prior")
-    assert value(table, "sum", "accuracy", blocks="mlp") < 0.4 < 0.8 < value(table, "sum", "accuracy", blocks="none")
-    assert need(table, "shape") < 0.2 and need(table, "sum") > 0.7
-
-
-def test_orrery_2_needs_its_mlps_at_the_picture_and_answers_what_binds() -> None:
-    orrery2 = load_named(asset("orrery2"), None, None, "float32", "cpu", "none")
-    whole = (0, orrery2.adapter.n_layers - 1)
-    asked = default_questions(orrery2, 30)
-    sets = [case_set(orrery2, name, asked[name]) for name in ("shape", "left_cover", "exists")]
-    ablated = [Ablation(("mlp",), "mean", whole, role) for role in (None, "image")]
-    table = pd.DataFrame([row for cases in sets for row in measured(orrery2, cases, ablated)])
-    for name in ("shape", "left_cover", "exists"):
-        assert value(table, name, "accuracy", blocks="none") > 0.85 and need(table, name) > 0.8
-        assert value(table, name, "accuracy", blocks="mlp", positions="image") < 0.65
 
 
 def row(question: str, measure: str, number: float, blocks: str, method: str = "", **where: str) -> dict:

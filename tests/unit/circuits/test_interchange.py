@@ -2,10 +2,9 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from tests.unit.circuits.subjects import carried, cases_of, recovered
+from tests.unit.circuits.subjects import carried, cases_of
 
 from vlmscope.activations import mlp_inputs
 from vlmscope.circuits.operations import Carry, all_features
@@ -13,7 +12,6 @@ from vlmscope.circuits.pairs import PairSubject, gap_gradients, pair_effects, pa
 from vlmscope.core.errors import UserError
 from vlmscope.interventions.controls import matched_pools
 from vlmscope.interventions.run import Norms, edit_changes, editing, generate_batch, run_edited
-from vlmscope.interventions.trials import Setting, Trial, run_trials
 from vlmscope.models.base import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.scope import Scope
@@ -105,16 +103,6 @@ def test_every_feature_is_carried_into_generated_tokens_and_by_random_directions
         matched_pools(scope, every, cases_of(subject), 1.0, dense)
 
 
-def test_recovered_is_the_share_of_the_logit_difference(bench) -> None:
-    scope, subject = bench
-    half = {layer: torch.arange(0, WIDTH, 2) for layer in scope.transcoders.layers}
-    table = run_trials(scope, [Trial("carry", Carry(half), [cases_of(subject)], [Setting(matched=0)])])
-    logits = run_edited(scope, subject.batch, carried(scope, subject, half))
-    np.testing.assert_allclose(table.recovered, recovered(subject, logits), rtol=1e-9)
-    assert np.abs(recovered(subject, subject.base.logits)).max() < 1e-12
-    assert np.abs(recovered(subject, subject.other_logits) - 1).max() < 1e-12
-
-
 def test_estimated_effects_are_the_slopes_of_measured_ones(bench) -> None:
     scope, subject = bench
     effects = pair_effects(scope, subject, steps=1)
@@ -154,15 +142,3 @@ def test_effects_equal_the_dense_product_pair_by_pair(bench, monkeypatch: pytest
             for table, values in ((found.effect, (after - before) * slope), (found.change, after - before)):
                 expected = values[:, there].sum(1).mean(0)
                 torch.testing.assert_close(table[layer][row], expected, rtol=1e-9, atol=1e-9)
-
-
-def test_too_few_answerable_pairs_are_one_line(bench) -> None:
-    scope, subject = bench
-    sides = [[scope.vlm.prepare(PROMPT, [tiny_image(i)]) for i in some] for some in (range(3), range(3, 6))]
-    wrong = torch.full((3,), int(subject.other_tokens[0]))
-    with pytest.raises(UserError, match=r"on 0 of 3 pairs, too few for an interval") as error:
-        pair_subject(scope, "name", *sides, wrong, wrong, 2)
-    assert "\n" not in str(error.value)
-    longer = [scope.vlm.prepare("what is the other planet here ?", [tiny_image(i)]) for i in range(3)]
-    with pytest.raises(UserError, match="must align"):
-        pair_subject(scope, "name", sides[0], longer, wrong, wrong, 2)

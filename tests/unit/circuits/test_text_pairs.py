@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vlmscope.circuits.cases import TextPair, text_cases, text_pairs
+from vlmscope.circuits.cases import TextPair, text_cases
 from vlmscope.circuits.experiment import text_level
 from vlmscope.circuits.operations import Level
 from vlmscope.interventions.controls import matched_plan, matched_pools
 from vlmscope.interventions.edits import LayerEdit, donor_activations
-from vlmscope.interventions.run import editing, generate_batch, run_edited, whole_answers
+from vlmscope.interventions.run import editing, generate_batch, run_edited
 from vlmscope.interventions.trials import Setting
 from vlmscope.models.base import exact_float64
 from vlmscope.models.batching import continued
@@ -46,16 +46,6 @@ def level(bench) -> Level:
     scope, pairs = bench
     made = text_level(scope, pairs, 4, 2)
     return replace(made, features={layer: torch.arange(6) for layer in scope.transcoders.layers})
-
-
-def test_only_right_and_equally_long_answers_make_pairs(bench) -> None:
-    scope, pairs = bench
-    sides = [[pair.sides[side] for pair in pairs] for side in (0, 1)]
-    said = [[text for _, text in whole_answers(scope, inputs, 3)] for inputs in sides]
-    found = text_pairs(scope, sides, said, 3)
-    assert [pair.texts for pair in found] == list(zip(*said, strict=True))
-    wrong = [said[0], ["something else", *said[1][1:]]]
-    assert [pair.name for pair in text_pairs(scope, sides, wrong, 3)] == ["1", "2"]
 
 
 def test_levels_are_means_at_every_place_and_go_from_one_side_to_the_other(bench, level: Level) -> None:

@@ -10,10 +10,8 @@ from hydra import compose, initialize_config_dir
 from vlmscope.config import AppConfig, catalog
 from vlmscope.config.catalog import conf_dir, register
 from vlmscope.config.resolve import CONFIG_ERRORS, to_app_config
-from vlmscope.config.schema import HeadlineConfig, numbers_of
+from vlmscope.config.schema import HeadlineConfig
 from vlmscope.core.errors import UserError
-from vlmscope.core.results import Number
-from vlmscope.report.page import Percent, measured
 from vlmscope.tasks import registry
 from vlmscope.tracking.client import to_params
 
@@ -66,36 +64,3 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, old: str, new: str, word
     assert old in GOOD
     with pytest.raises((UserError, *CONFIG_ERRORS), match=words):
         experiment(tmp_path, GOOD.replace(old, new))
-
-
-METRICS: dict[str, float | None] = {
-    "a/flip_rate": 0.5, "a/flip_rate_ci_low": 0.4, "a/flip_rate_ci_high": 0.6, "a/flip_rate_control": 0.01,
-    "layers/x/layer_03": 0.2, "layers/x_ci_low/layer_03": 0.1, "layers/x_ci_high/layer_03": 0.3,
-    "a/features": 781.0, "a/gap": -0.3, "a/undefined": None, "a/kl": 0.4,
-    "a/flip_rate/without": 0.02,
-}  # fmt: skip
-
-
-def number(metric: str, low: float, high: float) -> Number:
-    (found,) = numbers_of({metric: HeadlineConfig(low, high, "it works", why="any range")}, METRICS)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("metric", "low", "high", "share", "holds"),
-    [
-        ("a/flip_rate_control", 0.0, 0.05, True, True),
-        ("a/flip_rate/without", 0.0, 0.05, True, True),  # a baseline, or a question, of a rate
-        ("a/features", 700.0, 800.0, False, True),
-        ("a/features", 0.0, 700.0, False, False),
-        ("a/gap", -1.0, 0.0, False, True),
-        ("a/kl", 0.0, 0.5, False, True),  # between 0 and 1, and no share
-        ("a/undefined", 0.0, 1.0, False, False),
-        ("a/missing_rate", 0.0, 1.0, True, False),
-    ],
-)
-def test_what_has_no_interval(metric: str, low: float, high: float, share: bool, holds: bool) -> None:
-    found = number(metric, low, high)
-    assert (found.share, found.holds, found.rate) == (share, holds, None)
-    shown = measured(found)
-    assert (shown == Percent(found.value)) if share and found.value is not None else (shown == found.value)

@@ -12,7 +12,6 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import save_file
 
 from vlmscope import attention as map_io
 from vlmscope.attribution.export import load_graph
@@ -44,13 +43,6 @@ def test_tensors_keep_every_bit_shape_dtype_and_metadata(tmp_path: Path) -> None
         assert loaded[name].dtype == array.dtype
         assert loaded[name].shape == array.shape
         assert loaded[name].tobytes() == array.tobytes()
-
-
-def test_tensors_may_be_read_by_whoever_may_read_other_files(tmp_path: Path) -> None:
-    (tmp_path / "plain").touch()
-    with artifacts.atomic_path(tmp_path / "x.safetensors") as temporary:
-        save_file({"x": np.ones(2)}, temporary)
-    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_no_litter(tmp_path: Path) -> None:
@@ -89,19 +81,6 @@ def test_leftovers_of_dead_processes_and_of_an_earlier_one_of_this_number_go(tmp
         artifacts.remove_leftovers(tmp_path)
         assert not temporary.exists()
         temporary.write_text("{}")
-
-
-def test_json_and_yaml_round_trip(tmp_path: Path) -> None:
-    value = {"b": [1, 2.5, None], "a": {"text": "Überschrift: {x}, ${y}\n"}}
-    artifacts.write_json(tmp_path / "x.json", value)
-    artifacts.write_yaml(tmp_path / "x.yaml", value)
-    assert artifacts.read_json(tmp_path / "x.json") == value
-    assert artifacts.read_yaml(tmp_path / "x.yaml") == value
-    assert list(artifacts.read_yaml(tmp_path / "x.yaml")) == ["b", "a"]
-    artifacts.write_json(tmp_path / "e.json", {"path": "caf\udce9"})  # a file name that is not UTF-8
-    assert artifacts.read_json(tmp_path / "e.json") == {"path": "caf\udce9"}
-    artifacts.write_json(tmp_path / "n.json", {"x": np.float32(0.5), "y": np.arange(2), "p": Path("q")})
-    assert json.loads((tmp_path / "n.json").read_text()) == {"x": 0.5, "y": [0, 1], "p": "q"}
 
 
 # A few hundred bytes that unfold to 10^30 values: the list of the line before ten times, thirty times over.

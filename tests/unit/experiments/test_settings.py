@@ -13,9 +13,9 @@ EXPERIMENTS = list(catalog.options("experiment"))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-@pytest.mark.parametrize("size", [(), ("debug=fast",)])
-def test_the_settings_of_every_experiment_are_those_of_its_analyses(name: str, size: tuple[str, ...]) -> None:
-    cfg = composed(f"experiment={name}", *size)
+def test_the_settings_of_every_experiment_are_those_of_its_analyses(name: str) -> None:
+    """Those of debug=fast are checked where it runs, in tests/golden."""
+    cfg = composed(f"experiment={name}")
     checked_settings(getattr(own_analysis(name), "Settings", None), cfg.analysis, "analysis")
     for analysis, given in cfg.analyses.items():
         general_analysis(analysis, given)

@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from vlmscope.core.study import BINS, IMAGE, KINDS, bin_edges
 from vlmscope.features.study_tables import (
     COUNTS,
     NEVER,
-    UNIT,
     LayerStudy,
     Pairs,
     Tokens,
@@ -93,35 +91,6 @@ def _run(data, order, size, state=None) -> dict[str, np.ndarray]:
         if start % 2:
             study.settle()
     return study.state()
-
-
-def test_everything_equals_a_plain_loop(data) -> None:
-    dense, kinds = data[-1], data[2]
-    state = _run(data, np.arange(ITEMS), 4)
-    histogram = state["histogram"].reshape(F, len(KINDS), BINS)
-    for feature in range(F):
-        acts = dense[..., feature]
-        for kind in range(len(KINDS)):
-            wanted, _ = np.histogram(acts[(kinds == kind) & (acts > 0)], bin_edges())
-            np.testing.assert_array_equal(histogram[feature, kind], wanted)
-        assert state["sums"][feature] * UNIT == pytest.approx(acts.sum(dtype=np.float64), rel=1e-6)
-        peaks = acts.max(1)
-        assert state["items_fired"][feature] == (peaks > 0).sum()
-        top = sorted((i for i in range(ITEMS) if peaks[i] > 0), key=lambda i: (-peaks[i], i))[:N]
-        own = np.flatnonzero(state["feature"] == feature)
-        assert [int(state["item"][i]) // 256 for i in own][:N] == top
-        for row in own:
-            item = int(state["item"][row]) // 256
-            peak = int(acts[item].argmax())
-            assert (state["peak"][row], state["position"][row]) == (peaks[item], peak)
-            text = np.cumsum((kinds[item] != IMAGE) & data[3][item].numpy())
-            near = (kinds[item] == IMAGE) | (abs(text - text[peak]) <= WINDOW)
-            near = np.flatnonzero(near & (acts[item] > 0))
-            end = state["count"][: row + 1].sum()
-            entries = slice(end - state["count"][row], end)
-            np.testing.assert_array_equal(state["positions"][entries], near)
-            levels = np.clip(np.rint(acts[item, near] / peaks[item] * 255), 1, 255)
-            np.testing.assert_array_equal(state["levels"][entries], levels)
 
 
 def test_order_batches_parts_and_resuming_change_nothing(data) -> None:

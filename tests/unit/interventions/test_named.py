@@ -22,16 +22,6 @@ def dense(scope, batch, layer: int) -> torch.Tensor:
     return scope.transcoders[layer].encode(x).dense(scope.transcoders[layer].config.n_features)
 
 
-def test_features_are_grouped_once_and_checked(bench) -> None:
-    transcoders = bench[0].transcoders
-    found = by_layer(transcoders, [FeatureId(1, 7), FeatureId(0, 3), FeatureId(1, 7), FeatureId(1, 2)])
-    assert {layer: chosen.tolist() for layer, chosen in found.items()} == {1: [7, 2], 0: [3]}
-    with pytest.raises(UserError, match="L1/40: layer 1 has 40 features"):
-        by_layer(transcoders, [FeatureId(1, 40)])
-    with pytest.raises(UserError, match="L99/0: the transcoders have layers"):
-        by_layer(transcoders, [FeatureId(99, 0)])
-
-
 def test_setting_every_feature_to_what_it_is_changes_nothing(bench) -> None:
     scope, _, batch = bench
     one = batch.select([0])
@@ -47,20 +37,6 @@ def test_setting_every_feature_to_what_it_is_changes_nothing(bench) -> None:
     assert steer_plan(scope, values, batch.length)[1].generated is not None
     with pytest.raises(UserError, match="position 99: the prompt has positions 0 to"):
         steer_plan(scope, values, batch.length, [99])
-
-
-def test_a_factor_multiplies_what_a_feature_is(bench) -> None:
-    scope, _, batch = bench
-    one, last = batch.select([0]), batch.length - 1
-    levels = dense(scope, one, 1)[0, last]
-    active = [FeatureId(1, index) for index in levels.nonzero().flatten().tolist()]
-    twice = {feature: 2.0 * float(levels[feature.index]) for feature in active}
-    same, doubled, set_ = (
-        run_edited(scope, one, steer_plan(scope, values, batch.length, [last], factors))
-        for values, factors in (({}, dict.fromkeys(active, 1.0)), ({}, dict.fromkeys(active, 2.0)), (twice, {}))
-    )
-    assert torch.allclose(same, run_edited(scope, one, {}), rtol=0, atol=1e-9)
-    assert torch.allclose(doubled, set_, rtol=0, atol=1e-9) and (doubled - same).abs().max() > 1e-3
 
 
 def test_a_donor_of_oneself_changes_nothing_and_another_does(bench) -> None:

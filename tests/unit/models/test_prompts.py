@@ -1,6 +1,5 @@
 """Prompts and conversations of every family: roles to the character, and the assistant's words and no others marked."""
 
-import dataclasses
 import re
 
 import numpy as np
@@ -13,9 +12,8 @@ from vlmscope.interventions.run import generate_batch, generate_edited
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import LOSS_MASK, continued, encode, greedy_answer, sequence_forward
 from vlmscope.models.loading import VLM
-from vlmscope.models.orrery import build_tokenizer
 from vlmscope.models.template import Turn
-from vlmscope.models.tiny import WORDS, tiny_image, tiny_vlm
+from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import random_set
 
@@ -81,25 +79,6 @@ def test_words_that_the_processor_adds_are_not_the_users() -> None:
         turn.written([{**replaced[0], "text": "<pic>"}], offsets)
     with pytest.raises(AssertionError, match="does not have"):
         turn.written(replaced, offsets + 1)
-
-
-def test_words_that_a_word_level_tokenizer_lacks_are_named() -> None:
-    words = ("user", "model", "what", "is", "this", "?")
-    vlm = dataclasses.replace(tiny_vlm("gemma3_text", 5), processor=build_tokenizer(words))
-    with pytest.raises(UserError, match="does not know the word 'zebra' of the prompt; use another word"):
-        vlm.prepare("what zebra is")
-    inputs = vlm.prepare(" what user is model this ?\n")
-    assert text(vlm, inputs, "question") == "what user is model this ?"
-    assert inputs.tokens[:3] == ["<bos>", "<start_of_turn>", "user"] and inputs.roles[2] == "special"
-
-
-def test_byte_level_tokenizers_give_any_text_back(vlm: VLM) -> None:
-    tokenizer = vlm.tokenizer
-    assert tokenizer.unk_token is None and vlm.adapter.vocab_size == len(tokenizer)
-    for said in ("Was ist das für ein Planet?", "行星 🪐\u200d", " \n\ttwo  spaces\n", "\x00\x7f", ""):
-        ids = tokenizer(said, add_special_tokens=False)["input_ids"]
-        assert tokenizer.decode(ids) == said and len(ids) <= len(said.encode())
-    assert len(tokenizer(" ".join(WORDS), add_special_tokens=False)["input_ids"]) == len(WORDS)
 
 
 def test_nothing_longer_than_the_models_positions_runs(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:

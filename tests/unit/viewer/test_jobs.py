@@ -46,7 +46,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     jobs.close()
 
 
-def wait(jobs: Jobs, number: str, until=lambda job: job["status"] not in ("queued", "running"), seconds=30.0) -> dict:
+def wait(jobs: Jobs, number: str, until=lambda job: job["status"] not in ("queued", "running"), seconds=120.0) -> dict:
     end = time.monotonic() + seconds
     while not until(job := jobs.get(number)):
         assert time.monotonic() < end, job

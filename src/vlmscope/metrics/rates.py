@@ -302,11 +302,9 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit") -> pd.Da
     table = table if "baseline" in by else without_baselines(table)
     # Every selection of rows copies all columns of the table, and those of Arrow's texts slowly: few, and as objects.
     read = ["case", "case_number", measure, "control", "draw", "features", "weak", "moved", "displacement"]
-    narrow: Any = numbered(table)
-    narrow = narrow[[column for column in dict.fromkeys(read) if column in narrow]]
+    narrow: Any = numbered(table).filter(list(dict.fromkeys(read)))
     narrow = narrow.astype({column: object for column in ("case", "control") if column in narrow})
-    keys = [table[column] for column in by]
-    groupings = cast(Any, narrow.groupby(keys, sort=False, dropna=False))  # pandas' own types are too wide
+    groupings = narrow.groupby([table[column] for column in by], sort=False, dropna=False)
     for key, group in groupings:
         done = group[group.control == ""]
         repeated = "case" in done and bool(done["case"].duplicated().any())

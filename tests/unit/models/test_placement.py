@@ -134,7 +134,7 @@ MEMORY = [
     (
         ["model=orrery2", "transcoder.stream=false"],
         12,
-        "the transcoders in .*orrery2_transcoders need about 16.8 MB on cpu, 12.0 MB are free; leave transcoder.stream=false away",
+        "the transcoders in .*orrery2_transcoders need about 16.8 MB on cpu, 12.0 MB are free; leave transcoder.stream",
     ),
     (
         ["model=tiny", "transcoder=random", "transcoder.n_features=100000"],

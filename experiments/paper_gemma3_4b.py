@@ -47,6 +47,13 @@ def named(text: str, words: Sequence[str]) -> bool:
 
 
 def trials(bench: Bench, declared: Declared) -> Iterator[Trial]:
+    """Captions. Published statistics are read first: those of another set stop the run before its trials."""
+    if bench.cfg.study.published is not None:
+        print(f"published statistics: {bench.study.info.items:,} inputs", flush=True)
+    return captions(bench, declared)
+
+
+def captions(bench: Bench, declared: Declared) -> Iterator[Trial]:
     """Captions of a recipient's test pictures under the exchange: do they name the donor, and not the recipient?"""
     settings, scope, steer = bench.analysis, bench.scope, bench.cfg.trials["steer"]
     pairs = dict.fromkeys((each.tags["recipient"], each.tags["donor"]) for each in declared.cases["test"])

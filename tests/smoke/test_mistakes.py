@@ -67,7 +67,7 @@ MISTAKES = [
         "patch task.donor_image=PLACE/wide.png model.family=llava_onevision",
         "use the same wording, and pictures of the same shape",
     ),
-    ("run experiment=mars_earth_patch +images.mars=[/no/mars.png]", "/no/mars.png: no such file"),
+    ("run experiment=mars_earth_patch +images.mars=[/no/mars.png]", "images.mars: no folder or picture /no/mars.png"),
     (
         "run experiment=mars_earth_patch +images.mars=[PLACE/wide.png,PLACE/a.png] +images.mars_train=[PLACE/a.png]",
         "a.png (images.mars) has the same content as",

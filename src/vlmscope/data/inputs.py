@@ -273,6 +273,11 @@ def check_own_pictures(images: Mapping[str, Sequence[str]]) -> None:
     """
     used = UsedPictures()
     for name, paths in images.items():
+        absent = [path for path in paths if not Path(path).exists()]
+        if absent:
+            raise UserError(
+                f"images.{name}: no folder or picture {absent[0]}; give images.{name}=FOLDER, or mend the path"
+            )
         keys = {path: content_key([open_image(path)]) for path in paths}
         used.add(not name.endswith(("_train", "_val")), f"images.{name}", keys)
 

@@ -29,6 +29,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         raise UserError("study.path names a study that is there already; leave it out of task=study, which makes one")
     folder = context.run_dir / "study"
     if config.published is not None:
+        if own_share().index:  # nothing to divide
+            raise NotMainRank
         study = made_study(cfg, load_scope(cfg, load_model(cfg), context.overrides), folder)
         return metrics_of(study) | _labelled_and_small(cfg, context, study)
     sources = study_sources(cfg)

@@ -73,14 +73,6 @@ class Subject:
     other: ModelInputs | None = None  # the same prompt with other pictures, None without pictures
 
     @cached_property
-    def above(self) -> Subject:
-        """The same from the soft tokens on: edges of the vision tower are not split by heads."""
-        if self.replacement.tower is None:
-            return self
-        replacement = self.replacement.without_tower()
-        return replace(self, replacement=replacement, edges=find_edges(replacement, self.limits))
-
-    @cached_property
     def matrix(self) -> sparse.csr_matrix:
         """The adjacency matrix `[N, N]`, rows targets, float64 whatever the dtype of the edges."""
         n_nodes = len(self.edges.nodes)
@@ -408,9 +400,9 @@ def direct_mode(subject: Subject) -> float:
 @check("an edge is the sum of its heads, stream and skip paths")
 def heads(subject: Subject) -> float:
     """Sampled rows and sources of every kind, those without an edge too, against the edges of the graph."""
-    subject = subject.above
     nodes, limits, rng = subject.edges.nodes, subject.limits, generator(subject.limits.seed, "heads")
-    features = _sample(rng, np.arange(len(subject.feature_nodes)), limits.sources)
+    above = np.flatnonzero(nodes.layer[subject.feature_nodes] >= 0)  # the tower's own heads are not split
+    features = _sample(rng, above, limits.sources)
     rows = np.concatenate([np.sort(features), np.arange(len(subject.feature_nodes), len(subject.rows))])
     sources = np.unique(np.concatenate([_sample(rng, nodes.of(kind), limits.sources) for kind in _SOURCES]))
     row, source = (axis.ravel() for axis in np.meshgrid(rows, sources, indexing="ij"))

@@ -18,7 +18,16 @@ from vlmscope.attribution.influence import prune
 from vlmscope.attribution.targets import choose_logits, choose_targets
 from vlmscope.attribution.trace import attribute
 from vlmscope.circuits.circuit import FEEDS, direct_edges, supernode_mask
-from vlmscope.conformance import IDENTITIES, Limits, Subject, completeness, direct_effects, make_subject
+from vlmscope.conformance import (
+    IDENTITIES,
+    Limits,
+    Subject,
+    completeness,
+    direct_effects,
+    heads,
+    make_subject,
+    scores,
+)
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
 from vlmscope.core.records import TOWER, FeatureId
@@ -115,6 +124,27 @@ def test_faults_fail_an_identity(
     with exact_float64():
         broken = faulty(subject_of(family), monkeypatch, fault)
         assert completeness(broken).failed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_faults_of_heads_fail_on_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that is dropped from the loadings, and sources of the tower that are carried wrongly."""
+    with exact_float64():
+        subject = subject_of(family)
+        assert heads(subject).held and scores(subject).held
+        layers = [replace(layer, pattern=layer.pattern.clone()) for layer in subject.replacement.layers]
+        for layer in layers:
+            layer.pattern[0] = 0
+        wrong = replace(subject, replacement=replace(subject.replacement, layers=layers))
+        assert heads(wrong).failed and scores(wrong).failed
+        right = TowerRows.carried
+
+        def doubled(self: TowerRows, slot: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+            written, injected = right(self, slot, count)
+            return 2 * written, 2 * injected
+
+        monkeypatch.setattr(TowerRows, "carried", doubled)
+        assert heads(subject).failed
 
 
 def test_soft_tokens_are_passed_through_and_the_graph_says_where_patches_are() -> None:

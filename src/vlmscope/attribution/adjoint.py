@@ -232,6 +232,57 @@ class TowerRows:
         rows[:, 0] += constants
         return rows
 
+    def carried(self, slot: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """What sources alone write into the decoder: `[count, T, d]`, and after its layers `[count, n, T, d]`.
+
+        `slot [width]` is the number of each column's source, -1 for columns that are not carried. `J u` is the gradient
+        of `J^T v`, which is linear in v, so sources go forwards in batches through the graph that rows go back through.
+        """
+        run, tower, zero = self._run, self.tower, self._at_zero.written
+        written = [run.written.embeddings]
+        written += [] if run.written.injections is None else [run.written.injections]
+        at_zero = [zero.embeddings, zero.injections]
+        found = [one.new_zeros(count, *one.shape[1:]) for one in written]
+        size = max(1, TOWER_BYTES // (2 * self.target_bytes))
+        with torch.enable_grad():
+            dual = [torch.zeros_like(one, requires_grad=True) for one in written]
+            back = torch.autograd.grad(
+                written, [run.patches, *run.leaves], dual, create_graph=True, retain_graph=True, materialize_grads=True
+            )
+        used = [number for number, one in enumerate(back) if one.requires_grad]
+        for begin in range(0, count, size):
+            batch = slice(begin, min(begin + size, count))
+            own = torch.where((slot >= begin) & (slot < begin + size), slot - begin, -1)
+            moved = [one.new_zeros(batch.stop - begin, *one.shape) for one in (run.patches, *run.leaves)]
+
+            def put(into: Tensor, slots: Tensor, tokens: Tensor, vectors: Tensor) -> None:
+                on = slots >= 0
+                into.index_put_((slots[on], tokens[on]), vectors[on].to(into), accumulate=True)
+
+            every = torch.arange(len(run.patches), device=slot.device)
+            put(moved[0], own[1 + self.token_of_patch], every, run.patches.detach())
+            for level, into, features, errors in zip(self.levels, moved[1:], tower.features, tower.errors, strict=True):
+                put(into, own[level.features : level.errors], features.position, features.vectors(0))
+                tokens = torch.arange(len(errors), device=slot.device)
+                put(into, own[level.errors : level.errors + len(errors)], tokens, errors)
+            parts = torch.autograd.grad(
+                [back[number] for number in used],
+                dual,
+                [moved[number] for number in used],
+                retain_graph=True,
+                is_grads_batched=True,
+                materialize_grads=True,
+            )
+            for into, part in zip(found, parts, strict=True):
+                into[batch] = part[:, 0]
+        if int(slot[0]) >= 0:  # the biases: what is written without any source, at soft tokens
+            soft = torch.from_numpy(tower.inputs.is_image).to(slot.device)[:, None]
+            for into, constant in zip(found, at_zero, strict=False):
+                assert constant is not None
+                into[int(slot[0])] += constant[0].detach() * soft
+        none = found[0].new_zeros(count, 0, *found[0].shape[1:])
+        return found[0].detach(), found[1].detach() if len(found) > 1 else none
+
     def _rows(self, outputs: list[Tensor], gradients: list[Tensor], at_zero: list[Tensor], n_levels: int) -> Tensor:
         """Rows of the sources below, from gradients `[B, ..]` at outputs of the tower, and the outputs at zero."""
         run, tower = self._run, self.tower

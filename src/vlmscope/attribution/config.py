@@ -137,8 +137,6 @@ class AttributionConfig:
                     f"attribution.feature={name} is explained in graphs that begin at the patches: add "
                     "attribution.tower=true, and leave out patches=true"
                 )
-        if self.attention and self.tower:
-            raise UserError("attribution.attention splits graphs that begin at the soft tokens; leave out tower=true")
         if self.attention and self.attention != "auto":
             parse_head(self.attention)
 

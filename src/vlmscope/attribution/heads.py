@@ -7,6 +7,8 @@ and s the stream that the source alone gives there, the loading of head h of lay
     z_h . (P_h (sv (s1 s W_v)))[q],    z_h = (s2 g) W_o of the head, q the target's position
 The loadings of all heads, the stream's share and that of skip paths sum to the edge; value biases are in the loadings
 of the biases' edges. The source runs forwards and the target backwards, neither as in the adjoint that gave the edge.
+In graphs that begin at the patches the source is carried through the frozen tower too. Heads are the decoder's: a path
+with heads of the tower alone is in the stream's share, and edges into features of the tower are not split.
 
 A head's score before the softmax says why it looks where it looks. With patterns and norm scales frozen, the query
 `q = sum_i q_i` and the key `k = sum_j k_j` are sums over sources (and constants, which belong to bias nodes), so the
@@ -132,7 +134,7 @@ class HeadSplitter:
             first, last = rows[[0, -1]] - int(self.nodes.ends()[0])
             return adjoint.target_rows(self.targets, slice(int(first), int(last) + 1)), above
         layer = int(self.nodes.layer[rows[0]])
-        below = int(self._columns.n_features[:layer].sum())
+        below = self._columns.below(layer)
         which = torch.tensor([self._row[node] - below for node in rows.tolist()], device=self.replacement.errors.device)
         return adjoint.feature_rows(layer, which), above
 
@@ -173,10 +175,18 @@ class HeadSplitter:
         slot_of_node = np.full(len(self.nodes) + 1, -1)  # the last one for columns that are no node
         slot_of_node[nodes] = np.arange(len(nodes))
         slot = torch.from_numpy(slot_of_node[self._node_of_column]).to(replacement.errors.device)
-        bias = slot_of_node[:-1][self.nodes.kind == NodeKind.BIAS]  # layer -> slot
-        token = torch.nonzero(slot[:positions] >= 0)[:, 0]
+        bias = slot_of_node[:-1][(self.nodes.kind == NodeKind.BIAS) & (self.nodes.layer >= 0)]  # layer -> slot
+        below = self._columns.first
+        of_tokens = slot[below : below + positions]
+        if below:  # soft tokens are passed through: they are no sources
+            of_tokens = of_tokens.masked_fill(torch.from_numpy(replacement.inputs.is_image).to(slot.device), -1)
+        token = torch.nonzero(of_tokens >= 0)[:, 0]
         x = replacement.errors.new_zeros(len(nodes), positions, width)
-        x[slot[token], token] = replacement.state.embeddings[token]
+        x[of_tokens[token], token] = replacement.state.embeddings[token]
+        injected = x.new_zeros(len(nodes), 0, positions, width)
+        if self._all.tower is not None and bool((slot[:below] >= 0).any()):
+            written, injected = self._all.tower.carried(slot[:below], len(nodes))
+            x, injected = x + written.to(x), injected.to(x)
         first = max(int(self.nodes.layer[nodes].min()), 0)
         last = min(top, replacement.n_layers - 1)
         for layer in range(first, last + 1):
@@ -208,7 +218,9 @@ class HeadSplitter:
                 x[own] += sources.vectors[:, -1]
             x = frozen.leave(x, with_injection=False)
             if frozen.injection is not None:
-                x[slot[token], token] += frozen.injection[token]
+                x[of_tokens[token], token] += frozen.injection[token]
+            if layer < injected.shape[1]:
+                x = x + injected[:, layer]
 
 
 def edge_heads(
@@ -217,10 +229,12 @@ def edge_heads(
     """The heads of the `count` strongest kept edges of a graph.
 
     At most a quarter as many different sources, and targets, as the graph has rows are swept: edges of others, weaker
-    ones, are left out, so that heads never take as long as half of the graph.
+    ones, are left out, so that heads never take as long as half of the graph. So are edges into features of a tower.
     """
     graph = pruned.graph
     edges, strength = edge_strengths(pruned)
+    above = graph.nodes.layer[graph.targets_of(edges)] >= 0
+    edges, strength = edges[above], strength[above]
     source, target = graph.indices[edges].astype(np.int64), graph.targets_of(edges)
     most = max(int((np.diff(graph.indptr) > 0).sum()) // 4, 1)
     chosen = np.flatnonzero(_among_first(source, most) & _among_first(target, most))[:count]

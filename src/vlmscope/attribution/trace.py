@@ -159,9 +159,10 @@ def with_heads(scope: Scope, traced: Trace, config: AttributionConfig) -> Trace:
 
     To split a score takes a row of edges for each number of its query and key. So there are at most as many scores as
     take a quarter of the graph's rows, but one, and none where their rows exceed `config.memory_gb`. The graph comes
-    back unchanged where `config.heads` is 0, and with the tower, whose edges go through heads of two kinds.
+    back unchanged where `config.heads` is 0, and where it explains a feature of the vision tower, above which there are
+    no heads of the decoder.
     """
-    if not config.heads or traced.replacement.tower is not None:
+    if not config.heads or traced.targets.layer < 0:
         return traced
     started = time.perf_counter()
     replacement, pruned, graph = traced.replacement, traced.pruned, traced.graph

@@ -191,7 +191,10 @@ def _attention(pruned: PrunedGraph, labels: Mapping[FeatureId, str]) -> list[str
     ranked = heads.ranked()
     shares = ", ".join(f"L{layer}H{head} {share:.1%}" for layer, head, share in ranked[:_HEADS])
     stays = 1.0 - sum(share for _, _, share in ranked)
-    lines = [f"attention: {stays:.0%} of what the kept edges carry stays at its position; heads {shares}"]
+    tower = " or in the vision tower" if graph.n_patches else ""
+    lines = [f"attention: {stays:.0%} of what the kept edges carry stays at its position{tower}; heads {shares}"]
+    if tower:
+        lines.append("  heads are the decoder's; edges into features of the tower are not split")
     for one in heads.query_keys:
         query, key, term = one.pairs[0]
         names = " x ".join(source_words(graph, source, labels) for source in (query, key))

@@ -126,7 +126,7 @@ def test_faults_fail_an_identity(
         assert completeness(broken).failed
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gemma3", *FAMILIES])
 def test_faults_of_heads_fail_on_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that is dropped from the loadings, and sources of the tower that are carried wrongly."""
     with exact_float64():

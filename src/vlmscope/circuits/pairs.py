@@ -113,17 +113,24 @@ class PairEffects:
         `contrast` is the change of activation at that role, `influence` the effect in logits over all roles. Features
         without effect are left out, so that fewer may come.
         """
-        rows: list[tuple[float, CircuitFeature]] = []
-        for layer, table in self.effect.items():
-            total = table.sum(0)
-            for index in total.abs().topk(min(count, len(total))).indices.tolist():
-                if total[index] != 0:
-                    role = int(table[:, index].abs().argmax())
-                    change, effect = float(self.change[layer][role, index]), float(total[index])
-                    feature = CircuitFeature(FeatureId(layer, index), self.roles[role], change, effect)
-                    rows.append((abs(effect), feature))
-        rows.sort(key=lambda row: (-row[0], row[1].feature))
-        return [feature for _, feature in rows[:count]]
+        total = {layer: table.sum(0) for layer, table in self.effect.items()}
+        ranked = []
+        for feature in best_features({layer: effects.abs() for layer, effects in total.items()}, count):
+            layer, index = feature
+            role = int(self.effect[layer][:, index].abs().argmax())
+            change, effect = float(self.change[layer][role, index]), float(total[layer][index])
+            ranked.append(CircuitFeature(feature, self.roles[role], change, effect))
+        return ranked
+
+
+def best_features(scores: Mapping[int, Tensor], count: int) -> list[FeatureId]:
+    """The `count` features of the largest scores, layer -> [F], best first; only scores above 0 count."""
+    rows: list[tuple[float, FeatureId]] = []
+    for layer, score in scores.items():
+        best = score.topk(min(count, len(score)))
+        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        rows += [(-value, FeatureId(layer, index)) for value, index in pairs if value > 0]
+    return [feature for _, feature in sorted(rows)[:count]]
 
 
 def pair_effects(scope: Scope, subject: PairSubject, steps: int = 5) -> PairEffects:
@@ -160,7 +167,7 @@ def most_changed(scope: Scope, subject: PairSubject, count: int) -> list[Feature
     first: |a' - a| summed over positions and pairs, whatever it does to the answer.
     """
     sides = [scope.capture(side) for side in (subject.batch, subject.other)]
-    rows: list[tuple[float, FeatureId]] = []
+    scores: dict[int, Tensor] = {}
     for layer in scope.transcoders.layers:
         transcoder = scope.transcoders[layer]
         width = transcoder.config.n_features
@@ -168,10 +175,8 @@ def most_changed(scope: Scope, subject: PairSubject, count: int) -> list[Feature
         for first, second in zip(*(side.pop(layer).split(CHUNK) for side in sides), strict=True):
             change = transcoder.encode(first).dense(width) - transcoder.encode(second).dense(width)
             score += change.abs().double().sum((0, 1))
-        best = (score * transcoder.write_norms()).topk(min(count, width))
-        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        rows += [(-value, FeatureId(layer, index)) for value, index in pairs if value > 0]
-    return [feature for _, feature in sorted(rows)[:count]]
+        scores[layer] = score * transcoder.write_norms()
+    return best_features(scores, count)
 
 
 def code_slopes(transcoder: Transcoder, code: SparseCode, writes: Mapping[int, Tensor], layer: int) -> Tensor:

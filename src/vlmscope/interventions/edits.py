@@ -124,22 +124,15 @@ def at_step(values: Tensor, rank: int, step: int) -> Tensor:
     return values[min(step, len(values) - 1)] if values.ndim > rank else values
 
 
-def merge(plans: Iterable[Plan]) -> dict[int, LayerEdit]:
-    """Join ungated plans that act on the same positions; where two name the same feature the later one wins."""
-    merged: dict[int, LayerEdit] = {}
-    for plan in plans:
-        for layer, edit in plan.items():
-            merged[layer] = _join(merged[layer], edit, layer) if layer in merged else edit
-    return merged
+def merge(first: Plan, second: Plan) -> dict[int, LayerEdit]:
+    """Join two ungated plans that act on the same positions and at generated tokens; where both name a feature the
+    second wins.
+    """
+    return {**first, **{layer: _join(first[layer], e) if layer in first else e for layer, e in second.items()}}
 
 
-def _join(first: LayerEdit, second: LayerEdit, layer: int) -> LayerEdit:
-    if not torch.equal(first.where, second.where):
-        raise UserError(f"two edits of layer {layer} act on different positions: give them as two runs")
-    if any(edit.gate is not None or edit.openness is not None for edit in (first, second)):
-        raise UserError(f"two edits of layer {layer}, one of them gated: merge them first and gate the result")
-    if (first.generated is None) != (second.generated is None):
-        raise UserError(f"two edits of layer {layer} disagree on generated tokens: set both or neither")
+def _join(first: LayerEdit, second: LayerEdit) -> LayerEdit:
+    assert torch.equal(first.where, second.where) and first.generated is not None and second.generated is not None
     second = second.to(first.features.device)
     keep = ~torch.isin(first.features, second.features)
 
@@ -150,25 +143,21 @@ def _join(first: LayerEdit, second: LayerEdit, layer: int) -> LayerEdit:
         lead = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
         return torch.cat([a.expand(*lead, a.shape[-1]), b.expand(*lead, b.shape[-1])], -1)
 
-    generated = at = at_generated = None
-    if first.generated is not None and second.generated is not None:
-        generated = joined(first.generated, second.generated)
-    if first.at is not None or second.at is not None:
-        at, at_generated = (joined(a, b) for a, b in zip(first.places(), second.places(), strict=True))
-    return LayerEdit(
-        torch.cat([first.features[keep], second.features]),
-        joined(first.value, second.value),
-        joined(first.scale, second.scale),
-        first.where,
-        generated,
-        at=at,
-        at_generated=at_generated,
-    )
+    features = torch.cat([first.features[keep], second.features])
+    value, scale = joined(first.value, second.value), joined(first.scale, second.scale)
+    at, at_generated = (joined(a, b) for a, b in zip(first.places(), second.places(), strict=True))
+    generated = joined(first.generated, second.generated)
+    return LayerEdit(features, value, scale, first.where, generated, at=at, at_generated=at_generated)
 
 
 def set_features(features: Tensor, value: Tensor, where: Tensor, generated: Tensor | None = None) -> LayerEdit:
     """Set activations to `value`, whatever they are."""
     return LayerEdit(features, value, value.new_zeros(len(features)), where, generated)
+
+
+def ablation(features: Tensor, where: Tensor) -> LayerEdit:
+    """Set features [n] to 0 at `where` [T] bool and at generated tokens."""
+    return set_features(features, torch.zeros(len(features)), where, torch.zeros(len(features)))
 
 
 def at_positions(plan: Mapping[int, Edit], where: Tensor) -> dict[int, Edit]:

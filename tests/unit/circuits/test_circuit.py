@@ -219,7 +219,7 @@ def test_each_feature_is_edited_at_the_positions_of_its_supernodes(bench) -> Non
     assert torch.allclose(generated, edit_changes(scope.transcoders[1], x[:, :1], alone, batch.length)[0], atol=1e-6)
     # A merge keeps the positions.
     more = {1: set_features(torch.tensor([6, 9]), torch.ones(2), everywhere, torch.ones(2))}
-    joined = merge([plan, more])[1]
+    joined = merge(plan, more)[1]
     assert joined.features.tolist() == [3, 4, 5, 6, 9] and joined.at is not None
     assert torch.equal(joined.at[:, :3], at[:, :3]) and bool(joined.at[:, 3:].all())
 

@@ -7,7 +7,6 @@ from tests.unit.interventions.conftest import scaled
 from vlmscope.core.errors import UserError
 from vlmscope.interventions.edits import (
     LayerEdit,
-    at_positions,
     merge,
     position_mask,
     set_features,
@@ -126,14 +125,12 @@ def test_merge_lets_the_later_edit_win() -> None:
     where = torch.ones(4, dtype=torch.bool)
     first = set_features(torch.tensor([1, 2]), torch.zeros(2), where, torch.zeros(2))
     second = set_features(torch.tensor([2, 5]), torch.arange(8.0).view(4, 2), where, torch.tensor([9.0, 8.0]))
-    merged = merge([{0: first, 1: first}, {0: second}])
+    merged = merge({0: first, 1: first}, {0: second})
     assert merged[0].features.tolist() == [1, 2, 5]
     assert (merged[0].scale * 7.0 + merged[0].value).tolist() == [[0, 0, 1], [0, 2, 3], [0, 4, 5], [0, 6, 7]]
     assert merged[0].generated is not None
     assert merged[0].generated.tolist() == [0, 9, 8]
     assert merged[1] is first
-    with pytest.raises(UserError, match="different positions"):
-        merge([{0: first}, {0: at_positions({0: second}, torch.tensor([True, False, True, True]))[0]}])
 
 
 def test_bad_requests_are_named(bench) -> None:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.attribution.influence import absolute_rows, influence, logit_weights, prune, rows_of
+from vlmscope.attribution.influence import influence, logit_weights, prune
 from vlmscope.attribution.targets import difference_target
 from vlmscope.attribution.trace import attribute
 from vlmscope.circuits.pairs import PairSubject, code_slopes, gap_gradients
@@ -315,13 +315,10 @@ def _edge_flow(pruned: PrunedGraph, number: np.ndarray) -> dict[tuple[int, int],
     """The influence that flows through each kept edge, `|A_ts| (I_t + w_t) / sum of |edges of t|`, by node numbers."""
     graph = pruned.graph
     flow = influence(graph, logit_weights(graph), pruned.node_mask)
-    rows = rows_of(graph, pruned.node_mask)
-    sums: dict[tuple[int, int], float] = {}
-    for row in rows[number[rows] >= ANSWER].tolist():
-        edges = absolute_rows(graph, np.array([row]))
-        kept = pruned.edge_mask[graph.indptr[row] : graph.indptr[row + 1]] & (number[edges.indices] >= 0)
-        values = edges.data[kept] * flow.per_edge[row]
-        for source, value in zip(number[edges.indices[kept]].tolist(), values.tolist(), strict=True):
-            pair = (source, int(number[row]))
-            sums[pair] = sums.get(pair, 0.0) + value
-    return sums
+    kept = np.flatnonzero(pruned.edge_mask)
+    target = graph.targets_of(kept)
+    ends = np.stack([number[graph.indices[kept]], number[target]])
+    known = (ends[0] >= 0) & (ends[1] >= ANSWER)
+    values = np.abs(graph.weights[kept]).astype(np.float64) * flow.per_edge[target]
+    names, place = np.unique(ends[:, known], axis=1, return_inverse=True)
+    return dict(zip(map(tuple, names.T.tolist()), np.bincount(place.ravel(), values[known]).tolist(), strict=True))

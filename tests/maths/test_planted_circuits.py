@@ -28,7 +28,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId, generator
 from vlmscope.interventions.edits import by_layer
 from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
-from vlmscope.metrics.prediction import auroc
+from vlmscope.metrics.prediction import auc
 from vlmscope.models.base import exact_float64
 
 FOUND = 0.95
@@ -93,12 +93,12 @@ def size(case: Case, method: str) -> np.ndarray:
 def test_nodes_are_found(case: Case, method: str) -> None:
     assert case.truth.sum() == 8
     assert (~case.truth).sum() > 40
-    assert auroc(size(case, method), case.truth) >= FOUND
+    assert auc(size(case, method), case.truth) >= FOUND
 
 
 def test_activation_alone_finds_distractors(case: Case) -> None:
     """What moves most is not what matters: the planted distractors would win."""
-    assert auroc(case.scores["activation"], case.truth) < 0.5
+    assert auc(case.scores["activation"], case.truth) < 0.5
 
 
 def test_edges_are_found(case: Case) -> None:
@@ -107,16 +107,16 @@ def test_edges_are_found(case: Case) -> None:
     by_graph = np.array(
         [case.graphs.edges.get(pair, 0.0) for pair in zip(case.edges.source, case.edges.target, strict=True)]
     )
-    assert auroc(np.abs(case.edges.score.mean(0)), truth) >= FOUND
-    assert auroc(by_graph, truth) >= FOUND
+    assert auc(np.abs(case.edges.score.mean(0)), truth) >= FOUND
+    assert auc(by_graph, truth) >= FOUND
 
 
 @pytest.mark.parametrize("method", ["eap_ig", "graph", "greedy"])
 def test_shuffled_truth_is_chance(case: Case, method: str) -> None:
     rng = generator(0, "shuffle")
-    shuffled = [auroc(size(case, method), rng.permutation(case.truth)) for _ in range(200)]
+    shuffled = [auc(size(case, method), rng.permutation(case.truth)) for _ in range(200)]
     assert np.mean(shuffled) == pytest.approx(0.5, abs=0.04)
-    edges = [auroc(np.abs(case.edges.score.mean(0)), rng.permutation(case.true_edges)) for _ in range(50)]
+    edges = [auc(np.abs(case.edges.score.mean(0)), rng.permutation(case.true_edges)) for _ in range(50)]
     assert np.mean(edges) == pytest.approx(0.5, abs=0.06)
 
 
@@ -128,7 +128,7 @@ def test_scores_at_the_wrong_role_fail(case: Case) -> None:
     for (kind, layer, role, index), row in rows.items():
         other = rows.get((kind, layer, (role + 1) % len(nodes.roles), index))
         moved[row] = 0.0 if other is None else abs(case.scores["eap_ig"][other])
-    assert auroc(moved, case.truth) < FOUND - 0.2
+    assert auc(moved, case.truth) < FOUND - 0.2
 
 
 def test_signs_say_what_helps(case: Case) -> None:

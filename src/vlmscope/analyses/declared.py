@@ -6,7 +6,7 @@ trials: graph, evidence, examples and captions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import chain, combinations
@@ -24,22 +24,14 @@ from vlmscope.attribution.export import save_graph, write_graph_json
 from vlmscope.attribution.trace import Trace, spread, spread_in_words
 from vlmscope.circuits.baselines import Baselines
 from vlmscope.circuits.build import described, draw_diagram
-from vlmscope.circuits.cases import Question, bystanders, concept_cases, concept_questions, matrix_cases
+from vlmscope.circuits.cases import bystanders, concept_cases, concept_questions, matrix_cases
 from vlmscope.circuits.circuit import Circuit, direct_edges, labelled, load_circuit, save_circuit, with_labels
 from vlmscope.circuits.config import CircuitConfig, TrialConfig
 from vlmscope.circuits.experiment import ALL, EACH, ConceptMaterial, Declared, PairSource, concept_operation, settle
-from vlmscope.circuits.selectors import (
-    RoleInfluence,
-    concept_batches,
-    concept_influence,
-    concept_means,
-    contrast_circuit,
-    place_levels,
-)
+from vlmscope.circuits.selectors import Contrasts
 from vlmscope.core.results import AnswerExample, Supernode
 from vlmscope.data.images import png_bytes
 from vlmscope.data.orrery.dataset import unrelated_scenes
-from vlmscope.features.readouts import RoleMeans
 from vlmscope.features.study import CaptionedPrompt, top_examples
 from vlmscope.interventions.run import generate_edited, run_edited
 from vlmscope.interventions.trials import Cases, Operation, run_trials
@@ -47,7 +39,6 @@ from vlmscope.metrics.claims import claim_metrics, claims
 from vlmscope.metrics.prediction import prior
 from vlmscope.metrics.rates import cell_metrics, counted, log_softmax, trial_metrics, without_baselines
 from vlmscope.models.base import token_strings
-from vlmscope.models.batching import InputBatch
 from vlmscope.report.graph_figure import attribution_graph
 from vlmscope.report.marks import write_evidence, write_records, write_rows
 from vlmscope.training.evaluation import warn_if_strange
@@ -97,20 +88,29 @@ def modes_of(bench: Bench) -> set[str]:
     return {mode for setting in bench.cfg.settings.values() for mode in setting.mode}
 
 
-def training(bench: Bench) -> tuple[dict[str, list[Image.Image]], dict[str, Question]]:
-    """Training pictures by concept, and the questions."""
+def contrasts(bench: Bench, keep_graphs: bool = False) -> Contrasts:
+    """What the circuits of the experiment's concepts are chosen by; if asked for, the graph of each concept's first
+    picture is written under graphs/, to look at.
+    """
     config = bench.circuit_config
     images = {c: bench.concept_pictures(c, "train", config.pictures, purpose="contrast") for c in config.concepts}
     for concept, shown in images.items():
         bench.recorded("train", f"{concept} train {config.seed}", shown[: config.graphs], "confirming graphs")
-    return images, concept_questions(bench.scope, config)
+
+    def keep(concept: str, question: str, traced: Trace) -> None:
+        if keep_graphs:
+            place = bench.run_dir / "graphs" / f"{question}_{concept}"
+            named = (place.name, bench.vlm.name, bench.labels)
+            write_graph_json(place / "graph.json", traced.pruned, *named, pictures=[images[concept][0]])
+
+    return Contrasts.measure(bench.scope, config, images, bench.cfg.attribution, keep)
 
 
 def from_circuit(bench: Bench) -> Declared:
     """Pictures of two concepts; their circuit is chosen by contrast first."""
     config, count = bench.circuit_config, bench.cfg.intervention.pictures
-    circuit, means, baselines = concept_circuit(bench)
-    pictures = cache(bench.concept_pictures)
+    chosen_by = contrasts(bench)
+    circuit, pictures = concept_circuit(bench, chosen_by), cache(bench.concept_pictures)
     cases = {
         "test": concept_cases(bench.scope, config, pictures, count, modes_of(bench)),
         "third": third_cases(bench),
@@ -124,7 +124,7 @@ def from_circuit(bench: Bench) -> Declared:
     shown = len(pictures(config.concepts[0], "test", count))
     bench.metrics |= {f"base/{each.question}/accuracy": each.batch.size / shown for each in cases["test"]}
     bench.metrics |= priors(config)
-    return Declared(cases, concept_operation(circuit, config), baselines=baselines)
+    return Declared(cases, concept_operation(circuit, config), baselines=concept_baselines(chosen_by))
 
 
 def from_both(bench: Bench) -> Declared:
@@ -150,20 +150,14 @@ def priors(config: CircuitConfig) -> dict[str, float]:
     return {f"base/{name}/prior": prior([*asked.of(config.concepts).values()]) for name, asked in questions}
 
 
-def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, RoleMeans]], Baselines]:
-    """The circuit of two concepts, their role means and their baselines: circuits/, graph files, evidence.parquet and
-    their figures.
-    """
-    config, folder = bench.circuit_config, bench.run_dir
-    train, questions = training(bench)
-    batches = concept_batches(bench.scope, train, questions)
-    means = concept_means(bench.scope, batches)
-    influence, traces, graphs = concept_influence(bench.scope, train, questions, config.graphs, bench.cfg.attribution)
-    circuit, metrics = contrast_circuit(bench.transcoders, means, influence, config.per_layer, bench.vlm.name)
-    circuit, pruned = labelled(place_levels(bench.scope, circuit, batches), bench.labels), traces[0].pruned
+def concept_circuit(bench: Bench, chosen_by: Contrasts) -> Circuit:
+    """The circuit of two concepts; written are circuits/, graph files, evidence.parquet and their figures."""
+    config, folder, pruned = bench.circuit_config, bench.run_dir, chosen_by.first.pruned
+    circuit, metrics = chosen_by.circuit(config.concepts)
+    circuit = labelled(circuit, bench.labels)
     save_circuit(circuit, folder / "circuits" / "_".join(config.concepts))
     save_graph(folder / "graph.safetensors", pruned)
-    picture = train[config.concepts[0]][0]
+    picture = bench.concept_pictures(config.concepts[0], "train", config.pictures, purpose="contrast")[0]
     items, image = evidence_items(bench), np.asarray(picture)
     nodes = described(bench.scope, circuit, lambda features: top_examples(bench.scope, features, items))
     write_evidence(folder / "evidence.parquet", nodes)
@@ -172,30 +166,22 @@ def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, Ro
     named = (folder.name, bench.vlm.name, bench.labels)
     write_graph_json(folder / "graph.json", pruned, *named, pictures=[picture], groups=groups)
     attribution_graph(pruned, folder / "figures" / "graph.png", [image], groups, labels=bench.labels)
-    together = spread(graphs)
+    together = spread(chosen_by.graphs)
     print(f"graphs that confirm the circuit: {spread_in_words(together)}", flush=True)
-    bench.metrics |= metrics | traces[0].metrics() | together
-    bench.metrics["graph/seconds"] = float(np.median([graph["graph/seconds"] for graph in graphs]))
-    return circuit, means, concept_baselines(bench, batches, means, influence)
+    bench.metrics |= metrics | chosen_by.first.metrics() | together
+    bench.metrics["graph/seconds"] = float(np.median([graph["graph/seconds"] for graph in chosen_by.graphs]))
+    return circuit
 
 
-def concept_baselines(
-    bench: Bench,
-    batches: Mapping[str, Mapping[str, InputBatch]],
-    means: Mapping[str, Mapping[str, RoleMeans]],
-    influence: Mapping[str, RoleInfluence],
-) -> Baselines:
+def concept_baselines(chosen_by: Contrasts) -> Baselines:
     """Baselines of circuits of concepts, from what these were chosen by."""
-    config = bench.circuit_config
 
     @cache
     def unconfirmed(*pair: str) -> Circuit:
-        both = {concept: means[concept] for concept in pair}
-        circuit, _ = contrast_circuit(bench.transcoders, both, influence, config.per_layer, bench.vlm.name, False)
-        return place_levels(bench.scope, circuit, batches)
+        return chosen_by.circuit(pair, confirmed=False)[0]
 
-    material = ConceptMaterial(bench.scope, config, batches, lambda pair: unconfirmed(*sorted(pair)))
-    return Baselines(bench.scope, material)
+    batches, scope = chosen_by.batches, chosen_by.scope
+    return Baselines(scope, ConceptMaterial(scope, chosen_by.config, batches, lambda pair: unconfirmed(*sorted(pair))))
 
 
 def evidence_items(bench: Bench, count: int = 10) -> list[CaptionedPrompt]:
@@ -248,36 +234,20 @@ def from_matrix(bench: Bench) -> Declared:
     pictures = cache(bench.concept_pictures)
     cases, accuracy = matrix_cases(bench.scope, config, pictures, count, modes_of(bench))
     bench.metrics |= accuracy | priors(config)
-    train, questions = training(bench)
-    batches = concept_batches(bench.scope, train, questions)
-    means = concept_means(bench.scope, batches)
-
-    def keep(concept: str, question: str, traced: Trace) -> None:
-        """The graph of a concept's first picture, to look at."""
-        place = bench.run_dir / "graphs" / f"{question}_{concept}"
-        named = (place.name, bench.vlm.name, bench.labels)
-        write_graph_json(place / "graph.json", traced.pruned, *named, pictures=[train[concept][0]])
-
-    influence, _, _ = concept_influence(bench.scope, train, questions, config.graphs, bench.cfg.attribution, keep)
+    chosen_by = contrasts(bench, keep_graphs=True)
     circuits: dict[frozenset[str], Circuit] = {}
     for pair in combinations(config.concepts, 2):
-        if not means[pair[0]].keys() & means[pair[1]].keys():
+        if not chosen_by.means[pair[0]].keys() & chosen_by.means[pair[1]].keys():
             continue
-        both = {concept: means[concept] for concept in pair}
-        circuit, _ = contrast_circuit(bench.transcoders, both, influence, config.per_layer, bench.vlm.name)
-        circuit = place_levels(bench.scope, circuit, batches)
+        circuit, _ = chosen_by.circuit(pair)
         save_circuit(circuit, bench.run_dir / "circuits" / "_".join(pair))
         circuits[frozenset(pair)] = circuit
 
-    def pair_of(subject: Cases) -> tuple[str, str]:
-        return subject.tags["recipient"], subject.tags["donor"]
-
     def operation(trial: TrialConfig, subject: Cases, limit: int | None) -> Operation:
-        pair = pair_of(subject)
+        pair = subject.tags["recipient"], subject.tags["donor"]
         return concept_operation(circuits[frozenset(pair)], config, pair)(trial, subject, limit)
 
-    baselines = concept_baselines(bench, batches, means, influence)
-    return Declared(cases, operation, metrics=cell_metrics, baselines=baselines)
+    return Declared(cases, operation, metrics=cell_metrics, baselines=concept_baselines(chosen_by))
 
 
 def from_pairs(bench: Bench) -> Declared:

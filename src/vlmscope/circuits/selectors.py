@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import zip_longest
 from typing import TypeVar
@@ -30,9 +30,9 @@ from torch import Tensor
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.influence import influence
 from vlmscope.attribution.trace import Trace, trace
-from vlmscope.circuits.cases import Question
+from vlmscope.circuits.cases import concept_questions
 from vlmscope.circuits.circuit import Circuit
-from vlmscope.circuits.config import LabelConfig, SupernodeConfig
+from vlmscope.circuits.config import CircuitConfig, LabelConfig, SupernodeConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.core.records import FeatureId, Places, Positions
@@ -277,7 +277,7 @@ def _confirmed(ranked: Sequence[CircuitFeature], count: int) -> tuple[list[Circu
 @torch.no_grad()
 def place_levels(scope: Scope, circuit: Circuit, train: Mapping[str, Mapping[str, InputBatch]]) -> Circuit:
     """The circuit with levels place by place: what its features have, on average over a concept's pictures in the
-    batches of `concept_batches`, at the first, second, .. position of each role: [P, n] instead of [n].
+    training prompts `train`, at the first, second, .. position of each role: [P, n] instead of [n].
     """
     levels: dict[str, dict[str, dict[int, Tensor]]] = {}
     for name in circuit.supernodes:
@@ -302,56 +302,56 @@ def mean_levels(members: Sequence[CircuitFeature], means: RoleMeans, question: s
     }
 
 
-def concept_batches(
-    scope: Scope, train: Mapping[str, Sequence[Image.Image]], questions: Mapping[str, Question]
-) -> dict[str, dict[str, InputBatch]]:
-    """Concept -> question -> the question asked of each of the concept's pictures."""
-    return {
-        concept: {
-            name: scope.batch([asked.inputs(scope, [image]) for image in images])
-            for name, asked in questions.items()
-            if concept in asked.answers
-        }
-        for concept, images in train.items()
-    }
+@dataclass(frozen=True)
+class Contrasts:
+    """What circuits of concepts are chosen by, once for all pairs of them; tables are by concept, then question."""
 
+    scope: Scope
+    config: CircuitConfig
+    batches: Mapping[str, Mapping[str, InputBatch]]  # each question asked of the concept's training pictures
+    means: Mapping[str, Mapping[str, RoleMeans]]
+    influence: Mapping[str, RoleInfluence]  # by concept: mean over its traced pictures and all questions
+    first: Trace  # the first graph alone, since each trace is large
+    graphs: Sequence[Mapping[str, float]]  # the metrics of each graph, `graph/seconds` being those of the whole trace
 
-def concept_means(scope: Scope, train: Mapping[str, Mapping[str, InputBatch]]) -> dict[str, dict[str, RoleMeans]]:
-    """Concept -> question -> mean activations in the batches of `concept_batches`."""
-    return {
-        concept: {name: role_means(scope, [batch]) for name, batch in by_question.items()}
-        for concept, by_question in train.items()
-    }
+    @classmethod
+    def measure(
+        cls,
+        scope: Scope,
+        config: CircuitConfig,
+        train: Mapping[str, Sequence[Image.Image]],
+        attribution: AttributionConfig,
+        keep: Callable[[str, str, Trace], None],
+    ) -> Contrasts:
+        """Run the training pictures of each concept, and trace the first `config.graphs` of them under each of its
+        questions; `keep` gets the first trace of each concept and question.
+        """
+        asked, first, metrics = concept_questions(scope, config), [], []
+        batches, means, influence = {}, {}, {}
+        for concept, images in train.items():
+            mine = {name: question for name, question in asked.items() if concept in question.answers}
+            prompts = {name: [question.inputs(scope, [image]) for image in images] for name, question in mine.items()}
+            batches[concept] = {name: scope.batch(inputs) for name, inputs in prompts.items()}
+            means[concept] = {name: role_means(scope, [batch]) for name, batch in batches[concept].items()}
+            tables = []
+            for name, inputs in prompts.items():
+                for number, prompt in enumerate(inputs[: config.graphs]):
+                    start = time.perf_counter()
+                    traced = trace(scope, prompt, attribution)
+                    metrics.append(traced.metrics() | {"graph/seconds": time.perf_counter() - start})
+                    tables.append(_confirming(traced))
+                    first = first or [traced]
+                    if number == 0:
+                        keep(concept, name, traced)
+            influence[concept] = mean_shares(tables)
+        return cls(scope, config, batches, means, influence, first[0], metrics)
 
-
-def concept_influence(
-    scope: Scope,
-    train: Mapping[str, Sequence[Image.Image]],
-    questions: Mapping[str, Question],
-    graphs: int,
-    attribution: AttributionConfig,
-    keep: Callable[[str, str, Trace], None] = lambda _concept, _question, _traced: None,
-) -> tuple[dict[str, RoleInfluence], list[Trace], list[dict[str, float]]]:
-    """Concept -> share of influence of features at each role, mean over `graphs` pictures and all its questions; the
-    first trace alone, since each holds a whole graph (`keep` gets the first of each concept and question); and the
-    metrics of each, `graph/seconds` being those of the whole trace.
-    """
-    influence: dict[str, RoleInfluence] = {}
-    first: list[Trace] = []
-    metrics: list[dict[str, float]] = []
-    for concept, images in train.items():
-        tables = []
-        for name, asked in questions.items():
-            for number, image in enumerate(images[:graphs] if concept in asked.answers else []):
-                start = time.perf_counter()
-                traced = trace(scope, asked.inputs(scope, [image]), attribution)
-                metrics.append(traced.metrics() | {"graph/seconds": time.perf_counter() - start})
-                if number == 0:
-                    keep(concept, name, traced)
-                tables.append(_confirming(traced))
-                first = first or [traced]
-        influence[concept] = mean_shares(tables)
-    return influence, first, metrics
+    def circuit(self, pair: Sequence[str], confirmed: bool = True) -> tuple[Circuit, dict[str, float]]:
+        """The circuit of two concepts, with levels place by place, and its metrics (`contrast_circuit`)."""
+        means, per_layer = {concept: self.means[concept] for concept in pair}, self.config.per_layer
+        transcoders, model = self.scope.transcoders, self.scope.vlm.name
+        circuit, metrics = contrast_circuit(transcoders, means, self.influence, per_layer, model, confirmed)
+        return place_levels(self.scope, circuit, self.batches), metrics
 
 
 def _confirming(traced: Trace) -> dict[tuple[str, FeatureId], float]:

@@ -87,14 +87,12 @@ def _is_slope(fact: Any) -> bool:
     return fact.dtype.kind == "f"
 
 
-def linear_accuracy(
-    train: np.ndarray, codes: np.ndarray, test: np.ndarray, test_codes: np.ndarray, ridge: float = 1.0
-) -> np.ndarray:
+def linear_accuracy(train: np.ndarray, codes: np.ndarray, test: np.ndarray, test_codes: np.ndarray) -> np.ndarray:
     """[m] bool, which held-out cases a linear readout of activations classifies rightly (`linear_prediction` of one-hot
     classes; the largest output is the answer). If no feature varies, the answer is the most frequent class.
     """
     classes = np.eye(int(max(codes.max(), test_codes.max())) + 1)[codes]
-    return linear_prediction(train, classes, test, ridge).argmax(1) == test_codes
+    return linear_prediction(train, classes, test).argmax(1) == test_codes
 
 
 def linear_prediction(train: np.ndarray, targets: np.ndarray, test: np.ndarray, ridge: float = 1.0) -> np.ndarray:
@@ -126,6 +124,7 @@ def simplest(scores: Mapping[str, np.ndarray], least: float, share: float = 0.9)
 
 
 SLACK = 0.05  # of a curve's range, by which a step may go the wrong way
+Q = 0.01  # false discovery rate of tuned features
 UP, DOWN, PEAK, OTHER = "up", "down", "peak", "other"
 
 
@@ -172,22 +171,16 @@ def level_p(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
     return np.where(varies, stats.f.sf(ratio, len(names) - 1, freedom), 1.0)
 
 
-def tuned(
-    codes: Mapping[int, np.ndarray], levels: np.ndarray, q: float = 0.01
-) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-    """Features that depend on a number, by analysis of variance with a false discovery rate of `q` over all layers.
-
-    Args:
-        codes: layer -> [N, F] activations.
-        levels: [N], the number.
-        q: share of false discoveries.
+def tuned(codes: Mapping[int, np.ndarray], levels: np.ndarray) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    """Features whose activations, layer -> [N, F], depend on a number [N], by analysis of variance with a false
+    discovery rate of `Q` over all layers.
 
     Returns:
         Layer -> [F] the shape of the tuning curve: "up", "down", "peak <level>", or "" of the others; and layer -> [F]
         the share of variance that the number explains.
     """
     p = np.concatenate([level_p(code, levels) for code in codes.values()])
-    sure = np.split(benjamini_hochberg(p) <= q, np.cumsum([code.shape[1] for code in codes.values()])[:-1])
+    sure = np.split(benjamini_hochberg(p) <= Q, np.cumsum([code.shape[1] for code in codes.values()])[:-1])
     names, strength = {}, {}
     for (layer, code), passed in zip(codes.items(), sure, strict=True):
         curves = tuning_curves(code, levels)

@@ -101,18 +101,6 @@ def _numbers(x: np.ndarray, y: np.ndarray) -> list[float]:
     ]
 
 
-def auroc(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Probability that a true case scores above a false one, ties counting half (Mann and Whitney 1947); 0.5 is chance.
-
-    `scores` [N], larger is more likely; `truth` [N] bool.
-    """
-    truth = np.asarray(truth, bool)
-    positive, negative = int(truth.sum()), int((~truth).sum())
-    if not positive or not negative:
-        raise ValueError(f"an AUROC needs true and false cases, and there are {positive} and {negative}")
-    return auc(np.asarray(scores), truth)
-
-
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
     """Rank correlation of two lists of scores [N], tied ones at their mean rank; NaN where one of them is constant."""
     ranks = [rankdata(values) - (len(values) + 1) / 2 for values in (first, second)]
@@ -212,10 +200,10 @@ def faithfulness_curve(
     return FaithfulnessCurve(SHARES, tuple(counts), rates, *areas)
 
 
-def sizes(total: int, shares: tuple[float, ...] = SHARES) -> tuple[int, ...]:
-    """floor(share x total) of things for each share."""
+def sizes(total: int) -> tuple[int, ...]:
+    """floor(share x total) of things for each of `SHARES`."""
     # In floating point 0.29 x 100 falls just below 29.
-    return tuple(int(share * total + 1e-9) for share in shares)
+    return tuple(int(share * total + 1e-9) for share in SHARES)
 
 
 def _rates(circuits: np.ndarray, clean: np.ndarray, corrupt: np.ndarray, seed: int) -> tuple[Rate, ...]:
@@ -266,7 +254,6 @@ def bootstrap_auc(
     strata: np.ndarray | None = None,
     less: np.ndarray | None = None,
     seed: int = 0,
-    resamples: int = RESAMPLES,
 ) -> Rate:
     """The area with its percentile-bootstrap 95 % interval: whole groups [n] (scenes) are drawn, the scores [n] stay.
 
@@ -274,7 +261,7 @@ def bootstrap_auc(
     """
     names, group = np.unique(groups, return_inverse=True)
     rng = generator(seed, "bootstrap auc")
-    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)
+    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
     weights = np.concatenate([np.ones((1, len(scores))), drawn[:, group]])  # the first row is the data as they are
     won, pairs = np.zeros(len(weights)), np.zeros(len(weights))
     for chosen in _parts(strata, len(scores)):

@@ -43,7 +43,7 @@ from vlmscope.data.orrery.scenes import COMPOSED, PICTURED, vocabulary
 from vlmscope.interventions.ablation import BLOCKS, METHODS, Ablation, divergence, outcomes
 from vlmscope.metrics.rates import wilson_interval
 from vlmscope.models.base import ModelInputs
-from vlmscope.models.batching import InputBatch, make_batch
+from vlmscope.models.batching import InputBatch, aligned, make_batch
 from vlmscope.models.loading import VLM
 from vlmscope.models.orrery import SPECIAL
 from vlmscope.replacement import build_replacement
@@ -79,15 +79,12 @@ def case_set(vlm: VLM, name: str, sides: Sequence[Side]) -> CaseSet:
     """
     if len(sides) < 2:
         raise UserError(f"the question {name!r} has {len(sides)} case; a mean needs two or more")
-    groups: dict[tuple[bytes, ...], list[tuple[ModelInputs, str]]] = {}
-    for side in sides:
-        inputs = vlm.prepare(side.prompt, list(side.images))
-        key = (inputs.is_image.tobytes(), "|".join(inputs.roles).encode())
-        groups.setdefault(key, []).append((inputs, side.answer))
-    ordered = [case for group in groups.values() for case in group]
-    batches = tuple(make_batch(vlm.adapter, [inputs for inputs, _ in group]) for group in groups.values())
-    answers = tuple(answer for _, answer in ordered)
-    return CaseSet(name, batches, tuple(inputs for inputs, _ in ordered), answers if all(answers) else ())
+    prompts = [vlm.prepare(side.prompt, list(side.images)) for side in sides]
+    groups = aligned(prompts)
+    batches = tuple(make_batch(vlm.adapter, [prompts[i] for i in group]) for group in groups)
+    order = [i for group in groups for i in group]
+    answers = tuple(sides[i].answer for i in order)
+    return CaseSet(name, batches, tuple(prompts[i] for i in order), answers if all(answers) else ())
 
 
 def default_questions(vlm: VLM, count: int, seed: int = 0) -> dict[str, list[Side]]:

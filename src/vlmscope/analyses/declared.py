@@ -39,6 +39,7 @@ from vlmscope.metrics.claims import claim_metrics, claims
 from vlmscope.metrics.prediction import prior
 from vlmscope.metrics.rates import cell_metrics, counted, log_softmax, trial_metrics, without_baselines
 from vlmscope.models.base import token_strings
+from vlmscope.models.batching import aligned
 from vlmscope.report.graph_figure import attribution_graph
 from vlmscope.report.marks import write_evidence, write_records, write_rows
 from vlmscope.training.evaluation import warn_if_strange
@@ -215,16 +216,16 @@ def third_cases(bench: Bench) -> Sequence[Cases]:
 
 def unrelated_cases(bench: Bench) -> Sequence[Cases]:
     """Other scenes and text alone, of which no question names a concept; prompts of one shape are one case set."""
-    config, groups = bench.circuit_config, {}
-    scenes = unrelated_scenes("test", bench.cfg.intervention.unrelated, config.seed, without=tuple(config.concepts))
-    for number, scene in enumerate(scenes):
+    config, scope, inputs = bench.circuit_config, bench.scope, []
+    for scene in unrelated_scenes(
+        "test", bench.cfg.intervention.unrelated, config.seed, without=tuple(config.concepts)
+    ):
         pictures = [] if scene.image is None else [Image.fromarray(scene.image)]
         bench.recorded("test", scene.key, pictures, "unrelated")
-        inputs = bench.scope.inputs(scene.questions[0].question, pictures)
-        groups.setdefault((len(inputs), inputs.is_image.tobytes()), []).append((f"scene {number}", inputs))
+        inputs.append(scope.inputs(scene.questions[0].question, pictures))
     return [
-        bystanders(bench.scope, "unrelated", "other", [inputs for _, inputs in group], [name for name, _ in group])
-        for group in groups.values()
+        bystanders(scope, "unrelated", "other", [inputs[i] for i in group], [f"scene {i}" for i in group])
+        for group in aligned(inputs)
     ]
 
 

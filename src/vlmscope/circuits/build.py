@@ -49,7 +49,7 @@ from vlmscope.features.readouts import RoleMeans, role_means, top_and_bottom_log
 from vlmscope.features.study import CaptionedPrompt, study_examples, top_examples
 from vlmscope.features.study_files import StudyFolder
 from vlmscope.models.base import ModelInputs
-from vlmscope.models.batching import InputBatch
+from vlmscope.models.batching import aligned
 from vlmscope.report.circuit_figure import circuit_diagram, drawable
 from vlmscope.report.page import Card, Cards, Features, Figure, Percent, ReportPage, Section, Table, Text, drawn
 from vlmscope.report.pictures import decode, example_png
@@ -253,21 +253,12 @@ def _choose(
         ]
         return _Choice(selectors.by_influence(tables, node), chosen)
     assert node.contrast is not None, "checked when the spec was read"
-    active, against = (
-        role_means(scope, _aligned(scope, [each.prepared(scope) for each in asked]), node.where)
-        for asked in sources.contrasts[key]
-    )
+    sets = [[each.prepared(scope) for each in asked] for asked in sources.contrasts[key]]
+    batches = [[scope.batch([inputs[i] for i in group]) for group in aligned(inputs, boxes=True)] for inputs in sets]
+    active, against = (role_means(scope, each, node.where) for each in batches)
     there = selectors.mean_influence(graphs, node.where)
     members = selectors.by_contrast(scope.transcoders, active, against, node, there, node.contrast.confirmed)
     return _Choice(members, str(node.contrast), means=active)
-
-
-def _aligned(scope: Scope, inputs: Sequence[ModelInputs]) -> list[InputBatch]:
-    """Batches of inputs that have the same length, soft tokens and patches."""
-    groups: dict[tuple[int, bytes, tuple[object, ...]], list[ModelInputs]] = {}
-    for each in inputs:
-        groups.setdefault((len(each), each.is_image.tobytes(), tuple(each.patch_boxes)), []).append(each)
-    return [scope.batch(group) for group in groups.values()]
 
 
 def _auto_name(scope: Scope, sources: Sources, members: Sequence[CircuitFeature]) -> str:

@@ -115,6 +115,17 @@ def make_batch(adapter: Adapter, inputs: Sequence[ModelInputs]) -> InputBatch:
     return InputBatch(tensors, ids, first.roles, first.is_image, boxes)
 
 
+def aligned(inputs: Sequence[ModelInputs], boxes: bool = False) -> list[list[int]]:
+    """Numbers of the prompts that fit into one batch, group by group: of equal roles and soft tokens; with `boxes` also
+    of equal patches.
+    """
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for number, each in enumerate(inputs):
+        key = each.is_image.tobytes(), *each.roles.tolist(), *(each.patch_boxes if boxes else ())
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
+
+
 class Entering(NamedTuple):
     """Inputs of the decoder: `embeddings [B, T, d]`; for M-RoPE `positions [3, B, T]`, which embeddings alone
     do not determine; for DeepStack `injections [B, n, T, d]`.

@@ -127,7 +127,7 @@ def node_frame(graph: AttributionGraph, match: str) -> pd.DataFrame:
     return frame
 
 
-def numbers_of(frame: pd.DataFrame, union: pd.DataFrame) -> np.ndarray:
+def numbers_of(frame: Any, union: Any) -> np.ndarray:
     """[N] int64, for each row of a `node_frame` the row of the union with the same `KEY`, -1 without one."""
     found: Any = frame[KEY].merge(union[KEY].reset_index(names="number"), "left", KEY)
     return found.number.fillna(-1).to_numpy(np.int64)
@@ -150,7 +150,8 @@ def unite(graphs: Iterable[PrunedGraph], match: str) -> Layout:
 
     A soft token or an end has the column and the label of the first that keeps it.
     """
-    union, edges = pd.DataFrame(), np.empty(0, np.int64)
+    union: Any = pd.DataFrame()  # pandas' own types are too wide
+    edges = np.empty(0, np.int64)
     texts: dict[int | str, dict[str, None]] = {}  # the tokens at each place
     image: dict[int | str, bool] = {}  # whether only soft tokens are there
     for pruned in graphs:

@@ -193,7 +193,7 @@ def feature_table(
     return pd.DataFrame(columns)
 
 
-def by_layer(features: pd.DataFrame, twin: float) -> pd.DataFrame:
+def by_layer(features: Any, twin: float) -> Any:
     """A row per layer of a `feature_table`: `monosemanticity`, the median over features that fire on two pictures or
     more, and `duplicates_<way>`, the share of live features with a partner of at least the cosine `twin`.
     """
@@ -204,7 +204,7 @@ def by_layer(features: pd.DataFrame, twin: float) -> pd.DataFrame:
     return columns.reindex(features.layer.unique()).fillna(dict.fromkeys(columns.columns[1:], 0.0))
 
 
-def structure_metrics(features: pd.DataFrame, layers: pd.DataFrame) -> dict[str, float]:
+def structure_metrics(features: pd.DataFrame, layers: Any) -> dict[str, float]:
     """Metrics of a `feature_table` and of it `by_layer`: `layers/<column>/layer_03`, and the means of duplicates."""
     metrics = {
         "monosemanticity/median": features.monosemanticity.median(),  # nan is left out

@@ -472,10 +472,7 @@ def test_what_a_format_cannot_say_is_refused(
 
 # -- what lies in a stranger's files
 
-ODD = [
-    None, True, -1, 0, 1.5, 10**30, float("inf"), float("nan"), "4", "", "x" * 300, "a\0b", "é²", [], [1], ["1"], {},
-    {"a": 1}, [[1]], ["x" * 300], ["a\0b", "é"], "cuda",
-]  # fmt: skip
+ODD = [None, True, -1, 1.5, 10**30, float("nan"), "4", "x" * 300, "a\0b", [], [[1]], ["a\0b", "é"], {"a": 1}]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -534,7 +531,7 @@ def test_wrong_tensors_are_one_line_in_every_format(tmp_path: Path, name: str) -
         load_set(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("name", FIRST)
 def test_short_floats_are_read_as_the_numbers_that_they_are(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     CASES[name].folder(tmp_path, "float32", False)

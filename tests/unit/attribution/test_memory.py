@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from vlmscope.attribution import memory
+from vlmscope.attribution import memory, trace
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.export import load_graph, save_graph
 from vlmscope.attribution.influence import prune
@@ -167,3 +167,32 @@ def test_positions_see_what_patterns_let_them(tiny: tuple[VLM, ReplacementModel]
     state = dataclasses.replace(replacement.state, patterns=steps, embeddings=replacement.state.embeddings[:4])
     chain = memory.visible(dataclasses.replace(replacement, state=state))
     assert chain[2].tolist() == [1, 1, 1, 0] and chain[3].tolist() == [0, 0, 0, 1]
+
+
+MAPS = Path("/proc/self/maps")  # Linux alone tells of files without a name; that the folder is empty, every system
+
+
+def _nameless() -> int:
+    """How many files without a name this process has mapped."""
+    return sum(line.endswith("(deleted)") for line in MAPS.read_text().splitlines()) if MAPS.exists() else 0
+
+
+def test_files_go_with_the_graph(
+    tiny: tuple[VLM, ReplacementModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm, replacement = tiny
+    plan, before, assemble = MemoryPlan(8, Disk(tmp_path), 0, 10**6), _nameless(), trace.assemble
+
+    def interrupted(*args: object) -> object:
+        assert _nameless() == before + 2 * MAPS.exists() and not os.listdir(tmp_path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trace, "assemble", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made(vlm, replacement, AttributionConfig(), plan)
+    assert _nameless() == before
+    monkeypatch.setattr(trace, "assemble", assemble)
+    found = made(vlm, replacement, AttributionConfig(), plan)
+    assert _nameless() == before + 3 * MAPS.exists() and not os.listdir(tmp_path)
+    del found
+    assert _nameless() == before

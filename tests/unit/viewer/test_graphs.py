@@ -203,3 +203,9 @@ def test_malformed_graphs_are_one_clear_line(body: str, client: TestClient, root
     (root / "trace/one/graph.safetensors").unlink()
     answer = client.post("/api/graphs/trace/one/score", json={"pinned": []})
     assert answer.status_code in (400, 422) and len(answer.json()["error"]) < 400
+
+
+def test_a_huge_graph_file_is_refused(client: TestClient, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmscope.viewer.graphs.MOST_BYTES", 1000)
+    answer = client.get("/api/graphs/trace/one")
+    assert answer.status_code == 413 and "attribution.max_nodes" in answer.json()["error"]

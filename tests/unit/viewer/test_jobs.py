@@ -1,15 +1,20 @@
 """Jobs of the workbench: from what a page sends to a command line, and a worker that fails in every way."""
 
+import os
 import signal
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from starlette.testclient import TestClient
 
 from vlmscope.viewer.jobs import Jobs
 from vlmscope.viewer.safety import Refused
+from vlmscope.viewer.server import create_app
 
+HOST = "127.0.0.1:8600"
 ASK = {"task": "trace", "prompt": "what is this ?"}
 
 # A worker that does what the prompt says.
@@ -143,3 +148,20 @@ EDIT = {"feature": "L5/709", "action": "set", "value": 0}
 def test_what_is_no_job_is_refused(request_: dict, words: str, jobs: Jobs) -> None:
     with pytest.raises(Refused, match=words):
         jobs.start(request_)
+
+
+def test_pictures_are_checked_and_kept_as_png(jobs: Jobs, tmp_path: Path) -> None:
+    client = TestClient(
+        create_app(jobs.root, jobs=jobs), base_url=f"http://{HOST}", headers={"origin": f"http://{HOST}"}
+    )
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.jpg")
+    answer = client.post("/api/uploads", content=(tmp_path / "a.jpg").read_bytes()).json()
+    assert (jobs.root / answer["picture"]).is_file() and client.get(answer["url"]).headers[
+        "content-type"
+    ] == "image/png"
+    assert jobs.start({**ASK, "picture": answer["picture"]})["command"].count(answer["picture"]) == 1
+    for data in (b"", b"<svg onload=alert(1)>", b"GIF89a", (tmp_path / "a.jpg").read_bytes()[:200]):
+        refused = client.post("/api/uploads", content=data)
+        assert refused.status_code == 400 and "\n" not in refused.json()["error"]
+    assert client.get("/api/uploads/..%2F..%2Fx").status_code == 404
+    assert client.get("/api/jobs/none").status_code == 404 and os.listdir(jobs.root / "workbench") == ["uploads"]

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from starlette.testclient import TestClient
 
-from vlmscope.viewer.safety import COOKIE, MOST_BODY, Refused, inside
+from vlmscope.viewer.safety import COOKIE, MOST_BODY, Refused, host_of, inside, is_loopback
 from vlmscope.viewer.server import create_app
 
 SRC = Path(__file__).resolve().parents[3] / "src"
@@ -159,3 +159,15 @@ print([name for name in ("torch", "transformers", "mlflow", "matplotlib") if nam
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=SRC, capture_output=True, text=True, check=False)
     assert result.stdout == "[]\n", result.stderr
+
+
+def test_which_addresses_are_this_computers() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "127.8.8.8", "::1", "localhost")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org")))
+
+
+@pytest.mark.parametrize(
+    ("host", "name"), [("A.b:80", "a.b"), ("[::1]", "::1"), ("a:b", ""), ("a/b", ""), ("a@b", ""), ("x:1:2", "")]
+)
+def test_hosts_are_read_strictly(host: str, name: str) -> None:
+    assert host_of(host) == name

@@ -239,9 +239,7 @@ class TowerRows:
         of `J^T v`, which is linear in v, so sources go forwards in batches through the graph that rows go back through.
         """
         run, tower, zero = self._run, self.tower, self._at_zero.written
-        written = [run.written.embeddings]
-        written += [] if run.written.injections is None else [run.written.injections]
-        at_zero = [zero.embeddings, zero.injections]
+        written = [one for one in (run.written.embeddings, run.written.injections) if one is not None]
         found = [one.new_zeros(count, *one.shape[1:]) for one in written]
         size = max(1, TOWER_BYTES // (2 * self.target_bytes))
         with torch.enable_grad():
@@ -277,7 +275,7 @@ class TowerRows:
                 into[batch] = part[:, 0]
         if int(slot[0]) >= 0:  # the biases: what is written without any source, at soft tokens
             soft = torch.from_numpy(tower.inputs.is_image).to(slot.device)[:, None]
-            for into, constant in zip(found, at_zero, strict=False):
+            for into, constant in zip(found, (zero.embeddings, zero.injections), strict=False):
                 assert constant is not None
                 into[int(slot[0])] += constant[0].detach() * soft
         none = found[0].new_zeros(count, 0, *found[0].shape[1:])

@@ -85,7 +85,10 @@ def captions(bench: Bench, declared: Declared) -> Iterator[Trial]:
 
 def analyse(bench: Bench) -> dict[str, float]:
     """published.parquet: the features of most influence in each supernode, and the tokens that activate them most."""
+    columns = ["circuit", "supernode", "feature", "influence"]
+    columns += ["fires on", "strongest on pictures", "strongest tokens", "pictures"]
     if bench.cfg.study.published is None:
+        bench.write_table("published", pd.DataFrame(columns=columns))
         return {}
     study, rows = bench.study, []
     fires = pq.read_table(study.path / COUNTS).to_pandas().set_index(["layer", "feature"]).tokens
@@ -97,19 +100,9 @@ def analyse(bench: Bench) -> dict[str, float]:
                 pictures = {view.item.origin for view in shown if (view.item.kinds == IMAGE).any()}
                 tokens = [view.item.tokens[view.example.position] for view in shown]
                 of_all = fires.get((feature.layer, feature.index), 0) / (study.info.settings["tokens"] or np.nan)
-                row = {
-                    "circuit": folder.name,
-                    "supernode": name,
-                    "feature": str(feature),
-                    "influence": member.influence,
-                }
                 on_pictures = record.fired["image"] / max(record.positions_fired, 1)
-                row |= {
-                    "fires on": of_all,
-                    "strongest on pictures": on_pictures,
-                    "strongest tokens": " | ".join(tokens),
-                }
-                rows.append({**row, "pictures": "; ".join(sorted(pictures)[:3])})
-    table = pd.DataFrame(rows)
+                facts = (str(feature), member.influence, of_all, on_pictures, " | ".join(tokens))
+                rows.append((folder.name, name, *facts, "; ".join(sorted(pictures)[:3])))
+    table = pd.DataFrame(rows, columns=columns)
     bench.write_table("published", table)
     return {"published/features": float(len(table)), "published/silent": float(np.mean(table["fires on"] == 0))}

@@ -77,8 +77,6 @@ class Association:
                     sets: dict[str | None, set[FeatureId]] = {"shared": shared.features(c), "every_question": every[c]}
                     self.features[name, question, concept] = sets
                 self.add_cases(name, config, question)
-        if not any(self.cases.values()):
-            raise UserError("no question of any set is answered rightly: there is nothing to ablate or to carry")
         for file, tables in (("counts", counted), ("shared", listed)):
             bench.write_table(file, pd.concat(tables))
 
@@ -157,6 +155,8 @@ class Association:
 def from_association(bench: Bench) -> Declared:
     """Shared features of every set, with the cases of trials on them."""
     sets = Association(bench)
+    if not any(sets.cases.values()):
+        raise UserError("no question of any set is answered rightly: there is nothing to ablate or to carry")
     return Declared(sets.cases, sets.operation, metrics=set_metrics)
 
 

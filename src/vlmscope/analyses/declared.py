@@ -18,7 +18,7 @@ import pandas as pd
 from PIL import Image
 from torch import Tensor
 
-from vlmscope.analyses.association import from_association
+from vlmscope.analyses.association import Association, from_association, set_metrics
 from vlmscope.analyses.bench import Bench
 from vlmscope.attribution.export import save_graph, write_graph_json
 from vlmscope.attribution.trace import Trace, spread, spread_in_words
@@ -131,7 +131,7 @@ def from_circuit(bench: Bench) -> Declared:
 def from_both(bench: Bench) -> Declared:
     """Pictures of concepts under a circuit's questions, and sets of concepts in pictures and words, in one table."""
     first = (from_circuit if len(bench.circuit_config.concepts) == 2 else from_matrix)(bench)
-    sets = from_association(bench)
+    sets = Association(bench)
 
     def operation(trial: TrialConfig, cases: Cases, limit: int | None) -> Operation:
         return (sets if cases.name in sets.cases else first).operation(trial, cases, limit)
@@ -139,7 +139,8 @@ def from_both(bench: Bench) -> Declared:
     def metrics(table: Any, trials: Any, settings: Any) -> dict[str, float]:
         of_sets = table.cases.isin([*sets.cases])
         found = (first.metrics or trial_metrics)(table[~of_sets].reset_index(drop=True), trials, settings)
-        return found | (sets.metrics or trial_metrics)(table[of_sets].reset_index(drop=True), trials, settings)
+        more = table[of_sets].reset_index(drop=True)  # none where no question of a set is answered rightly
+        return found | (set_metrics(more, trials, settings) if len(more) else {})
 
     both = {**first.cases, **sets.cases}
     return Declared(both, operation, metrics=metrics, baselines=first.baselines)

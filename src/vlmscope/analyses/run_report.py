@@ -33,7 +33,7 @@ def draw_report(folder: Path, settings: Mapping[str, Any], metrics: Mapping[str,
         for setting, where in places.items()
     }
     sections: list[Section] = [number_table(numbers)] if numbers else []
-    sections += sections_of(Folder(folder, counted, places), marks)
+    sections += sections_of(Folder(folder, counted), marks)
     same = ("The same seed gives the same numbers on the same machine.",)
     own = settings.get("experiment_file")  # of an experiment outside the clone, which may have gone since
     source = Path(own) if own else catalog.conf_dir() / "experiment" / f"{name}.yaml"

@@ -8,7 +8,7 @@ A run folder has `trials.parquet` (one row per case, trial and control draw), an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -66,11 +66,10 @@ class Mark(Protocol):
 
 @dataclass(frozen=True)
 class Folder:
-    """A run folder as marks read it, the measure that the rate of each "operation/setting" counts, and all settings."""
+    """A run folder as marks read it, and the measure that the rate of each "operation/setting" counts."""
 
     path: Path
     measures: Mapping[str, str] = field(default_factory=dict)
-    settings: Collection[str] = ()
     counted: dict[Any, pd.DataFrame] = field(default_factory=dict)  # rates so far, which several marks show
 
     def file(self, name: str) -> Path:
@@ -96,15 +95,11 @@ class Folder:
         return table
 
     def chosen(self, names: Sequence[str]) -> pd.DataFrame:
-        """The trials that "operation/setting" or "setting" names; all when there is no name."""
+        """The trials that "operation/setting" or "setting" names, if it has any cases; all when there is no name."""
         table: Any = self.trials
         if not names:
             return table
         keys = table.operation + "/" + table.setting
-        # A setting whose case set was empty, such as questions that stay, has no trial, and that is no mistake.
-        missing = [n for n in names if n not in self.settings and not (keys.eq(n) | table.setting.eq(n)).any()]
-        if missing:
-            raise UserError(f"report: no trial {missing[0]!r}; there are {', '.join(dict.fromkeys(keys))}")
         return table[keys.isin(names) | table.setting.isin(names)]
 
     def rates(self, mark: Mark, by: Sequence[str], measure: str | None = None) -> pd.DataFrame:
@@ -396,7 +391,13 @@ MARKS: dict[str, Callable[[Folder, str, Any], list[Section]]] = {
 
 def sections_of(folder: Folder, marks: Mapping[str, Mark]) -> list[Section]:
     """All sections of a report in the order of its marks, which `check_marks` accepts."""
-    return [section for name, mark in marks.items() for section in MARKS[mark.mark](folder, name, mark)]
+    sections: list[Section] = []
+    for name, mark in marks.items():
+        if mark.trials and mark.mark != "claims" and folder.chosen(mark.trials).empty:
+            sections.append(Text(mark.title or label(name), (f"This run has no case of {', '.join(mark.trials)}.",)))
+        else:
+            sections += MARKS[mark.mark](folder, name, mark)
+    return sections
 
 
 def check_marks(marks: Mapping[str, Mark], trials: Mapping[str, Sequence[str]], more: bool = False) -> None:

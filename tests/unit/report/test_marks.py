@@ -26,7 +26,7 @@ from vlmscope.report.marks import (
     write_evidence,
     write_rows,
 )
-from vlmscope.report.page import Figure, Percent, Table
+from vlmscope.report.page import Figure, Percent, Table, Text
 
 MARKS = {
     "result": {"mark": "cards", "trials": ["steer/main"]},
@@ -115,6 +115,12 @@ def test_what_cannot_be_drawn_is_one_line(mark: dict, words: str, run_dir: Path)
     with pytest.raises(UserError, match=words):
         check_marks(marks, {"main": ["steer"]})  # before anything runs
         sections_of(Folder(run_dir), marks)
+
+
+@pytest.mark.parametrize("kind", ["curve", "table", "matrix", "bars", "cards"])
+def test_a_mark_of_a_case_set_without_cases_says_so(kind: str, run_dir: Path) -> None:
+    shown = sections_of(Folder(run_dir), {"mine": MarkConfig(kind, trials=["hallucinated"])})
+    assert shown == [Text("mine", ("This run has no case of hallucinated.",))]
 
 
 def test_a_folder_without_a_report_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,7 @@ def to_the_answer(traced: Trace) -> np.ndarray:
 def score_by_kind(scope: Scope, traced: Trace, layer: int, head: int) -> np.ndarray:
     """The score of the last position for its strongest soft token, by kinds of the query's and the key's sources."""
     replacement, last = traced.replacement, len(traced.graph.tokens) - 1
-    row = replacement.state.patterns[layer, head, last] * torch.from_numpy(traced.graph.is_image)
+    row = replacement.state.patterns[layer].row(head, last) * torch.from_numpy(traced.graph.is_image)
     adjoint = Adjoint(replacement)
     parts = score_parts(scope.vlm, replacement, adjoint, Place(layer, head, last, int(row.argmax())))
     kinds = np.array([source_of(replacement, adjoint, column).kind for column in range(parts.query.shape[1])])

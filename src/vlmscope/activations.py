@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from vlmscope.core.errors import UserError
 from vlmscope.models.attention import (
     FoundScores,
+    Pattern,
     recording_patterns,
     recording_vision_patterns,
     stopping_at_scores,
@@ -81,15 +82,15 @@ def adapter_of(model: Adapter | HasAdapter) -> Adapter:
 class ForwardState:
     """One forward over one prompt.
 
-    `embeddings` enter the first layer (embedding scale and projected soft tokens included); `patterns` are attention
-    probabilities, last two axes query and key; `mlp_in` and `mlp_out` those of the raw MLP; `norm_scales` the factors
+    `embeddings` enter the first layer (embedding scale and projected soft tokens included); `patterns` are each
+    layer's attention probabilities; `mlp_in` and `mlp_out` those of the raw MLP; `norm_scales` the factors
     of `attn_in`, `attn_out_post`, `mlp_in`, `mlp_out_post`, 1 for no norm; `logits` what the unembedding gives, before
     the cap of a model that caps its logits; `value_scales` for each layer `[T, Hkv * D]`, factors of the norm of
     values, or None; `injections` what pictures add to the stream after the first n layers, n = 0 in most families.
     """
 
     embeddings: Float[Tensor, "t d"]
-    patterns: Float[Tensor, "layers h t t"]
+    patterns: list[Pattern]
     mlp_in: Float[Tensor, "layers t d"]
     mlp_out: Float[Tensor, "layers t d"]
     norm_scales: Float[Tensor, "layers 4 t d"]
@@ -102,7 +103,8 @@ class ForwardState:
         """The same state with every tensor in `dtype`."""
         scales = [None if scale is None else scale.to(dtype) for scale in self.value_scales]
         tensors = {name: value.to(dtype) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return ForwardState(**tensors, value_scales=scales)
+        patterns = [pattern.to(dtype) for pattern in self.patterns]
+        return ForwardState(**tensors, patterns=patterns, value_scales=scales)
 
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
@@ -160,7 +162,11 @@ def capture_state(model: Adapter | HasAdapter, inputs: ModelInputs) -> ForwardSt
     hooks: dict[nn.Module, Hook] = {adapter.mlp(layer): keep_mlp(layer) for layer in layers}
     hooks |= dict.fromkeys(all_norms(adapter), keep_input)
     hooks[adapter.lm_head()] = lambda _module, _args, output: logits.append(output.detach()[0])
-    with recording_patterns(adapter) as patterns, _hooks(hooks), watching_injections(adapter) as injections:
+    with (
+        recording_patterns(adapter, lambda pattern: Pattern.of(pattern[0])) as patterns,
+        _hooks(hooks),
+        watching_injections(adapter) as injections,
+    ):
         adapter.forward(inputs.tensors, use_cache=False)
 
     embeddings = norm_inputs[adapter.norms(0).attn_in]
@@ -172,7 +178,7 @@ def capture_state(model: Adapter | HasAdapter, inputs: ModelInputs) -> ForwardSt
     value_norms = [adapter.value_norm(layer) for layer in layers]
     return ForwardState(
         embeddings=embeddings,
-        patterns=torch.stack([patterns[layer][0] for layer in layers]),
+        patterns=[patterns[layer] for layer in layers],
         mlp_in=torch.stack([mlp[layer][0] for layer in layers]),
         mlp_out=torch.stack([mlp[layer][1] for layer in layers]),
         norm_scales=torch.stack([torch.stack([scale(norm) for norm in adapter.norms(layer)]) for layer in layers]),

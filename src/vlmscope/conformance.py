@@ -424,8 +424,8 @@ def scores(subject: Subject, count: int = 4) -> float:
     )
     patterns, worst = replacement.state.patterns, 0.0
     for layer in np.linspace(0, replacement.n_layers - 1, count).astype(int).tolist():
-        head, query = int(rng.integers(patterns.shape[1])), int(rng.integers(replacement.n_positions))
-        seen = torch.nonzero(patterns[layer, head, query])[:, 0].tolist()
+        head, query = int(rng.integers(patterns[layer].n_heads)), int(rng.integers(replacement.n_positions))
+        seen = torch.nonzero(patterns[layer].row(head, query))[:, 0].tolist()
         place = Place(layer, head, query, int(rng.choice(seen)))
         found = query_keys(score_parts(subject.scope.vlm, replacement, adjoint, place), replacement, adjoint, 1)
         worst = _worse(worst, abs(found.total - found.score) / (found.sizes or 1.0))

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from vlmscope.activations import ForwardState, capture_state
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import TOWER, PatchBox
-from vlmscope.models.attention import FrozenVision, frozen_vision
+from vlmscope.models.attention import FrozenVision, Pattern, frozen_vision
 from vlmscope.models.base import Adapter, ModelInputs, VisionStack
 from vlmscope.models.batching import Entering, entering
 from vlmscope.models.boxes import tower_kind
@@ -50,7 +50,7 @@ FeatureChange = Mapping[tuple[int, int, int], float]
 class FrozenLayer:
     """One decoder layer with attention pattern and norm scales frozen, at one input."""
 
-    pattern: Tensor  # `[H, T, T]`, last two axes query and key
+    pattern: Pattern  # `[H, T, T]`
     value_weight: Tensor  # `[Hkv * D, d]`
     value_bias: Tensor | None  # `[Hkv * D]` or None
     output_weight: Tensor  # `[d, H * D]`
@@ -75,10 +75,10 @@ class FrozenLayer:
 
     def attend(self, x: Tensor, *, with_bias: bool) -> Tensor:
         """What attention adds to the residual stream `x [T, d]`; without biases, the same for a change of `x`."""
-        n_heads, positions, _ = self.pattern.shape
-        values = self.values(x, with_bias=with_bias)
-        per_head = values.view(positions, self.n_kv_heads, -1).repeat_interleave(n_heads // self.n_kv_heads, dim=1)
-        z = torch.einsum("hqk,khd->qhd", self.pattern, per_head).reshape(positions, -1)
+        values, groups = self.values(x, with_bias=with_bias), self.pattern.n_heads // self.n_kv_heads
+        per_head = values.view(len(x), self.n_kv_heads, -1).repeat_interleave(groups, dim=1)
+        parts = [torch.einsum("hqk,khd->qhd", block.values, per_head[block.keys]) for block in self.pattern.blocks]
+        z = torch.cat(parts).reshape(len(x), -1)
         out = z @ self.output_weight.T
         if with_bias and self.output_bias is not None:
             out = out + self.output_bias
@@ -569,7 +569,7 @@ def _freeze_layer(adapter: Adapter, state: ForwardState, layer: int, output_hook
         mlp_in_scale=scales[2],
         write_scale=scales[3] if output_hook == "mlp_out" else torch.ones_like(scales[3]),
         # The number of query heads is the same in all layers; that of key/value heads and widths may differ.
-        n_kv_heads=value_weight.shape[0] * state.patterns.shape[1] // output_weight.shape[1],
+        n_kv_heads=value_weight.shape[0] * state.patterns[layer].n_heads // output_weight.shape[1],
         value_scale=state.value_scales[layer],
         stream_scale=adapter.stream_scale(layer),
         injection=state.injections[layer] if layer < len(state.injections) else None,

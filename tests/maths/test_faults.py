@@ -28,6 +28,7 @@ from vlmscope.conformance import (
 )
 from vlmscope.interventions import run
 from vlmscope.interventions.edits import LayerEdit
+from vlmscope.models.attention import Pattern
 from vlmscope.models.base import exact_float64
 from vlmscope.replacement import ReplacementModel, active_features, feature_table
 from vlmscope.transcoders.transcoder import SparseCode, Transcoder
@@ -48,7 +49,8 @@ def wrong_rope_base(case: Case) -> ReplacementModel:
         patterns = capture_state(case.vlm, case.inputs).patterns
     finally:
         angles.copy_(right)
-    assert (patterns - case.replacement.state.patterns).abs().max() > 1e-3
+    pairs = zip(patterns, case.replacement.state.patterns, strict=True)
+    assert max(float((one.whole() - other.whole()).abs().max()) for one, other in pairs) > 1e-3
     layers = [dataclasses.replace(old, pattern=new) for old, new in zip(case.replacement.layers, patterns, strict=True)]
     state = dataclasses.replace(case.replacement.state, patterns=patterns)
     return dataclasses.replace(case.replacement, state=state, layers=layers)
@@ -122,9 +124,10 @@ def dropped_later_writes(case: Case) -> ReplacementModel:
 def dropped_head(case: Case) -> ReplacementModel:
     """The second head of the first layer looks at nothing."""
     first, *rest = case.replacement.layers
-    pattern = first.pattern.clone()
+    pattern = first.pattern.whole()
     pattern[1] = 0
-    return dataclasses.replace(case.replacement, layers=[dataclasses.replace(first, pattern=pattern), *rest])
+    changed = dataclasses.replace(first, pattern=Pattern.of(pattern))
+    return dataclasses.replace(case.replacement, layers=[changed, *rest])
 
 
 FAMILY_FAULTS = [

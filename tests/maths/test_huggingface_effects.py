@@ -34,7 +34,7 @@ def frozen_model(case: Case) -> Iterator[None]:
         return lambda _module, args, _output: args[0] * scale
 
     with ExitStack() as stack:
-        stack.enter_context(replacing_patterns(adapter, {n: p[None] for n, p in enumerate(state.patterns)}))
+        stack.enter_context(replacing_patterns(adapter, {n: p.whole()[None] for n, p in enumerate(state.patterns)}))
         for norm, scale in scales.items():
             stack.callback(norm.register_forward_hook(fix(scale)).remove)
         yield

@@ -5,11 +5,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from tests.maths.maths_cases import TOLERANCE, Case, config, dense, read_targets, rows_of
+import torch
+from tests.maths.maths_cases import CASES, TOLERANCE, Case, case_of, config, dense, make_case, read_targets, rows_of
 
 from vlmscope.attribution.trace import attribute
 from vlmscope.conformance import BEHAVIOUR, IDENTITIES, Check, Subject, soft_tokens
 from vlmscope.core.graph import NodeKind
+from vlmscope.models import attention
+from vlmscope.models.base import exact_float64
 from vlmscope.replacement import FrozenLayer, ReplacementModel
 
 
@@ -20,6 +23,27 @@ def test_identity_holds(case: Case, identity: Callable[[Subject], Check]) -> Non
         assert found.skipped
     else:
         assert found.held, found
+
+
+@pytest.mark.parametrize("name", ["all_sliding", "one_image_skip_biases"])
+def test_long_prompts_keep_the_parts_of_patterns_that_are_seen(
+    name: str, cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with exact_float64():
+        whole = case_of(name, cases)
+        monkeypatch.setattr(attention, "QUERIES", 5)
+        cut = make_case(**CASES[name])
+        for identity in IDENTITIES:
+            assert identity(cut.subject).held, identity.__name__
+    patterns = zip(whole.replacement.state.patterns, cut.replacement.state.patterns, strict=True)
+    for one, other in patterns:
+        assert torch.equal(one.whole(), other.whole()) and torch.equal(one.sees(), other.sees())
+        assert torch.equal(one.row(1, 8), other.row(1, 8))
+        kept = sum(block.values.numel() for block in other.blocks)
+        assert kept < (0.8 if name == "all_sliding" else 1) * one.whole().numel()
+    np.testing.assert_array_equal(cut.graph.indices, whole.graph.indices)
+    scale = np.abs(whole.graph.weights).max()
+    np.testing.assert_allclose(cut.graph.weights, whole.graph.weights, rtol=0, atol=1e-12 * scale)
 
 
 def test_the_graph_of_a_trace_is_the_one_checked(case: Case) -> None:

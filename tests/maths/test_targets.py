@@ -15,6 +15,7 @@ from vlmscope.attribution.targets import Targets, answer_targets, choose_logits,
 from vlmscope.attribution.trace import attribute
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.core.records import FeatureId
+from vlmscope.models.attention import Pattern
 from vlmscope.models.base import exact_float64
 from vlmscope.models.batching import continued, greedy_answer
 from vlmscope.replacement import ReplacementModel, build_replacement
@@ -88,14 +89,14 @@ def test_a_feature_is_explained_from_below(case: Case) -> None:
 
 def parts_at(case: Case, at: tuple[int, int, int, int]) -> ScoreParts:
     layer, head, query, key = at
-    n_heads, length = case.replacement.state.patterns.shape[1], len(case.inputs)
+    n_heads, length = case.replacement.state.patterns[0].n_heads, len(case.inputs)
     place = Place(layer, head % n_heads, length - query, length - key)
     return score_parts(case.vlm, case.replacement, Adjoint(case.replacement), place)
 
 
 def log_pattern(case: Case, place: Place) -> float:
     """The logarithm of the model's own pattern: the score but for a number that all keys of the query share."""
-    pattern = case.replacement.state.patterns[place.layer, place.head, place.query]
+    pattern = case.replacement.state.patterns[place.layer].row(place.head, place.query)
     return float(pattern[place.key].log())
 
 
@@ -171,11 +172,11 @@ def with_heads(replacement: ReplacementModel, layer: int, kept: set[int], silent
     """The same with no heads in the layers `silent`, and in `layer` only those `kept`."""
     layers = []
     for number, frozen in enumerate(replacement.layers):
-        pattern = frozen.pattern.clone()
+        pattern = frozen.pattern.whole()
         for head in range(len(pattern)):
             if number in silent or (number == layer and head not in kept):
                 pattern[head] = 0
-        layers.append(dataclasses.replace(frozen, pattern=pattern))
+        layers.append(dataclasses.replace(frozen, pattern=Pattern.of(pattern)))
     return dataclasses.replace(replacement, layers=layers)
 
 

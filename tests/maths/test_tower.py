@@ -32,7 +32,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
 from vlmscope.core.records import TOWER, FeatureId
 from vlmscope.core.results import CircuitFeature, Supernode
-from vlmscope.models.attention import FrozenVision
+from vlmscope.models.attention import FrozenVision, Pattern
 from vlmscope.models.base import VisionStack, exact_float64
 from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
 from vlmscope.report.graph_figure import attribution_graph
@@ -132,9 +132,9 @@ def test_faults_of_heads_fail_on_every_family(family: str, monkeypatch: pytest.M
     with exact_float64():
         subject = subject_of(family)
         assert heads(subject).held and scores(subject).held
-        layers = [replace(layer, pattern=layer.pattern.clone()) for layer in subject.replacement.layers]
+        layers = [replace(layer, pattern=Pattern.of(layer.pattern.whole())) for layer in subject.replacement.layers]
         for layer in layers:
-            layer.pattern[0] = 0
+            layer.pattern.blocks[0].values[0] = 0
         wrong = replace(subject, replacement=replace(subject.replacement, layers=layers))
         assert heads(wrong).failed and scores(wrong).failed
         right = TowerRows.carried

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from vlmscope.attribution.targets import Targets
 from vlmscope.core.records import TOWER
-from vlmscope.replacement import FrozenLayer, FrozenTower, LayerFeatures, ReplacementModel
+from vlmscope.replacement import FrozenTower, LayerFeatures, ReplacementModel
 
 
 class Level(NamedTuple):
@@ -358,7 +358,7 @@ class Adjoint:
         self.sources = SourceVectors(replacement) if sources is None else sources
         self.columns: Columns = self.sources.columns
         # [L, T, T]: whether any head of a layer lets a query see a key.
-        self._sees = torch.stack([(pattern > 0).any(dim=0) for pattern in replacement.state.patterns])
+        self._sees = torch.stack([pattern.sees() for pattern in replacement.state.patterns])
         # Features of a cross-layer set get edges at more than one layer.
         self._crosses = any(features.w_later for features in replacement.features)
         self._soft = torch.from_numpy(replacement.inputs.is_image).to(replacement.errors.device)
@@ -492,7 +492,9 @@ class Adjoint:
         below = torch.nonzero(seen)[:, 0]
         above, keys = sweep.index, _index(below)
         scaled = frozen.attn_out_scale[above, None] * sweep.gradient
-        values = _value_gradient(frozen, scaled, above, keys)
+        groups = frozen.pattern.n_heads // frozen.n_kv_heads
+        heads = (scaled @ frozen.output_weight).unflatten(-1, (frozen.n_kv_heads, groups, -1))
+        values = frozen.pattern.back(heads, sweep.positions, below).flatten(2)
         if frozen.value_scale is not None:
             values = values * frozen.value_scale[keys, None]
         if frozen.output_bias is not None:
@@ -509,24 +511,6 @@ def _index(positions: Tensor) -> Tensor | slice:
     """Ascending `positions [S]` as a slice if they follow each other."""
     first, last = int(positions[0]), int(positions[-1])
     return slice(first, last + 1) if last - first + 1 == len(positions) else positions
-
-
-def _value_gradient(frozen: FrozenLayer, scaled: Tensor, above: Tensor | slice, below: Tensor | slice) -> Tensor:
-    """Go back through output projection and pattern, from queries `above` to keys `below`.
-
-    `scaled [S, B, d]` gives `[S', B, Hkv * D]`.
-    """
-    n_above, n_targets, _ = scaled.shape
-    n_heads, n_kv_heads = frozen.pattern.shape[0], frozen.n_kv_heads
-    groups = n_heads // n_kv_heads
-    z = (scaled @ frozen.output_weight).view(n_above, n_targets, n_kv_heads, groups, -1)
-    head_dim = z.shape[-1]
-    # Query heads that share a key/value head add up, so (group, query) is one contracted axis.
-    by_head = z.permute(2, 3, 0, 1, 4).reshape(n_kv_heads, groups * n_above, n_targets * head_dim)
-    pattern = frozen.pattern[:, above][:, :, below].reshape(n_kv_heads, groups * n_above, -1)
-    n_below = pattern.shape[-1]
-    values = torch.bmm(pattern.transpose(1, 2), by_head).view(n_kv_heads, n_below, n_targets, head_dim)
-    return values.permute(1, 2, 0, 3).reshape(n_below, n_targets, n_kv_heads * head_dim)
 
 
 class Readers(NamedTuple):

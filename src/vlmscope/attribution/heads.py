@@ -91,7 +91,7 @@ class HeadSplitter:
     @torch.no_grad()
     def split(self, source: np.ndarray, target: np.ndarray, batch_size: int) -> Loadings:
         """Split the edges from nodes `source [n]` to `target [n]`; `batch_size` of either are swept at once."""
-        replacement, n_heads = self.replacement, self.replacement.state.patterns.shape[1]
+        replacement, n_heads = self.replacement, self.replacement.state.patterns[0].n_heads
         rows, row = np.unique(target, return_inverse=True)
         stream, skip, reads = self._staying(rows, source, row, batch_size)
         loadings = replacement.errors.new_zeros(len(source), replacement.n_layers, n_heads)
@@ -112,10 +112,11 @@ class HeadSplitter:
         """The position from which most of what a head writes for a target comes, biases included."""
         frozen, query = self.replacement.layers[layer], int(self.nodes.position[node])
         _, above = self._headless(self._all, np.array([node]))
-        read = (above[layer] @ frozen.output_weight)[0].view(len(frozen.pattern), -1)[head]
+        read = (above[layer] @ frozen.output_weight)[0].view(frozen.pattern.n_heads, -1)[head]
         values = frozen.values(self._streams[layer], with_bias=True)
-        values = values.view(len(values), frozen.n_kv_heads, -1)[:, head // (len(frozen.pattern) // frozen.n_kv_heads)]
-        return int((frozen.pattern[head, query] * (values @ read)).abs().argmax())
+        groups = frozen.pattern.n_heads // frozen.n_kv_heads
+        values = values.view(len(values), frozen.n_kv_heads, -1)[:, head // groups]
+        return int((frozen.pattern.row(head, query) * (values @ read)).abs().argmax())
 
     @cached_property
     def _streams(self) -> list[Tensor]:
@@ -196,10 +197,13 @@ class HeadSplitter:
                 values[own] += (
                     frozen.value_bias if frozen.value_scale is None else frozen.value_bias * frozen.value_scale
                 )
-            n_heads, kv = len(frozen.pattern), frozen.n_kv_heads
-            pattern = frozen.pattern.view(kv, n_heads // kv, positions, positions)
-            mixed = torch.einsum("hgqk,bkhd->bqhgd", pattern, values.view(len(nodes), positions, kv, -1))
-            heads = mixed.reshape(len(nodes), positions, -1)
+            kv = frozen.n_kv_heads
+            values = values.view(len(nodes), positions, kv, -1)
+            mixed = [
+                torch.einsum("hgqk,bkhd->bqhgd", block.unflatten(0, (kv, -1)), values[:, keys])
+                for _, keys, block in frozen.pattern.blocks
+            ]
+            heads = torch.cat(mixed, 1).reshape(len(nodes), positions, -1)
             yield layer, heads
             if layer == last:
                 return
@@ -303,13 +307,13 @@ def find_place(replacement: ReplacementModel, text: str) -> Place:
     """
     layer, head, query_text, key_text = parse_head(text)
     patterns, tokens = replacement.state.patterns, replacement.inputs.tokens
-    n_layers, n_heads = patterns.shape[:2]
+    n_layers, n_heads = len(patterns), patterns[0].n_heads
     if layer >= n_layers or head >= n_heads:
         raise UserError(
             f"attribution.attention={text}: the model has layers 0 to {n_layers - 1} with heads 0 to {n_heads - 1}"
         )
     query = parse_position(query_text, len(tokens), "attribution.attention")
-    row = patterns[layer, head, query]
+    row = patterns[layer].row(head, query)
     most = int(row.argmax())
     key = most if key_text == "max" else parse_position(key_text, len(tokens), "attribution.attention")
     if row[key] == 0:
@@ -346,7 +350,7 @@ def score_parts(model: HasAdapter, replacement: ReplacementModel, adjoint: Adjoi
     return ScoreParts(
         place=place,
         score=score.value,
-        probability=float(replacement.state.patterns[layer, head, place.query, place.key]),
+        probability=float(replacement.state.patterns[layer].row(head, place.query)[place.key]),
         scale=score.scale,
         query=rows(score.query, place.query),
         key=rows(score.key, place.key),

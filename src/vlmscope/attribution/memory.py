@@ -108,7 +108,7 @@ def graph_costs(replacement: ReplacementModel, targets: Targets, max_nodes: int)
 
     queries = max(frozen.output_weight.shape[1] for frozen in replacement.layers)
     values = max(frozen.value_weight.shape[0] for frozen in replacement.layers)
-    n_heads = replacement.state.patterns.shape[1]
+    n_heads = replacement.state.patterns[0].n_heads
     gradient = max(2 * width + 2 * queries + 2 * values, 4 * width)
     swept = element * (positions * gradient + 4 * int(np.diff(columns.start).max()) + columns.total)
     compressed = columns.total * (2 * element + 17)
@@ -137,8 +137,7 @@ def visible(replacement: ReplacementModel) -> np.ndarray:
     """`[T, T]` int64, 1 where targets of a position can have sources at another, in any number of attention steps."""
     seen = torch.eye(replacement.n_positions, dtype=torch.bool, device=replacement.errors.device)
     for pattern in replacement.state.patterns:
-        for head in pattern:
-            seen |= head > 0
+        seen |= pattern.sees()
     while True:
         further = (seen.float() @ seen.float()) > 0
         if torch.equal(further, seen):

@@ -168,7 +168,7 @@ def with_heads(scope: Scope, traced: Trace, config: AttributionConfig) -> Trace:
     replacement, pruned, graph = traced.replacement, traced.pruned, traced.graph
     heads, splitter = edge_heads(replacement, pruned, traced.targets, config.heads, traced.batch_size)
     adjoint = Adjoint(replacement)
-    width = max(frozen.output_weight.shape[1] for frozen in replacement.layers) // replacement.state.patterns.shape[1]
+    width = max(frozen.output_weight.shape[1] for frozen in replacement.layers) // replacement.state.patterns[0].n_heads
     most = max(int((np.diff(graph.indptr) > 0).sum()) // (8 * width), 1)
     if (
         config.memory_gb

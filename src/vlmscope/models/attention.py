@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from vlmscope.models.base import Adapter
 
 IMPLEMENTATION = "vlmscope"
+QUERIES = 256  # of a block of a pattern
 
 # What to do with the pattern of each attention module; a module without an entry only computes it.
 _recorders: dict[nn.Module, Callable[[Tensor], Any]] = {}
@@ -130,11 +131,122 @@ def using_vlmscope_attention(adapter: Adapter) -> Iterator[None]:
         yield
 
 
+class Block(NamedTuple):
+    """A part of a pattern: some queries, and the keys from the first to the last that any of them sees."""
+
+    queries: slice
+    keys: slice
+    values: Tensor  # `[H, q, k]`
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A layer's attention probabilities `[H, T, T]`, query and key last, without keys that no query of a block sees.
+
+    A causal pattern takes half of `T^2`, one with a sliding window a number of keys for each query.
+    """
+
+    blocks: list[Block]
+
+    @classmethod
+    def of(cls, whole: Tensor) -> Pattern:
+        """Cut a pattern `[H, T, T]`; one of few queries stays whole."""
+        n_positions = whole.shape[1]
+        if n_positions <= QUERIES or whole.is_meta:
+            return cls([Block(slice(0, n_positions), slice(0, n_positions), whole)])
+        blocks = []
+        for first in range(0, n_positions, QUERIES):
+            queries = slice(first, min(first + QUERIES, n_positions))
+            seen = torch.nonzero((whole[:, queries] != 0).any(0).any(0))[:, 0]
+            keys = slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 0)
+            blocks.append(Block(queries, keys, whole[:, queries, keys].clone()))
+        return cls(blocks)
+
+    @property
+    def n_heads(self) -> int:
+        """H."""
+        return len(self.blocks[0].values)
+
+    @property
+    def n_positions(self) -> int:
+        """T."""
+        return self.blocks[-1].queries.stop
+
+    def to(self, dtype: torch.dtype) -> Pattern:
+        """The same in `dtype`."""
+        return Pattern([block._replace(values=block.values.to(dtype)) for block in self.blocks])
+
+    def row(self, head: int, query: int) -> Tensor:
+        """What a head's query sees, `[T]`."""
+        block = next(block for block in self.blocks if query < block.queries.stop)
+        row = block.values.new_zeros(self.n_positions)
+        row[block.keys] = block.values[head, query - block.queries.start]
+        return row
+
+    def whole(self) -> Tensor:
+        """`[H, T, T]`."""
+        whole = self.blocks[0].values.new_zeros(self.n_heads, self.n_positions, self.n_positions)
+        for block in self.blocks:
+            whole[:, block.queries, block.keys] = block.values
+        return whole
+
+    def sees(self) -> Tensor:
+        """Whether any head lets a query see a key, `[T, T]` bool."""
+        seen = self.blocks[0].values.new_zeros(self.n_positions, self.n_positions, dtype=torch.bool)
+        for block in self.blocks:
+            seen[block.queries, block.keys] = (block.values > 0).any(0)
+        return seen
+
+    def back(self, gradient: Tensor, above: Tensor, below: Tensor) -> Tensor:
+        """From what heads give queries `above [S]` to the values of keys `below [S']`, both ascending.
+
+        `gradient [S, B, Hkv, G, D]`, G query heads to a key/value head -> `[S', B, Hkv, D]`.
+        """
+        _, n_targets, n_kv_heads, groups, width = gradient.shape
+        values = gradient.new_zeros(n_kv_heads, len(below), n_targets * width)
+        for queries, keys, block in self.blocks:
+            rows, columns = _within(above, queries), _within(below, keys)
+            if rows.start == rows.stop or columns.start == columns.stop:
+                continue
+            part = block[:, _local(above[rows], queries)][:, :, _local(below[columns], keys)]
+            # Query heads that share a key/value head add up, so (group, query) is one contracted axis.
+            part = part.reshape(n_kv_heads, -1, part.shape[-1])
+            by_head = gradient[rows].permute(2, 3, 0, 1, 4).reshape(n_kv_heads, -1, n_targets * width)
+            if len(self.blocks) == 1:
+                values = torch.bmm(part.transpose(1, 2), by_head)
+            else:
+                values[:, columns] += torch.bmm(part.transpose(1, 2), by_head)
+        return values.view(n_kv_heads, len(below), n_targets, width).permute(1, 2, 0, 3)
+
+
+def _within(positions: Tensor, span: slice) -> slice:
+    """Which of ascending positions lie in a span."""
+    first, last = torch.searchsorted(positions, positions.new_tensor([span.start, span.stop])).tolist()
+    return slice(first, last)
+
+
+def _local(positions: Tensor, span: slice) -> Tensor | slice:
+    """Ascending positions counted from the start of a span, as a slice where they follow each other."""
+    first, last = int(positions[0]) - span.start, int(positions[-1]) - span.start
+    return slice(first, last + 1) if last - first + 1 == len(positions) else positions - span.start
+
+
+Kept = TypeVar("Kept")
+
+
 @contextmanager
-def recording_patterns(adapter: Adapter) -> Iterator[dict[int, Tensor]]:
-    """The decoder's attention patterns of the latest forward inside: layer -> pattern `[B, H, Tq, Tk]`, detached."""
-    store: dict[int, Tensor] = {}
-    recorders = {adapter.attention(layer): partial(store.__setitem__, layer) for layer in range(adapter.n_layers)}
+def recording_patterns(
+    adapter: Adapter, keep: Callable[[Tensor], Kept] = lambda pattern: pattern
+) -> Iterator[dict[int, Kept]]:
+    """What is to `keep` of the decoder's attention patterns `[B, H, Tq, Tk]`, detached, of the latest forward inside:
+    by layer, as soon as the layer has run; by default the patterns themselves.
+    """
+    store: dict[int, Kept] = {}
+
+    def recorder(layer: int) -> Callable[[Tensor], None]:
+        return lambda pattern: store.__setitem__(layer, keep(pattern))
+
+    recorders = {adapter.attention(layer): recorder(layer) for layer in range(adapter.n_layers)}
     with using_vlmscope_attention(adapter), _entered(_recorders, recorders):
         yield store
 

@@ -25,6 +25,7 @@ from vlmscope.config.catalog import asset
 from vlmscope.core.artifacts import load_tensors
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import PrunedGraph
+from vlmscope.models.attention import Pattern
 from vlmscope.models.loading import VLM, load_vlm
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.replacement import ReplacementModel, build_replacement
@@ -164,7 +165,8 @@ def test_positions_see_what_patterns_let_them(tiny: tuple[VLM, ReplacementModel]
     assert (np.triu(seen[after:, after:], 1) == 0).all() and (seen[after:, 0] == 1).all()
     steps = torch.zeros(2, 1, 4, 4)
     steps[0, 0, 1, 0] = steps[1, 0, 2, 1] = 1.0
-    state = dataclasses.replace(replacement.state, patterns=steps, embeddings=replacement.state.embeddings[:4])
+    patterns = [Pattern.of(step) for step in steps]
+    state = dataclasses.replace(replacement.state, patterns=patterns, embeddings=replacement.state.embeddings[:4])
     chain = memory.visible(dataclasses.replace(replacement, state=state))
     assert chain[2].tolist() == [1, 1, 1, 0] and chain[3].tolist() == [0, 0, 0, 1]
 

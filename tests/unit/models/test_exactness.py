@@ -112,6 +112,7 @@ def test_every_sites_shape(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) ->
     image_index, roles = np.where(is_image, 0, -1), np.array(["special"] * T)
     state = capture_state(adapter, ModelInputs(tensors, ["x"] * T, is_image, image_index, [None] * T, roles, ""))
     sites = {name: tensor for name, tensor in vars(state).items() if isinstance(tensor, Tensor)}
+    sites["patterns"] = torch.stack([pattern.whole() for pattern in state.patterns])
     assert {name: tuple(tensor.shape) for name, tensor in sites.items()} == {
         "embeddings": (T, D),
         "patterns": (LAYERS, HEADS, T, T),

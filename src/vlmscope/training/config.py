@@ -250,25 +250,43 @@ class OrreryTrainingConfig:
         check_choice("task.training.precision", self.precision, PRECISIONS)
 
 
-def _eyes_tower() -> StageConfig:
-    return StageConfig(9000, {"pictures": 32}, lr=1e-3, weight_decay=0.05)
+@dataclass
+class EyesStageConfig(StageConfig):
+    """A stage of `task=train_eyes`, whose batches have `batch.pictures` pictures.
+
+    `distance_weight` weighs the distance of a picture's soft tokens to its concept's name, `flags` is the share of
+    flags. The rate falls as in a stage of `decay_steps` steps (null: `max_steps`).
+    """
+
+    distance_weight: float = 1.0
+    flags: float = 1 / 3
+    decay_steps: int | None = None
 
 
-def _eyes_distil() -> StageConfig:
-    return StageConfig(300, {"pictures": 32}, lr=2e-4, warmup=20, weight_decay=0.05, seed=1)
+def _eyes_tower() -> EyesStageConfig:
+    return EyesStageConfig(4000, {"pictures": 32}, weight_decay=0.05, decay_steps=9000)
+
+
+def _eyes_near() -> EyesStageConfig:
+    return EyesStageConfig(3500, {"pictures": 32}, lr=7e-4, weight_decay=0.05, seed=1, distance_weight=20.0, flags=0.5)
+
+
+def _eyes_distil() -> EyesStageConfig:
+    return EyesStageConfig(
+        250, {"pictures": 32}, lr=2e-4, warmup=20, weight_decay=0.05, seed=2, distance_weight=5.0, flags=0.5
+    )
 
 
 @dataclass
 class EyesTrainingConfig:
-    """The stages of `task=train_eyes` (`vlmscope.training.eyes`), whose batches have `batch.pictures` pictures.
+    """The stages of `task=train_eyes` (`vlmscope.training.eyes`).
 
-    `distance_weight` weighs the distance of a picture's soft tokens to its concept's name. `carriers` are sentences by
-    kind of concept, `other` for those without their own, with `{}` for the name.
+    `carriers` are sentences by kind of concept, `other` for those without their own, with `{}` for the name.
     """
 
-    tower: StageConfig = field(default_factory=_eyes_tower)
-    distil: StageConfig = field(default_factory=_eyes_distil)
-    distance_weight: float = 1.0
+    tower: EyesStageConfig = field(default_factory=_eyes_tower)
+    near: EyesStageConfig = field(default_factory=_eyes_near)
+    distil: EyesStageConfig = field(default_factory=_eyes_distil)
     carriers: dict[str, list[str]] = field(default_factory=lambda: {"other": ["I see a {} here. It is"]})
     precision: str = "bf16-mixed"
     checkpoint_every: int = 500

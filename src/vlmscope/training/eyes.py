@@ -35,14 +35,14 @@ from vlmscope.core.records import derive, generator
 from vlmscope.data.icons import pictures_folder, read_icons
 from vlmscope.models.eyes import EyesConfig, joined_folder, write_untrained, write_weights
 from vlmscope.models.loading import load_vlm
-from vlmscope.training.config import EyesTrainingConfig, StageConfig
+from vlmscope.training.config import EyesStageConfig, EyesTrainingConfig
 from vlmscope.training.orrery import ScheduledModule, ValidationCallback, fit_stage
 from vlmscope.training.resume import OneFileCheckpoints
 
-_FLAGS, _ONE_COLOUR = 1 / 3, 0.15  # share of flags in batches; weight of one-colour drawings
+_ONE_COLOUR = 0.15  # weight of one-colour drawings
 _RAMP = 4000  # steps over which the augmentation grows from a third to its full strength
 _SMOOTHING = 0.1  # of labels: a few pictures carry a wrong name
-_STAGES = ("tower", "distil")  # folders of their checkpoints
+_STAGES = ("tower", "near", "distil")  # folders of their checkpoints
 
 
 class Pictures(NamedTuple):
@@ -73,16 +73,16 @@ class Pictures(NamedTuple):
 
 
 class PicturePool:
-    """Batches by step number: a third of flags, and of the others each concept as often, mostly drawn in colour.
+    """Batches by step number: a share of flags, and of the others each concept as often, mostly drawn in colour.
 
     One-colour drawings teach shapes; as half of the pictures they kept the tower from learning at all for long.
     """
 
-    def __init__(self, pictures: Pictures) -> None:
+    def __init__(self, pictures: Pictures, flags: float) -> None:
         self.pictures = pictures
         labels, is_flag = pictures.labels.numpy(), pictures.is_flag.numpy()
         weights = 1 / np.bincount(labels)[labels] * np.where(pictures.one_colour.numpy(), _ONE_COLOUR, 1.0)
-        for group, share in ((is_flag, _FLAGS), (~is_flag, 1 - _FLAGS)):
+        for group, share in ((is_flag, flags), (~is_flag, 1 - flags)):
             weights[group] *= share / max(weights[group].sum(), 1e-9)
         self.weights = weights / weights.sum()
 
@@ -176,19 +176,20 @@ def name_embeddings(model: Any, tokenizer: Any, names: Sequence[str]) -> Tensor:
 class EyesModule(ScheduledModule):
     """Stage 1, and with `carriers` stage 2: tower and projector of a model whose other parts are frozen."""
 
+    config: EyesStageConfig
+
     def __init__(
         self,
-        config: StageConfig,
+        config: EyesStageConfig,
         vlm: Any,
         concepts: pd.Series,
-        distance_weight: float,
         carriers: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """`concepts` are the kinds, by name; `carriers` are sentences with `{}`, by kind, "other" for those without."""
         super().__init__(config)
         self._frozen = (vlm.model, vlm.tokenizer)  # in a tuple, so that they are no part of this module
         self.tower, self.projector = vlm.model.model.vision_tower, vlm.model.model.multi_modal_projector
-        self.concepts, self.distance_weight, self.carriers = concepts, distance_weight, carriers
+        self.concepts, self.carriers = concepts, carriers
         names = name_embeddings(vlm.model, vlm.tokenizer, list(concepts.index)).flatten(1)
         self.register_buffer("names", names, persistent=False)
         self.names: Tensor
@@ -198,9 +199,14 @@ class EyesModule(ScheduledModule):
         for part in (self.tower, self.projector):
             part.requires_grad_(True)
 
+    @property
+    def decay_steps(self) -> int:
+        """Steps until the rate is at its floor."""
+        return self.config.decay_steps or self.config.max_steps
+
     def collate(self, scenes: Any, step: int) -> tuple[Tensor, Tensor, int]:
         """Augmented pixels, concepts, and the step."""
-        strength = 1.0 if self.carriers else min(1.0, 1 / 3 + step / _RAMP)
+        strength = min(1.0, 1 / 3 + step / _RAMP) if self.config.decay_steps else 1.0
         return augmented(scenes, derive(self.config.seed, "augment", step), strength), scenes.labels, step
 
     def soft_tokens(self, pixels: Tensor) -> Tensor:
@@ -218,7 +224,7 @@ class EyesModule(ScheduledModule):
         with torch.autocast("cpu", enabled=False):
             apart = self.distances(soft)
             loss = F.cross_entropy(-self.sharpness.exp() * apart, labels, label_smoothing=_SMOOTHING)
-            loss = loss + self.distance_weight * apart.gather(1, labels[:, None]).mean()
+            loss = loss + self.config.distance_weight * apart.gather(1, labels[:, None]).mean()
         return loss if self.carriers is None else loss + self._distillation(soft, labels, step)
 
     def _distillation(self, soft: Tensor, labels: Tensor, step: int) -> Tensor:
@@ -306,19 +312,19 @@ def train_eyes(
     vlm = load_vlm(joined_folder(folder))
     train = read_icons("train")
     concepts = train.drop_duplicates("label").set_index("label").kind.sort_index()
-    pool = PicturePool(Pictures.of(train, list(concepts.index)))
+    pictures = Pictures.of(train, list(concepts.index))
     stages = {key: value for key, value in asdict(config).items() if key not in ("checkpoint_every", "val_every")}
     settings = flat("training", stages) | flat("architecture", asdict(architecture))
     origin = {"data": folder_digest(pictures_folder())}
     module = None
-    for name, stage, carriers in zip(_STAGES, (config.tower, config.distil), (None, config.carriers), strict=True):
-        module = EyesModule(stage, vlm, concepts, config.distance_weight, carriers)
+    for name, stage in zip(_STAGES, (config.tower, config.near, config.distil), strict=True):
+        module = EyesModule(stage, vlm, concepts, config.carriers if name == "distil" else None)
         checkpoints = OneFileCheckpoints(run_dir / name, config.checkpoint_every, stage.max_steps, settings, origin)
         if resume:
             checkpoints.restore(module)
         measure = partial(accuracies, module, "val", list(concepts.index), "val/nearest/")
         callbacks = [checkpoints, ValidationCallback(config.val_every, stage.max_steps, measure)]
-        fit_stage(module, pool, callbacks, logger, config.precision)
+        fit_stage(module, PicturePool(pictures, stage.flags), callbacks, logger, config.precision)
     assert module is not None
     module.eval()
     for part in (module.tower, module.projector):  # what is shipped is float16: measure that

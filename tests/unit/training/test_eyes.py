@@ -15,7 +15,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.data.icons import read_icons
 from vlmscope.models.eyes import EyesConfig, joined_folder, write_untrained
 from vlmscope.models.loading import VLM, load_vlm
-from vlmscope.training.config import EyesTrainingConfig, StageConfig
+from vlmscope.training.config import EyesStageConfig, EyesTrainingConfig
 from vlmscope.training.eyes import (
     EyesModule,
     PicturePool,
@@ -48,8 +48,8 @@ def vlm(architecture: EyesConfig, tmp_path: Path) -> VLM:
     return load_vlm(joined_folder(tmp_path / "eyes"))
 
 
-def stage(steps: int, seed: int = 0) -> StageConfig:
-    return StageConfig(steps, {"pictures": 3}, warmup=1, seed=seed)
+def stage(steps: int, seed: int = 0) -> EyesStageConfig:
+    return EyesStageConfig(steps, {"pictures": 3}, warmup=1, seed=seed)
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one(architecture: EyesConfig, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(architecture: EyesConfig
 
 @torch.no_grad()
 def test_soft_tokens_that_are_a_name_are_nearest_to_it(vlm: VLM) -> None:
-    module = EyesModule(stage(1), vlm, KINDS, 1.0)
+    module = EyesModule(stage(1), vlm, KINDS)
     names = name_embeddings(vlm.model, vlm.tokenizer, list(KINDS.index))
     apart = module.distances(names)
     torch.testing.assert_close(apart.diagonal(), torch.zeros(3), rtol=0, atol=1e-4)
@@ -105,7 +105,7 @@ def test_states_after_a_picture_are_those_of_the_whole_model(vlm: VLM) -> None:
 
 def test_flags_are_not_mirrored_and_each_step_has_its_own_pictures() -> None:
     table = read_icons("train").groupby("kind").head(3)
-    pool = PicturePool(Pictures.of(table, sorted(set(table.label))))
+    pool = PicturePool(Pictures.of(table, sorted(set(table.label))), 0.5)
     first, again, next_ = (pool.batch(0, step, {"pictures": 8}) for step in (0, 0, 1))
     assert torch.equal(first.rgba, again.rgba)
     assert not torch.equal(first.rgba, next_.rgba)

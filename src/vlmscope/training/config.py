@@ -271,32 +271,15 @@ def _eyes_near() -> EyesStageConfig:
     return EyesStageConfig(3500, {"pictures": 32}, lr=7e-4, weight_decay=0.05, seed=1, distance_weight=20.0, flags=0.5)
 
 
-def _eyes_distil() -> EyesStageConfig:
-    return EyesStageConfig(
-        250, {"pictures": 32}, lr=2e-4, warmup=20, weight_decay=0.05, seed=2, distance_weight=5.0, flags=0.5
-    )
-
-
 @dataclass
 class EyesTrainingConfig:
-    """The stages of `task=train_eyes` (`vlmscope.training.eyes`).
-
-    `carriers` are sentences by kind of concept, `other` for those without their own, with `{}` for the name.
-    """
+    """The stages of `task=train_eyes` (`vlmscope.training.eyes`)."""
 
     tower: EyesStageConfig = field(default_factory=_eyes_tower)
     near: EyesStageConfig = field(default_factory=_eyes_near)
-    distil: EyesStageConfig = field(default_factory=_eyes_distil)
-    carriers: dict[str, list[str]] = field(default_factory=lambda: {"other": ["I see a {} here. It is"]})
     precision: str = "bf16-mixed"
     checkpoint_every: int = 500
     val_every: int = 1000
 
     def __post_init__(self) -> None:
         check_choice("training.precision", self.precision, PRECISIONS)
-        for kind, sentences in self.carriers.items():
-            for sentence in sentences:
-                if sentence.count("{}") != 1 or sentence.endswith("{}"):
-                    raise UserError(f"training.carriers.{kind}: {sentence!r} needs {{}} once, and words after it")
-        if "other" not in self.carriers:
-            raise UserError("training.carriers has no sentences for other: kinds without their own need them")

@@ -1,13 +1,10 @@
-"""Training of eyes: resumed as uninterrupted, pictures that mean their name, states after pictures and after names."""
+"""Training of eyes: resumed as uninterrupted, pictures that mean their name, flags that are not mirrored."""
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from tests.text_model import write_text_model
 
@@ -15,19 +12,19 @@ from vlmscope.core.errors import UserError
 from vlmscope.data.icons import read_icons
 from vlmscope.models.eyes import EyesConfig, joined_folder, write_untrained
 from vlmscope.models.loading import VLM, load_vlm
+from vlmscope.training import eyes
 from vlmscope.training.config import EyesStageConfig, EyesTrainingConfig
 from vlmscope.training.eyes import (
     EyesModule,
     PicturePool,
     Pictures,
-    _states_after,
     augmented,
     name_embeddings,
     train_eyes,
 )
 
 SIZES: dict[str, Any] = {"vision_width": 8, "vision_layers": 1, "vision_mlp": 8, "vision_heads": 2}
-KINDS = pd.Series({"ab": "thing", "bc": "thing", "abc": "planet"})
+NAMES = ["ab", "bc", "abc"]
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +57,15 @@ def test_a_resumed_training_equals_an_uninterrupted_one(architecture: EyesConfig
         train_eyes(architecture, config, run, False, resume)
 
     train((2, 2), tmp_path / "whole", resume=False)
-    with pytest.MonkeyPatch.context() as patch:
+    fit = eyes.fit_stage
 
-        def stop(*_: Any) -> None:
+    def stopped(module: EyesModule, *settings: Any) -> None:
+        if module.config.seed == 1:  # the second stage
             raise KeyboardInterrupt
+        fit(module, *settings)
 
-        patch.setattr(EyesModule, "_distillation", stop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eyes, "fit_stage", stopped)
         with pytest.raises(KeyboardInterrupt):
             train((2, 2), tmp_path / "parts", resume=False)
     train((2, 2), tmp_path / "parts", resume=True)
@@ -78,29 +78,11 @@ def test_a_resumed_training_equals_an_uninterrupted_one(architecture: EyesConfig
 
 @torch.no_grad()
 def test_soft_tokens_that_are_a_name_are_nearest_to_it(vlm: VLM) -> None:
-    module = EyesModule(stage(1), vlm, KINDS)
-    names = name_embeddings(vlm.model, vlm.tokenizer, list(KINDS.index))
+    module = EyesModule(stage(1), vlm, NAMES)
+    names = name_embeddings(vlm.model, vlm.tokenizer, NAMES)
     apart = module.distances(names)
     torch.testing.assert_close(apart.diagonal(), torch.zeros(3), rtol=0, atol=1e-4)
     assert apart[~torch.eye(3, dtype=torch.bool)].min() > 0.1
-
-
-@torch.no_grad()
-def test_states_after_a_picture_are_those_of_the_whole_model(vlm: VLM) -> None:
-    prompts, rows, spans, expected = ["ab<start_of_image>c", "<start_of_image>:a:b"], [], [], []
-    for number, prompt in enumerate(prompts):
-        rng = np.random.default_rng(number)
-        picture = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
-        inputs = vlm.prepare(prompt, [picture])
-        embedded = vlm.model.get_input_embeddings()(inputs.tensors["input_ids"])[0]
-        place = torch.from_numpy(inputs.is_image).nonzero()[:, 0]
-        embedded[place] = vlm.model.model.get_image_features(inputs.tensors["pixel_values"]).pooler_output[0]
-        rows.append(embedded)
-        spans.append((int(place[0]), len(embedded) - int(place[-1]) - 1))
-        states = vlm.model(**inputs.tensors, output_hidden_states=True).hidden_states[1:]
-        expected.append(torch.stack([layer[0, int(place[-1]) + 1 :] for layer in states]))
-    found = _states_after(vlm.model, rows, spans, 4)
-    torch.testing.assert_close(found, torch.cat(expected, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_flags_are_not_mirrored_and_each_step_has_its_own_pictures() -> None:
@@ -120,8 +102,3 @@ def test_flags_are_not_mirrored_and_each_step_has_its_own_pictures() -> None:
     left[..., :32], left[:, 3] = 255, 255
     still = augmented(flags._replace(rgba=left), seed=1, strength=0.0)
     assert (still[..., :32].mean((1, 2, 3)) > still[..., 32:].mean((1, 2, 3))).all()
-
-
-def test_carriers_need_words_after_the_name() -> None:
-    with pytest.raises(UserError, match="needs {} once, and words after it"):
-        EyesTrainingConfig(carriers={"other": ["I see a {}"]})

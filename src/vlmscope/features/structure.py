@@ -116,7 +116,7 @@ def pictures_seen(scope: Scope, inputs: Sequence[StudyInput], forward_tokens: in
     projector, before any feature reads it. One forward has at most `forward_tokens` tokens.
     """
     adapter, transcoders = scope.adapter, scope.transcoders
-    peaks = [sparse.csr_array((0, sum(transcoders.widths.values())), dtype=np.float32)]
+    peaks: list[Any] = [sparse.csr_array((0, sum(transcoders.widths.values())), dtype=np.float32)]
     means = [np.zeros((0, adapter.d_model), np.float32)]
     shown = [item for item in inputs if (item.kinds == IMAGE).any()]
     for group in grouped(shown, forward_tokens):

@@ -132,8 +132,8 @@ def merge(first: Plan, second: Plan) -> dict[int, LayerEdit]:
 
 
 def _join(first: LayerEdit, second: LayerEdit) -> LayerEdit:
-    assert torch.equal(first.where, second.where) and first.generated is not None and second.generated is not None
     second = second.to(first.features.device)
+    assert torch.equal(first.where, second.where) and first.generated is not None and second.generated is not None
     keep = ~torch.isin(first.features, second.features)
 
     def joined(a: Tensor, b: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ from vlmscope.transcoders.transcoder import SparseCode
 PROMPTS = 24  # training prompts of each side on which direct effects are measured
 SHARE = 0.8  # of the positive direct effect on an answer, which measured writers hold together
 ROUNDING = 1e-5  # of the largest logit that a row of the layer writes: what is less is none
+TRIED = 8192  # tokens of a large vocabulary that are read first: most rows raise one of them more than an answer
 READ = 50  # cases of a case set that the lens reads
 MOST = 0.5  # of the cases: the lens reads the answer in a state where it is first in more of them
 RoleVectors = Mapping[str, Mapping[int, Tensor]]  # role -> layer -> [B or 1, d]
@@ -106,17 +107,31 @@ def answer_writers(scope: Scope, tokens: Sequence[int], prompts: Sequence[tuple[
     """
     tokens = sorted(set(tokens))
     words = _words(scope, tokens)
-    # "mars" and " mars" are one word, whichever of its tokens a row raises most.
-    number = {word: i for i, word in enumerate(words)}
     logit, by_decoder = {}, {}
+    alike, some = _tried(scope, words)
     for layer in scope.transcoders.layers:
-        parts = [(logits[:, tokens], *logits.max(-1)) for logits in decoder_logits(scope, layer)]
-        logit[layer], most, top = (torch.cat(column) for column in zip(*parts, strict=True))
+        chosen, least = None, 0.0
+        if alike is not None and some is not None:  # only what raises an answer most of these can raise it most of all
+            tried = torch.cat([torch.tensor(tokens), alike, some])
+            found = torch.cat(list(decoder_logits(scope, layer, None, tried)))
+            logit[layer], own, other = found.split([len(tokens), len(alike), len(some)], -1)
+            chosen, least = torch.nonzero(own.amax(-1) >= other.amax(-1)).flatten().cpu(), float(found.max())
+            by_decoder[layer] = torch.full((len(found),), -1, device=found.device)
+            if not len(chosen):
+                continue
+        parts = [(logits[:, tokens], *logits.max(-1)) for logits in decoder_logits(scope, layer, chosen)]
+        here, most, top = (torch.cat(column) for column in zip(*parts, strict=True))
         raised, place = top.unique(return_inverse=True)
+        # "mars" and " mars" are one word, whichever of its tokens a row raises most.
+        number = {word: i for i, word in enumerate(words)}
         known = [number.get(word, -1) for word in _words(scope, raised.tolist())]
         written = torch.tensor(known, device=top.device)[place]
         # A row that no word reads raises one of them by rounding.
-        by_decoder[layer] = torch.where(most > ROUNDING * most.max(), written, -1)
+        written = torch.where(most > ROUNDING * max(least, float(most.max())), written, -1)
+        if chosen is None:
+            logit[layer], by_decoder[layer] = here, written
+        else:
+            by_decoder[layer][chosen] = written
     effect = direct_effects(scope, tokens, prompts)
     measured = {layer: torch.full_like(found, -1) for layer, found in by_decoder.items()}
     for word in range(len(tokens)):
@@ -127,6 +142,16 @@ def answer_writers(scope: Scope, tokens: Sequence[int], prompts: Sequence[tuple[
             strong = (table[:, word] >= least) & (table[:, word] > 0) & (table[:, word] >= table.max(-1).values)
             measured[layer][strong] = word
     return Writers(tuple(words), logit, effect, by_decoder, measured)
+
+
+def _tried(scope: Scope, words: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
+    """Of a large vocabulary, the tokens that read as one of the words, and `TRIED` of all; else nothing."""
+    size = len(scope.adapter.lm_head().weight)
+    if size <= 2 * TRIED:
+        return None, None
+    known = set(words)
+    alike = [token for token, word in enumerate(_words(scope, range(size))) if word in known]
+    return torch.tensor(alike), torch.arange(0, size, size // TRIED)
 
 
 def _words(scope: Scope, tokens: Sequence[int]) -> list[str]:

@@ -49,18 +49,21 @@ def top_and_bottom_logits(scope: Scope, feature: FeatureId, count: int = 6) -> t
 
 
 @torch.no_grad()
-def decoder_logits(scope: Scope, layer: int, features: Tensor | None = None) -> Iterator[Tensor]:
+def decoder_logits(
+    scope: Scope, layer: int, features: Tensor | None = None, tokens: Tensor | None = None
+) -> Iterator[Tensor]:
     """What features of a layer (all when None) write to each token's logit minus the mean logit, some features after
-    others: [n, V], relative.
+    others: [n, V], relative; of some `tokens` alone where they are given.
     """
     transcoder, hook = scope.transcoders[layer], scope.transcoders.config.output_hook
     ahead = range(transcoder.config.writes)
     norms = [norm_weight_after(scope.adapter, layer + n, hook, transcoder.W_dec) for n in ahead]
     weight = materialised(scope.adapter.lm_head())
     scale = scope.adapter.norm_scale(scope.adapter.final_norm(), torch.ones_like(weight[0]))
-    centred = (weight - weight.mean(0)) * scale
+    read = weight if tokens is None else weight[tokens]
+    centred = (read - weight.mean(0)) * scale
     features = torch.arange(transcoder.config.n_features) if features is None else features
-    for part in features.to(weight.device).split(max(1, _NUMBERS // len(weight))):
+    for part in features.to(weight.device).split(max(1, _NUMBERS // len(read))):
         rows = [transcoder.decoder(n)[part] * (1 if norm is None else norm) for n, norm in enumerate(norms)]
         yield (sum(rows[1:], rows[0]).to(centred) @ centred.T).float()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tests.maths.planted import ANSWERS, WIDTH, Planted, planted
 
+from vlmscope.circuits import baselines
 from vlmscope.circuits.baselines import Baselines, answer_writers, mean_outputs
 from vlmscope.circuits.config import BASELINES, SettingConfig, TrialConfig, baselines_of, check_baselines
 from vlmscope.circuits.operations import Ablate, Carry, Toward
@@ -92,6 +93,21 @@ def test_measured_effect_is_that_of_removing_a_feature(bench: Bench) -> None:
                 moved = bench.moved(Ablate({layer: torch.tensor([index])}).plan(scope, cases, 1.0))
                 effect = -(moved[:, token] - moved.mean(-1)).mean()
                 assert float(found.effect[layer][index, number]) == pytest.approx(float(effect), abs=1e-9)
+
+
+def test_writers_are_the_same_when_a_part_of_the_vocabulary_is_read_first(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scope, material = bench.made.scope, bench.baselines.material
+    with exact_float64():
+        asked = material.answers(bench.cases), material.prompts(bench.cases)
+        usual = answer_writers(scope, *asked)
+        monkeypatch.setattr(baselines, "TRIED", 3)
+        less = answer_writers(scope, *asked)
+    assert any((found >= 0).any() for found in usual.by_decoder.values())
+    for layer in range(3):
+        assert torch.equal(usual.by_decoder[layer], less.by_decoder[layer])
+        torch.testing.assert_close(usual.logit[layer], less.logit[layer])
 
 
 def test_parts_of_an_edit_add_up(bench: Bench) -> None:

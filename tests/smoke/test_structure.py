@@ -15,7 +15,7 @@ from vlmscope.data.orrery.scenes import COMPOSED, KINDS, SPLITS
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("structure")
-    counts = dict.fromkeys((*KINDS, *COMPOSED), 4)
+    counts = dict.fromkeys((*KINDS, *COMPOSED), 8)
     build(folder / "data", dict.fromkeys(SPLITS, counts))
     command = ["task=study", f"data.path={folder / 'data'}", f"hydra.run.dir={folder / 'study'}", "tracking=none"]
     assert main([*command, "study.samples=4", "study.top=4", "study.logits=0"]) == 0

@@ -1,4 +1,4 @@
-"""Long prompts: seconds and memory of a graph as its positions grow, of text, of several pictures and of tiled ones.
+"""Long prompts: CPU seconds and memory of a graph as its positions grow, of text, several pictures and tiled ones.
 
 Each size runs in a process of its own, on a random model: Gemma 3 with five layers of a sliding window to one that sees
 everything, or for tiled pictures a tiny Idefics 3. An exponent is the slope of log(seconds) or log(megabytes) over
@@ -29,7 +29,7 @@ from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import random_set
 
 PICTURE = 64  # positions for each picture
-COLUMNS = ("positions", "pictures", "active", "nodes", "edges", "pass_seconds", "pass_mb", "graph_seconds", "graph_mb")
+COLUMNS = ("positions", "pictures", "active", "nodes", "edges", "pass_cpu_s", "pass_mb", "graph_cpu_s", "graph_mb")
 
 
 def made(kind: str, positions: int, hidden: int, layers: int, window: int) -> tuple[VLM, ModelInputs]:
@@ -65,7 +65,7 @@ def one(args: argparse.Namespace, positions: int) -> dict[str, float]:
         with measured() as tracing:
             graph = trace(scope, inputs, config).graph
     numbers = len(inputs), len(inputs.sizes), active, graph.n_nodes, graph.n_edges
-    times = passing["seconds"], passing["added_mb"], tracing["seconds"], tracing["added_mb"]
+    times = passing["cpu_seconds"], passing["added_mb"], tracing["cpu_seconds"], tracing["added_mb"]
     return dict(zip(COLUMNS, (*numbers, *times), strict=True))
 
 

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from vlmscope.core.errors import UserError
 
 BLOCK = 16384  # features whose pre-activations are computed at once: 168 MB of encoder in float32 at a width of 2560
-_ROWS = 256  # rows that are gathered at once: each may bring 64 kB of pages around it
+_ROWS = 64  # rows that are gathered at once: each may bring 64 kB of pages around it
 _LIBC = ctypes.CDLL(None) if hasattr(mmap, "MADV_WILLNEED") else None  # Windows has no such advice
 _ATEN = torch.ops.aten
 _BAGS = (_ATEN._embedding_bag.default, _ATEN._embedding_bag_forward_only.default)
@@ -83,12 +83,14 @@ class StreamedRows(Tensor):
     def whole(self) -> Tensor:
         """The rows as an ordinary tensor, in memory of its own."""
         start, size = self._start, len(self)
-        part = self._stored[start : start + size]
-        _advise(part, "MADV_WILLNEED")
-        _advise(self._stored[start + size : start + 2 * size], "MADV_WILLNEED")  # read while this part is used
-        rows = self._checked(part.to(self.device, self.dtype, copy=True, memory_format=torch.contiguous_format))
-        _advise(part, "MADV_DONTNEED")
-        return rows
+        stored = self._stored[start : start + size]
+        _advise(stored, "MADV_WILLNEED")
+        _advise(self._stored[start + size : start + 2 * size], "MADV_WILLNEED")  # read while these are used
+        rows = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        for part, out in zip(stored.split(BLOCK // 8), rows.split(BLOCK // 8), strict=True):
+            out.copy_(part)
+            _advise(part, "MADV_DONTNEED")
+        return self._checked(rows)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows [n, d] of indices [n] int64."""

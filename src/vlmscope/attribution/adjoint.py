@@ -36,6 +36,7 @@ from torch import Tensor
 
 from vlmscope.attribution.targets import Targets
 from vlmscope.core.records import TOWER
+from vlmscope.models.batching import Entering
 from vlmscope.replacement import FrozenTower, LayerFeatures, ReplacementModel
 
 
@@ -210,11 +211,8 @@ class TowerRows:
 
     def from_tokens(self, embeddings: Tensor, injections: Tensor) -> Tensor:
         """Rows `[B, width]` of targets that read what tokens write by `[B, T, d]` and `[B, n, T, d]`."""
-        written, zero = self._run.written, self._at_zero.written
-        outputs, gradients, at_zero = [written.embeddings], [embeddings[:, None]], [zero.embeddings]
-        if written.injections is not None and zero.injections is not None:
-            outputs, at_zero = [*outputs, written.injections], [*at_zero, zero.injections]
-            gradients.append(injections[:, None])
+        outputs, at_zero = _parts(self._run.written), _parts(self._at_zero.written)
+        gradients = [embeddings[:, None], injections[:, None]][: len(outputs)]
         return self._rows(outputs, gradients, at_zero, len(self.levels))
 
     def of_features(self, number: int, which: Tensor) -> Tensor:
@@ -238,9 +236,8 @@ class TowerRows:
         `slot [width]` is the number of each column's source, -1 for columns that are not carried. `J u` is the gradient
         of `J^T v`, which is linear in v, so sources go forwards in batches through the graph that rows go back through.
         """
-        run, tower, zero = self._run, self.tower, self._at_zero.written
-        written = [one for one in (run.written.embeddings, run.written.injections) if one is not None]
-        found = [one.new_zeros(count, *one.shape[1:]) for one in written]
+        run, tower, written = self._run, self.tower, _parts(self._run.written)
+        found = [one.detach().new_zeros(count, *one.shape[1:]) for one in written]
         size = max(1, TOWER_BYTES // (2 * self.target_bytes))
         with torch.enable_grad():
             dual = [torch.zeros_like(one, requires_grad=True) for one in written]
@@ -272,14 +269,12 @@ class TowerRows:
                 materialize_grads=True,
             )
             for into, part in zip(found, parts, strict=True):
-                into[batch] = part[:, 0]
+                into[batch] = part[:, 0].detach()
         if int(slot[0]) >= 0:  # the biases: what is written without any source, at soft tokens
             soft = torch.from_numpy(tower.inputs.is_image).to(slot.device)[:, None]
-            for into, constant in zip(found, (zero.embeddings, zero.injections), strict=False):
-                assert constant is not None
+            for into, constant in zip(found, _parts(self._at_zero.written), strict=True):
                 into[int(slot[0])] += constant[0].detach() * soft
-        none = found[0].new_zeros(count, 0, *found[0].shape[1:])
-        return found[0].detach(), found[1].detach() if len(found) > 1 else none
+        return found[0], found[1] if len(found) > 1 else found[0].new_zeros(count, 0, *found[0].shape[1:])
 
     def _rows(self, outputs: list[Tensor], gradients: list[Tensor], at_zero: list[Tensor], n_levels: int) -> Tensor:
         """Rows of the sources below, from gradients `[B, ..]` at outputs of the tower, and the outputs at zero."""
@@ -308,6 +303,11 @@ class TowerRows:
                 out[batch, level.features : level.errors] = edges[features.position, :, slot].T
                 out[batch, level.errors : level.errors + len(tower)] = edges[:, :, -1].T
         return out
+
+
+def _parts(written: Entering) -> list[Tensor]:
+    """Embeddings, and what pictures add after later layers where they do."""
+    return [one for one in (written.embeddings, written.injections) if one is not None]
 
 
 TOWER_BYTES = 1 << 28  # of the gradients in a tower that are in memory at once

@@ -32,6 +32,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
 from vlmscope.core.records import TOWER, FeatureId
 from vlmscope.core.results import CircuitFeature, Supernode
+from vlmscope.models import attention
 from vlmscope.models.attention import FrozenVision, Pattern
 from vlmscope.models.base import VisionStack, exact_float64
 from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
@@ -217,6 +218,27 @@ def test_total_effects_go_through_features_of_the_tower() -> None:
                    if graph.nodes.kind[n] == NodeKind.TOKEN]  # fmt: skip
         columns += adjoint.columns.all_features()[: len(sources) - len(columns)].tolist()
         assert np.abs(found[:, columns] - expected).max() <= 1e-9 * np.abs(found).sum(1).max()
+
+
+def test_patterns_in_files_give_the_same_edges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of towers whose patterns are too large for memory."""
+    right, kept = attention.in_file, []
+
+    def in_file(value: torch.Tensor) -> torch.Tensor:
+        kept.append(right(value))
+        assert torch.equal(kept[-1], value) and kept[-1].dtype == value.dtype
+        return kept[-1]
+
+    with exact_float64():
+        subject = subject_of("gemma3")
+        monkeypatch.setattr(attention, "KEPT_BYTES", 0)
+        monkeypatch.setattr(attention, "LARGE_BYTES", 1)
+        monkeypatch.setattr(attention, "in_file", in_file)
+        again = make_subject(subject.scope, subject.inputs, None, subject.limits)
+    assert len(kept) > 4 and any(one.ndim == 4 for one in kept)
+    assert np.array_equal(again.edges.weights, subject.edges.weights)
+    half = torch.randn(3, 5).bfloat16()
+    assert torch.equal(right(half), half)
 
 
 def test_a_set_of_another_site_is_one_line() -> None:

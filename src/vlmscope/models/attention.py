@@ -19,14 +19,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from vlmscope.core.errors import NoRoom
 from vlmscope.models.base import Adapter
 
 IMPLEMENTATION = "vlmscope"
@@ -291,11 +294,29 @@ _UNITS = {_functional.gelu, _functional.silu, _functional.relu, torch.relu, Tens
 _POWERS = {torch.pow, Tensor.pow, Tensor.__pow__}
 
 
+# Constants in memory, in all; large ones beyond it are kept in files. The patterns of one layer of 4,096 patches and 16
+# heads take 1 GiB in float32.
+KEPT_BYTES, LARGE_BYTES = 1 << 30, 1 << 20
+
+
+def in_file(value: Tensor) -> Tensor:
+    """The same numbers in a file without a name, whose pages the system drops when it needs memory."""
+    bits = value.contiguous().view(torch.uint8)
+    with TemporaryFile() as file:
+        try:
+            file.write(bits.numpy().data)
+            file.flush()
+        except OSError as error:
+            raise NoRoom(f"the frozen vision tower needs more room for temporary files: {error}") from error
+        return torch.from_numpy(np.memmap(file, np.uint8, "r+", shape=tuple(bits.shape))).view(value.dtype)
+
+
 class FrozenVision(TorchFunctionMode):
     """While active, freezes the states listed above; the first pass records them, those in `replaying` reuse them."""
 
     def __init__(self) -> None:
         super().__init__()
+        self._bytes = 0  # of the constants
         self.constants: list[Tensor] = []  # in the order of calls
         self._next: Iterator[Tensor] | None = None
 
@@ -313,6 +334,9 @@ class FrozenVision(TorchFunctionMode):
         if self._next is not None:
             return next(self._next)
         value = compute().detach()
+        self._bytes += value.nbytes
+        if self._bytes > KEPT_BYTES and value.nbytes >= LARGE_BYTES and value.device.type == "cpu":
+            value = in_file(value)
         self.constants.append(value)
         return value
 

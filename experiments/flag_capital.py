@@ -17,7 +17,7 @@ from vlmscope.circuits.circuit import Circuit, direct_edges
 from vlmscope.circuits.config import SupernodeConfig
 from vlmscope.circuits.experiment import Declared
 from vlmscope.circuits.selectors import by_contrast
-from vlmscope.core.records import Positions, generator
+from vlmscope.core.records import ROLES, Positions, generator
 from vlmscope.core.results import Supernode
 from vlmscope.data.icons import on_ground, read_icons, read_relations
 from vlmscope.features.readouts import role_means
@@ -43,12 +43,18 @@ def declare(bench: Bench) -> Declared:
 
 
 def analyse(bench: Bench) -> dict[str, float]:
-    """holders.parquet, shared.parquet and figures/two_steps.png."""
+    """by_layer, by_place and shared (Parquet), and figures/two_steps.png."""
     source = bench.records["pairs"]
     chosen = {"every relation": source.common()} | {name: source.particular(name) for name in source.questions}
-    rows = [{"chosen for": name, "layer": m.feature.layer, "place": m.role} for name, ms in chosen.items() for m in ms]
-    holders = pd.DataFrame(rows).groupby(["chosen for", "layer", "place"]).size().rename("features").reset_index()
-    bench.write_table("holders", holders)
+    kinds = {"layer": bench.transcoders.layers, "place": ROLES}
+    for kind, values in kinds.items():
+        rows = [
+            {"chosen for": name, kind: value, "share": value == (m.feature.layer if kind == "layer" else m.role)}
+            for name, members in chosen.items()
+            for m in members
+            for value in values
+        ]
+        bench.write_table(f"by_{kind}", pd.DataFrame(rows).sort_values(kind, kind="stable"))
     metrics = {f"features/{name.replace(' ', '_')}": float(len(members)) for name, members in chosen.items()}
     draw_two_steps(bench, bench.records["test"][0])
     return metrics | shared_features(bench, source.questions[0])

@@ -52,7 +52,7 @@ def test_a_part_without_time_memory_or_success_stops_no_other(gpu: ModuleType, m
         raise gpu.Skipped("there is one device")
         yield
 
-    monkeypatch.setattr(gpu, "PARTS", {slow: 0.02, large: 0.1, broken: 0.1, inapplicable: 0.1})
+    monkeypatch.setattr(gpu, "PARTS", {slow: 0.004, large: 0.1, broken: 0.1, inapplicable: 0.1})
     assert gpu.main(["--tiny", "--device", "cpu", "--out", str(tmp_path / "gpu.json")]) == 1
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert [(row["part"], row["value"], row["holds"]) for row in rows] == [

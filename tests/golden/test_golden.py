@@ -34,7 +34,7 @@ SWEEPS = {
 }
 # Recipes of models whose weights a test cannot have run on a tiny one, and on Orrery's scenes.
 TINY = ["model=tiny", "model.device=cpu", "model.dtype=float32", "data=mix_orrery"]
-STAND_INS = {"gemma3_4b_transcoders": TINY, "gemma3_4b_transcoders_1gpu": TINY}
+STAND_INS = {"train_eyes_transcoders": TINY, "gemma3_4b_transcoders": TINY, "gemma3_4b_transcoders_1gpu": TINY}
 TEXT = "TEXT"  # the folder of a text model of toy size
 EYES = {"text": TEXT, "vision_width": 8, "vision_layers": 1, "vision_mlp": 8, "vision_heads": 2}
 STAND_INS["train_eyes"] = [f"task.architecture.{key}={value}" for key, value in EYES.items()]

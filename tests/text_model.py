@@ -23,7 +23,13 @@ FACTS: dict[str, Any] = {
     "ggml.unknown_token_id": 3,
     "ggml.padding_token_id": 0,
 }
-SIZES = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 4, "num_attention_heads": 2}
+SIZES: dict[str, Any] = {
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "head_dim": 4,
+    "num_attention_heads": 2,
+}
 
 
 def write_text_model(folder: Path) -> None:

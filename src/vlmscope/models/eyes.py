@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from vlmscope.core.artifacts import (
     atomic_folder,
@@ -252,12 +252,12 @@ def write_untrained(config: EyesConfig, folder: Path, seed: int) -> None:
         boi_token_index=ids[BOI],
         eoi_token_index=ids[EOI],
         image_token_index=ids[SOFT],
-        eos_token_id=text["eos_token_id"],
+        eos_token_id=text["eos_token_id"],  # pyright: ignore[reportCallIssue]
         tie_word_embeddings=True,
         architectures=["Gemma3ForConditionalGeneration"],
     )
     torch.manual_seed(seed)
-    tower, projector = SiglipVisionModel(full.vision_config), Gemma3MultiModalProjector(full)
+    tower, projector = SiglipVisionModel(cast(Any, full.vision_config)), Gemma3MultiModalProjector(full)
     with torch.no_grad():
         projector.mm_input_projection_weight.normal_(0, config.vision_width**-0.5)
         _start_local(tower, config)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vlmscope.core.artifacts import shipped
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.config import ACTIVATIONS, FORMAT_NAMES
 from vlmscope.transcoders.formats import circuit_tracer
@@ -100,7 +101,10 @@ def format_named(name: str) -> Format:
 def detect(folder: Path) -> str:
     """The name of a folder's format, from the files in it."""
     if not folder.is_dir():
-        raise UserError(f"no transcoder set in {folder}: there is no such folder; check the path")
+        mend = "check the path"
+        if folder.resolve().parent == shipped("assets"):  # named by a configuration, not by the user
+            mend = "it is not shipped yet: train one (task=train_transcoders) and give it as transcoder=path"
+        raise UserError(f"no transcoder set in {folder}: there is no such folder; {mend}")
     for name, form in FORMATS.items():
         if form.found_in(folder):
             return name

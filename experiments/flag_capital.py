@@ -117,5 +117,6 @@ def draw_two_steps(bench: Bench, cases: Cases) -> None:
     }
     named = {name: replace(node, name=name) for name, node in nodes.items() if node.features}
     shown = described(scope, Circuit(named, {}, model=bench.vlm.name), lambda _: {})
-    picture = np.asarray(bench.pairs("test")[cases.question][0].original.images[0])
+    pair = next(pair for pair in bench.pairs("test")[cases.question] if pair.id == cases.ids[0])
+    picture = np.asarray(pair.original.images[0])
     draw_diagram(bench.run_dir / "figures" / "two_steps.png", shown, direct_edges([graph.graph], shown), picture, 0.005)

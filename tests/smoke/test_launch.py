@@ -131,9 +131,9 @@ def test_sigterm_to_one_process_stops_all_with_a_checkpoint_and_143(tmp_path: Pa
 
 def test_a_mistake_is_one_line_and_a_task_for_one_process_says_so(tmp_path: Path) -> None:
     where = ["tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]
-    codes, out, said = ended(start(["task=trace", "model=tiny", "model.family=llava", "prompt=red", *where]))
+    codes, out, said = ended(start(["task=steer", "model=tiny", "model.family=llava", "prompt=red", *where]))
     assert codes == [2, 2] and not any(out)
-    assert errors(said) == ["error: task=trace is made for one process, and torchrun started 2; start it alone"]
+    assert errors(said) == ["error: task=steer is made for one process, and torchrun started 2; start it alone"]
     assert not (tmp_path / "run").exists()
     codes, _, said = ended(start([*MIX, *where, "trainer.max_stepz=3"]))
     assert codes == [2, 2] and len(errors(said)) == 1 and "did you mean" in errors(said)[0]

@@ -127,7 +127,7 @@ def test_a_report_that_fails_costs_no_numbers(
     run = tmp_path / "run"
     command = ["experiment=planet_matrix", "debug=fast", "tracking=none", f"hydra.run.dir={run}"]
     with monkeypatch.context() as broken:
-        broken.setattr("vlmscope.analyses.run_report.draw_report", lambda *_: 1 / 0)
+        broken.setattr("vlmscope.tasks.experiment.draw_report", lambda *_: 1 / 0)
         assert main(command) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: the report was not drawn (division by zero); its numbers are recorded;")

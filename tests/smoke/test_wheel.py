@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_MB = 30
+MOST_MB = 45
 
 
 def run(*command: object, cwd: Path, **env: str) -> str:

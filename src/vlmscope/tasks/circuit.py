@@ -35,7 +35,7 @@ from vlmscope.circuits.discovery.discover import (
 )
 from vlmscope.config import AppConfig
 from vlmscope.config.resolve import declared_circuit
-from vlmscope.config.wiring import look_for_labels, user_pictures
+from vlmscope.config.wiring import user_pictures
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 from vlmscope.data.images import PictureFiles, for_figures
@@ -51,7 +51,6 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     A discovered circuit also has discovery.json, tables and figures.
     """
     # Refuse all that needs no model before one is loaded.
-    look_for_labels(cfg)
     spec = None if cfg.circuit_spec is None else declared_circuit(cfg.circuit_spec)
     check_source(cfg, spec)
     inputs = traced_inputs(cfg, spec)

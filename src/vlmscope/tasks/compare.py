@@ -5,7 +5,7 @@ from __future__ import annotations
 from vlmscope.attribution.compare import compare, graph_file, write_tables
 from vlmscope.attribution.export import load_graph
 from vlmscope.config import AppConfig
-from vlmscope.config.wiring import feature_labels, look_for_labels
+from vlmscope.config.wiring import feature_labels
 from vlmscope.core.errors import UserError
 from vlmscope.report.graph_figure import difference_graph, share_bars
 from vlmscope.tasks.registry import RunContext
@@ -15,7 +15,6 @@ from vlmscope.tasks.settings import CompareSettings
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write nodes.csv, edges.csv and the figures."""
     task: CompareSettings = cfg.task
-    look_for_labels(cfg)
     if task.first is None or task.second is None:
         raise UserError("two graphs are compared: give task.first=RUN and task.second=RUN, folders of task=trace")
     files = [graph_file(task.first), graph_file(task.second)]

@@ -22,7 +22,6 @@ from vlmscope.circuits.config import check_baselines
 from vlmscope.config import AppConfig
 from vlmscope.config.catalog import conf_dir
 from vlmscope.config.own import module_file
-from vlmscope.config.wiring import look_for_labels, study_sources
 from vlmscope.core.errors import CheckFailed, UserError, check_choice, first_line
 from vlmscope.core.launch import program
 from vlmscope.data.inputs import check_own_pictures
@@ -52,9 +51,6 @@ ANALYSES = {
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Run every declared trial, write trials.parquet, analyse, draw report.html."""
-    if cfg.task.reads_shards(cfg):
-        study_sources(cfg)  # raises when shards are missing
-    look_for_labels(cfg)
     check_own_pictures(cfg.images)
     chosen = HydraConfig.get().runtime.choices.get("experiment")  # `name=` may call the run something else
     module = own_analysis(cfg.name if chosen in (None, "null") else chosen, cfg.experiment_file)

@@ -47,6 +47,7 @@ class Task(NamedTuple):
 
     def run(self, app: AppConfig, context: RunContext) -> dict[str, float]:
         """Import the task, which may take seconds, and run it; returns flat metrics."""
+        app.task.look(app)
         name = f"{tasks.__name__}.{self.name}"
         import_quickly(name)
         return sys.modules[name].run(app, context)

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 from vlmscope.circuits.config import EditConfig
 from vlmscope.config import AppConfig
+from vlmscope.config.wiring import look_for_labels, study_sources
 from vlmscope.core.errors import UserError, check_choice, check_least
+from vlmscope.core.study import study_folder
 from vlmscope.data.orrery.scenes import COUNTS
 from vlmscope.models.eyes import EyesConfig
 from vlmscope.models.orrery import OrreryConfig
@@ -35,6 +37,13 @@ class Settings:
     recorded: ClassVar[bool] = True
     ranks: ClassVar[bool] = False
     resumes: ClassVar[bool] = False
+
+    def look(self, app: AppConfig) -> None:
+        """Refuse files that are missing, before the task and torch with it are imported, which takes seconds."""
+        if "attribution" in self.uses:
+            look_for_labels(app)
+        if "study" in self.uses and app.study.path is not None:
+            study_folder(app.study.path)
 
 
 @dataclass
@@ -191,6 +200,12 @@ class ExperimentSettings(Settings):
     def reads_shards(self, cfg: AppConfig) -> bool:
         """Whether the run goes through the data's shards."""
         return self.study and cfg.study.path is None and cfg.study.published is None
+
+    def look(self, app: AppConfig) -> None:
+        """The data's shards too, where an analysis reads them."""
+        super().look(app)
+        if self.reads_shards(app):
+            study_sources(app)
 
 
 @dataclass
@@ -371,6 +386,11 @@ class StudySettings(Settings):
 
     def __post_init__(self) -> None:
         check_least("task", self, keep=1)
+
+    def look(self, app: AppConfig) -> None:
+        """The data, where the study is made of them."""
+        if app.study.path is None and app.study.published is None:
+            study_sources(app)
 
 
 @dataclass

@@ -41,7 +41,6 @@ from vlmscope.config.wiring import (
     labels_folder,
     load_model,
     load_scope,
-    look_for_labels,
     model_origin,
     study_digest,
     transcoder_origin,
@@ -85,7 +84,6 @@ _SUBJECT = ("model=", "model.", "transcoder=", "transcoder.")  # overrides that 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Trace `prompt=` on `image=` (none for text alone), or every row of `task.rows=`."""
-    look_for_labels(cfg)
     if cfg.task.rows is not None:
         if place_of(os.environ) is not None:
             raise UserError("task.rows: several processes make one graph together, not rows; start it alone")

@@ -80,6 +80,7 @@ def test_what_is_recorded_of_a_forward_is_counted_exactly() -> None:
         inputs = vlm.prepare("what is this planet ?", [tiny_image(1)])
         state = capture_state(vlm, inputs)
         held = {name: tensor.numel() for name, tensor in vars(state).items() if isinstance(tensor, torch.Tensor)}
+        held["patterns"] = sum(block.values.numel() for pattern in state.patterns for block in pattern.blocks)
         held["value_scales"] = sum(scale.numel() for scale in state.value_scales if scale is not None)
         assert state_elements(vlm.adapter, len(inputs)) == held
 

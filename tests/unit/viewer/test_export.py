@@ -75,7 +75,7 @@ def test_refusals(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         export.export_graph(run)
     (run / "graph.json").write_text('{"nodes": []}')
     with pytest.raises(UserError):
-        export.export_graph(run, run.parent / "no study")
+        export.export_graph(run, [run.parent / "no study"])
     monkeypatch.setattr(export, "TEMPLATE", run / "nothing")
     with pytest.raises(UserError, match="make viewer"):
         export.export_graph(run)

@@ -68,7 +68,7 @@ def names(client: TestClient, query: str) -> list[str]:
 def test_a_study_is_listed(client: TestClient) -> None:
     (body,) = (row for row in client.get("/api/studies").json()["studies"] if row["id"] == "study/mine")
     assert (body["items"], body["labels"]) == (ROWS, ["auto"])
-    assert body["layers"] == [{"layer": layer, "features": WIDTH} for layer in range(LAYERS)]
+    assert body["layers"] == [{"layer": layer, "name": f"L{layer}", "features": WIDTH} for layer in range(LAYERS)]
 
 
 def test_filters_keep_what_the_study_counts(client: TestClient, study: StudyFolder) -> None:

@@ -84,7 +84,7 @@ def naming(bench: Bench, table: pd.DataFrame) -> dict[str, float]:
     for of in ("image", "other"):
         found = right(bench, [asked] * len(table), list(table[of]), names)
         parts.append(table[["kind", "artist", "label"]].assign(pictures=of.replace("image", "own"), **found))
-    every = pd.concat(parts)
+    every: Any = pd.concat(parts)
     bench.write_table("naming", every)
     seen = every[every.pictures == "own"]
     groups = {"flags": seen.kind == "country", "other": ~seen.kind.isin(["country", "planet"])}

@@ -65,7 +65,7 @@ def shared_features(bench: Bench, question: str) -> dict[str, float]:
     """Of the features that prefer a country's flag, how many prefer its name: next to other countries' names."""
     own, scope, relation = bench.analysis, bench.scope, read_relations([question])[question]
     table = read_icons("train", ["country"])
-    drawn = {name: [on_ground(image) for image in part.image] for name, part in table.groupby("label")}
+    drawn = {str(name): [on_ground(image) for image in part.image] for name, part in table.groupby("label")}
     texts = {name: scope.inputs(relation.asked(name), []) for name in drawn if name in relation.known}
     names = [list(texts)[row] for row in of_one_length(list(texts.values()))][: own.countries]
     prompts = {name: [scope.inputs(relation.asked(), [image]) for image in drawn[name]] for name in names}

@@ -39,7 +39,7 @@ def moved(value: Any, device: torch.device) -> Any:
 class Workers:
     """The adjoints that make rows, one for each device; the given one where `devices` is empty."""
 
-    def __init__(self, adjoint: Adjoint, devices: Sequence[str] = (), cache_bytes: int = 0) -> None:
+    def __init__(self, adjoint: Adjoint, devices: Sequence[str] = (), cache_bytes: float = 0) -> None:
         """Copy the frozen model to the devices.
 
         Raises:

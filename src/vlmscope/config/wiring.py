@@ -193,8 +193,8 @@ def trained_transcoders(
     folder, form, choice = chosen_set(cfg)
     stream = must_stream(folder, form, choice, device, itemsize, getattr(cfg.transcoder, "stream", None))
     stack = None if adapter is None else stack_of(adapter, open_set(folder, form, choice).config.site)
-    sizes = () if stack is None else (stack.n_layers, stack.d_model)
-    return load_set(folder, *sizes, format=form, choice=choice, stream=stream)
+    n_layers, d_model = (None, None) if stack is None else (stack.n_layers, stack.d_model)
+    return load_set(folder, n_layers, d_model, format=form, choice=choice, stream=stream)
 
 
 def chosen_set(cfg: AppConfig) -> tuple[Path, str, Choice]:

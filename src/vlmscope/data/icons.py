@@ -203,7 +203,7 @@ def _webp(picture: Image.Image) -> dict[str, Any]:
 
 def main(packages: str) -> None:
     """Write the splits' files from unpacked icon packages."""
-    table = pd.DataFrame(render(read_yaml(pictures_folder() / "concepts.yaml"), Path(packages)))
+    table: Any = pd.DataFrame(render(read_yaml(pictures_folder() / "concepts.yaml"), Path(packages)))
     for split, rows in table.groupby("split"):
         rows = rows[~rows.image.map(lambda image: image["bytes"]).duplicated()]  # sets repeat a drawing under two names
         rows[COLUMNS].to_parquet(pictures_folder() / f"{split}.parquet", index=False, compression="zstd")

@@ -132,7 +132,9 @@ class InputMaker:
         tensors = {name: tensor for name, tensor in forward.items() if name != LOSS_MASK}
         if self.site == "tower":
             tokens, kinds, boxes = tower_positions(self.vlm, tensors, sizes)
-            ids = np.where(kinds == IMAGE, adapter.soft_token_id(), _CLASS)
+            soft = adapter.soft_token_id()
+            assert soft is not None, "a tower without soft tokens"
+            ids = np.where(kinds == IMAGE, soft, _CLASS)
         else:
             kinds = np.full(len(ids), TEXT, dtype=np.uint8)
             if raw.exchanges:
@@ -216,7 +218,7 @@ class StudyPass:
         keep = np.flatnonzero(valid)
         if tokens[0] is not None:
             each = len(rows) // len(tokens)
-            keep = np.concatenate([number * each + one for number, one in enumerate(tokens)])
+            keep = np.concatenate([number * each + one for number, one in enumerate(tokens) if one is not None])
         whole = tokens[0] is None and len(keep) == len(rows)
         self.waiting[self.scope.first_layer + layer].append(rows if whole else rows[keep])
 
@@ -582,7 +584,8 @@ def _places(scope: Scope, inputs: ModelInputs) -> _Places:
 
 
 def _example(item: CaptionedPrompt, places: _Places, acts: np.ndarray) -> FeatureExample:
-    soft, text = np.flatnonzero(places.kinds == IMAGE), np.flatnonzero(places.kinds != IMAGE)
+    soft = np.flatnonzero(places.kinds == IMAGE).tolist()
+    text = np.flatnonzero(places.kinds != IMAGE).tolist()
     return FeatureExample(
         activation=float(acts.max()),
         caption=item.caption,

@@ -23,7 +23,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         names = ["first", "second"]
     if len(names) != 2 or names[0] == names[1]:
         raise UserError(f"task.names={names}: give two different names, such as task.names=[mars,earth]")
-    comparison = compare(*map(load_graph, files), names, task.match)
+    first, second = map(load_graph, files)
+    comparison = compare(first, second, names, task.match)
     labels = feature_labels(cfg, comparison.model, graphs=files)
     write_tables(context.run_dir, comparison, labels)
     if task.figure and len(comparison.sources):

@@ -297,7 +297,7 @@ LIMITS = (
     "what happens through other features nor what happens when attention changes. Shares are signed, and effects of "
     "opposite sign cancel in a sum.",
     "That a supernode matters is shown by intervening: task=steer or task=patch with task.circuit=, or an interchange "
-    "with interchange.circuit=, each beside its controls.",
+    "with interchange.circuit=, each next to its controls.",
 )
 Examples = Mapping[FeatureId, tuple[FeatureExample, ...]]
 

@@ -312,7 +312,7 @@ def subject_of_pairs(
 
 
 def told_apart_alike(scope: Scope, pairs: Sequence[Pair]) -> list[Pair]:
-    """The pairs whose two answers are told apart by the same token, the first or a later one, as most are."""
+    """The pairs whose answers first differ at the token number at which most pairs' answers do."""
     begun = [len(ask_pair(scope, pair)[0].begin) for pair in pairs]
     usual = max(sorted(set(begun)), key=begun.count, default=0)
     kept = [pair for pair, length in zip(pairs, begun, strict=True) if length == usual]

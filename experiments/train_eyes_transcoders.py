@@ -3,7 +3,7 @@
 No text of others is needed. Texts are sampled at temperature 1 from the first token on. Each question of
 `relations.yaml` is asked of training pictures and of written names, with its answer.
 
-    python -m vlmscope.training.sampled FOLDER_OF_EYES OUT
+    python experiments/train_eyes_transcoders.py FOLDER_OF_EYES OUT
 
 writes `OUT/train.jsonl` with its pictures, for data=folder data.path=OUT (docs/bring_your_own.md).
 """

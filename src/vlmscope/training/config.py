@@ -250,33 +250,24 @@ class OrreryTrainingConfig:
         check_choice("task.training.precision", self.precision, PRECISIONS)
 
 
-@dataclass
-class EyesStageConfig(StageConfig):
-    """A stage of `task=train_eyes`, whose batches have `batch.pictures` pictures.
+def _pictures() -> dict[str, int]:
+    return {"pictures": 32}
 
-    `distance_weight` weighs the distance of a picture's soft tokens to its concept's name, `flags` is the share of
-    flags. The rate falls as in a stage of `decay_steps` steps (null: `max_steps`).
+
+@dataclass
+class EyesTrainingConfig(StageConfig):
+    """Training of eyes (`vlmscope.training.eyes`): `batch.pictures` pictures a step, of which `flags` are flags.
+
+    `lr` is Muon's rate for the tower's matrices; all else learns at half of it with AdamW. `distance_weight` is the
+    last weight of the distance of a picture's soft tokens to its concept's name.
     """
 
-    distance_weight: float = 1.0
-    flags: float = 1 / 3
-    decay_steps: int | None = None
-
-
-def _eyes_tower() -> EyesStageConfig:
-    return EyesStageConfig(4000, {"pictures": 32}, weight_decay=0.05, decay_steps=9000)
-
-
-def _eyes_near() -> EyesStageConfig:
-    return EyesStageConfig(3500, {"pictures": 32}, lr=7e-4, weight_decay=0.05, seed=1, distance_weight=20.0, flags=0.5)
-
-
-@dataclass
-class EyesTrainingConfig:
-    """The stages of `task=train_eyes` (`vlmscope.training.eyes`)."""
-
-    tower: EyesStageConfig = field(default_factory=_eyes_tower)
-    near: EyesStageConfig = field(default_factory=_eyes_near)
+    max_steps: int = 12_000
+    batch: dict[str, int] = field(default_factory=_pictures)
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    distance_weight: float = 30.0
+    flags: float = 0.4
     precision: str = "bf16-mixed"
     checkpoint_every: int = 500
     val_every: int = 1000

@@ -131,11 +131,6 @@ class ScheduledModule(pl.LightningModule, ABC):
     def collate(self, scenes: list[Scene], step: int) -> Any:
         """A batch of these scenes."""
 
-    @property
-    def decay_steps(self) -> int:
-        """Steps until the rate is at its floor."""
-        return self.config.max_steps
-
     def tower_parameters(self) -> list[nn.Parameter]:
         """Parameters that learn at `tower_rate` of the rate."""
         return []
@@ -170,7 +165,7 @@ class ScheduledModule(pl.LightningModule, ABC):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set each group's rate from the step."""
-        factor = rate_factor(self.steps_done, self.decay_steps, self.config.warmup, _LR_FLOOR)
+        factor = rate_factor(self.steps_done, self.config.max_steps, self.config.warmup, _LR_FLOOR)
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
             group["lr"] = self.config.lr * factor * group["scale"]
 

@@ -12,8 +12,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.data.icons import read_icons
 from vlmscope.models.eyes import EyesConfig, joined_folder, write_untrained
 from vlmscope.models.loading import VLM, load_vlm
-from vlmscope.training import eyes
-from vlmscope.training.config import EyesStageConfig, EyesTrainingConfig
+from vlmscope.training.config import EyesTrainingConfig
 from vlmscope.training.eyes import (
     EyesModule,
     PicturePool,
@@ -45,40 +44,49 @@ def vlm(architecture: EyesConfig, tmp_path: Path) -> VLM:
     return load_vlm(joined_folder(tmp_path / "eyes"))
 
 
-def stage(steps: int, seed: int = 0) -> EyesStageConfig:
-    return EyesStageConfig(steps, {"pictures": 3}, warmup=1, seed=seed)
+def settings(steps: int) -> EyesTrainingConfig:
+    return EyesTrainingConfig(
+        max_steps=steps, batch={"pictures": 3}, warmup=1, precision="32", checkpoint_every=1, val_every=9
+    )
 
 
-def test_a_resumed_training_equals_an_uninterrupted_one(architecture: EyesConfig, tmp_path: Path) -> None:
-    def train(steps: tuple[int, int], run: Path, resume: bool) -> None:
-        config = EyesTrainingConfig(
-            stage(steps[0]), stage(steps[1], 1), precision="32", checkpoint_every=1, val_every=9
-        )
-        train_eyes(architecture, config, run, False, resume)
+def test_a_resumed_training_equals_an_uninterrupted_one(
+    architecture: EyesConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(run: Path, resume: bool, steps: int = 3) -> dict[str, torch.Tensor]:
+        train_eyes(architecture, settings(steps), run, False, resume)
+        return load_file(run / "model" / "eyes.safetensors")
 
-    train((2, 2), tmp_path / "whole", resume=False)
-    fit = eyes.fit_stage
-
-    def stopped(module: EyesModule, *settings: Any) -> None:
-        if module.config.seed == 1:  # the second stage
-            raise KeyboardInterrupt
-        fit(module, *settings)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eyes, "fit_stage", stopped)
+    whole = train(tmp_path / "whole", resume=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(EyesModule, "training_step", stopped_at(2, EyesModule.training_step))
         with pytest.raises(KeyboardInterrupt):
-            train((2, 2), tmp_path / "parts", resume=False)
-    train((2, 2), tmp_path / "parts", resume=True)
-    whole, parts = (load_file(tmp_path / name / "model" / "eyes.safetensors") for name in ("whole", "parts"))
+            train(tmp_path / "parts", resume=False)
+    parts = train(tmp_path / "parts", resume=True)
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
-    train((2, 2), tmp_path / "other", resume=False)
     with pytest.raises(UserError, match="other settings"):
-        train((3, 2), tmp_path / "other", resume=True)
+        train(tmp_path / "parts", resume=True, steps=4)
+
+
+def stopped_at(step: int, training_step: Any) -> Any:
+    def stopped(module: EyesModule, batch: Any, batch_idx: int) -> Any:
+        if module.steps_done == step:
+            raise KeyboardInterrupt
+        return training_step(module, batch, batch_idx)
+
+    return stopped
+
+
+def test_the_optimiser_has_every_parameter_once(vlm: VLM) -> None:
+    module = EyesModule(settings(1), vlm, NAMES)
+    learned = [p for group in module.optimizer.param_groups for p in group["params"]]
+    assert len(learned) == len({id(p) for p in learned})
+    assert {id(p) for p in learned} == {id(p) for p in module.parameters()}
 
 
 @torch.no_grad()
 def test_soft_tokens_that_are_a_name_are_nearest_to_it(vlm: VLM) -> None:
-    module = EyesModule(stage(1), vlm, NAMES)
+    module = EyesModule(settings(1), vlm, NAMES)
     names = name_embeddings(vlm.model, vlm.tokenizer, NAMES)
     apart = module.distances(names)
     torch.testing.assert_close(apart.diagonal(), torch.zeros(3), rtol=0, atol=1e-4)

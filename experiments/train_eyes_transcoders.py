@@ -25,9 +25,9 @@ from vlmscope.data.icons import on_ground, read_icons, read_relations
 from vlmscope.models.eyes import joined_folder
 from vlmscope.models.loading import VLM, load_vlm
 
-TEXTS, LENGTH = 128, 128  # sampled texts, and tokens of each
-QUESTIONS = 1500  # of pictures, and as many of names
-_BATCH = 64  # texts at once
+TEXTS, LENGTH = 640, 128  # sampled texts, and tokens of each
+QUESTIONS = 6000  # of pictures, and as many of names
+_BATCH = 128  # texts at once
 
 
 @torch.no_grad()
@@ -49,8 +49,8 @@ def questions(count: int, folder: Path, seed: int) -> Iterator[dict[str, Any]]:
     table, relations = read_icons("train"), list(read_relations().values())
     table = table[table.label.isin({label for relation in relations for label in relation.answers})]
     rng = generator(seed, "sampled questions")
-    for number in rng.permutation(len(table))[:count]:
-        row = table.iloc[int(number)]
+    for number, which in enumerate(rng.integers(len(table), size=count)):
+        row = table.iloc[int(which)]
         fitting = [relation for relation in relations if row.label in relation.answers]
         relation = fitting[int(rng.integers(len(fitting)))]
         red, green, blue = (int(value) for value in rng.integers(256, size=3))

@@ -3,6 +3,7 @@
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,6 +13,7 @@ from vlmscope.config.catalog import asset
 from vlmscope.transcoders.formats import FORMATS, load_set, refusal, save_set
 from vlmscope.transcoders.hub import parts_of
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet, TranscoderSetConfig, random_set
+from vlmscope.viewer.studies import decoder_rows
 
 
 def convert(source: Path | str, to: str, out: Path, *more: str) -> int:
@@ -91,6 +93,19 @@ def test_orrerys_set_goes_there_and_back_byte_for_byte_with_its_figures(tmp_path
     assert after["vlmscope"]["figures"] == before["vlmscope"]["figures"] and after["license"] == "mit"
     record = yaml.safe_load((tmp_path / "back" / "config.yaml").read_text())
     assert record["dtype"] == "bfloat16"  # the smallest that holds every number
+
+
+def test_a_set_is_converted_to_int8_and_refused_where_scales_have_no_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_set(random_set(2, 6, 24, 4), tmp_path / "in")
+    assert convert(tmp_path / "in", "vlmscope", tmp_path / "out", "task.dtype=int8") == 0
+    exact, stored = load_set(tmp_path / "in")[1].W_dec, load_set(tmp_path / "out")[1].W_dec
+    assert ((exact - stored).abs() <= exact.abs().amax(1, keepdim=True) / 250).all()
+    assert np.array_equal(decoder_rows(tmp_path / "out", 1), stored.detach().numpy())
+    assert convert(tmp_path / "in", "paper", tmp_path / "paper", "task.dtype=int8") == 2
+    assert "scales" in capsys.readouterr().err
+    assert not (tmp_path / "paper").exists()
 
 
 def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(

@@ -14,6 +14,7 @@ from vlmscope.core.errors import CheckFailed, UserError
 from vlmscope.core.records import generator
 from vlmscope.tasks.registry import RunContext
 from vlmscope.transcoders.formats import load_set, open_set, refusal, save_set
+from vlmscope.transcoders.formats.common import eight_bits
 from vlmscope.transcoders.hub import CARD, carried_over, facts_of_set, render
 from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -65,7 +66,12 @@ def _check(expected: TranscoderSet, folder: Path, form: str, dtype: str) -> None
     """
     wide = next(expected.parameters()).dtype
     again = load_set(folder, dtype=wide, format=form)
-    expected.to(getattr(torch, dtype)).to(wide)  # in place: there may be no room for a third copy
+    if dtype == "int8":  # in place: there may be no room for a third copy
+        for tensor in (tensor for tensor in expected.parameters() if tensor.ndim > 1):
+            numbers, scale = eight_bits(tensor)
+            tensor.data.copy_(numbers * scale[:, None])
+    else:
+        expected.to(getattr(torch, dtype)).to(wide)
     if again.layers != expected.layers:
         raise CheckFailed(f"{form} gives back layers {again.layers} instead of {expected.layers}; nothing is kept", {})
     inputs = {

@@ -163,7 +163,7 @@ class ConvertSettings(Settings):
     def __post_init__(self) -> None:
         if self.to is not None:
             check_choice("task.to", self.to, FORMAT_NAMES)
-        check_choice("task.dtype", self.dtype, ("auto", "float32", "bfloat16", "float64"))
+        check_choice("task.dtype", self.dtype, ("auto", "float32", "bfloat16", "float64", "int8"))
 
 
 @dataclass

@@ -62,22 +62,28 @@ def picture_body(picture: HeatPicture) -> dict[str, Any] | None:
     return {"url": data_uri(picture.data), "boxes": boxes, "levels": picture.levels.tolist()}
 
 
-def _decoder(folder: Path, layer: int) -> np.ndarray:
+def decoder_rows(folder: Path, layer: int) -> np.ndarray:
     """`[F, d]` float32, the decoder of a layer. Read by hand: numpy, without torch, knows no bfloat16."""
     with (folder / f"layer_{layer}.safetensors").open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > _HEADER:
             raise ValueError("not safetensors")
-        entry = json.loads(file.read(size))["W_dec"]
-        start, end = entry["data_offsets"]
-        file.seek(8 + size + start)
-        data = file.read(end - start)
-    if entry["dtype"] == "BF16":  # the upper half of a float32
-        values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-    else:
-        values = np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[entry["dtype"]]).astype(np.float32)
-    rows, width = entry["shape"]
-    return values.reshape(rows, width)
+        heads = json.loads(file.read(size))
+
+        def values(name: str) -> np.ndarray:
+            entry = heads[name]
+            start, end = entry["data_offsets"]
+            file.seek(8 + size + start)
+            data = file.read(end - start)
+            if entry["dtype"] == "BF16":  # the upper half of a float32
+                numbers = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+            else:
+                kinds = {"F32": "<f4", "F16": "<f2", "I8": "i1"}
+                numbers = np.frombuffer(data, kinds[entry["dtype"]]).astype(np.float32)
+            return numbers.reshape(entry["shape"])
+
+        scaled = heads["W_dec"]["dtype"] == "I8"
+        return values("W_dec") * (values("W_dec_scale")[:, None] if scaled else 1)
 
 
 def label_body(label: Label | None) -> dict[str, Any] | None:
@@ -307,14 +313,14 @@ class OpenStudy:
         counts = self.study.info.n_features
         try:
             first = TOWER if feature.layer < 0 else 0
-            decoder = _decoder(folder, feature.layer - first)
+            decoder = decoder_rows(folder, feature.layer - first)
             if len(decoder) != counts[feature.layer]:
                 return []
             own = np.array(decoder[feature.index])
             size = max(counts.values()) * own.nbytes * len(counts)
             rows, values = [], []
             for layer in self.study.layers if size <= _DECODERS else [feature.layer]:
-                decoder = _decoder(folder, layer - first)
+                decoder = decoder_rows(folder, layer - first)
                 norms = np.linalg.norm(decoder, axis=1) * np.linalg.norm(own)
                 rows.append(self.row_of[FeatureId(layer, 0)] + np.arange(counts[layer]))
                 values.append(decoder @ own / np.maximum(norms, 1e-20))

@@ -45,8 +45,25 @@ def test_bfloat16_is_half_the_size_and_computed_in_float32(tmp_path: Path) -> No
     x = torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
     assert loaded[0].W_enc.dtype == torch.float32
     assert torch.equal(loaded[0](x).reconstruction, rounded[0](x).reconstruction)
-    with pytest.raises(UserError, match="int8"):
-        save_set(transcoders, tmp_path, dtype="int8")
+    with pytest.raises(UserError, match="int16"):
+        save_set(transcoders, tmp_path, dtype="int16")
+
+
+def test_int8_is_a_quarter_of_the_size_and_rounds_each_number_by_half_a_step_of_its_row(tmp_path: Path) -> None:
+    transcoders = random_set(1, 64, 256, K, seed=1)
+    for dtype in ("float32", "int8"):
+        save_set(transcoders, tmp_path / dtype, dtype=dtype)
+    sizes = [(tmp_path / name / "layer_0.safetensors").stat().st_size for name in ("float32", "int8")]
+    assert 0.24 < sizes[1] / sizes[0] < 0.3
+    exact, rounded = transcoders[0], load_set(tmp_path / "int8")[0]
+    for name in ("W_enc", "W_dec"):
+        ours, theirs = getattr(exact, name).detach(), getattr(rounded, name).detach()
+        steps = ours.abs().amax(1, keepdim=True) / 127
+        assert ((ours - theirs).abs() <= 0.501 * steps).all()
+        assert not torch.equal(ours, theirs)
+    assert torch.equal(exact.b_dec, rounded.b_dec)
+    with pytest.raises(UserError, match="scales"):
+        save_set(transcoders, tmp_path / "paper", dtype="int8", format="paper")
 
 
 def test_widths_may_differ_by_layer_and_layers_may_be_missing_if_nobody_asks_for_all(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Transcoder sets on disk, in the formats of the field: `load_set` and `save_set`.
 
-Layouts, keys and traps: docs/formats_transcoders.md. Weights may be stored in bfloat16; computation is in float32.
+Layouts, keys and traps: docs/formats_transcoders.md. Weights may be stored in bfloat16 or int8; computation
+is in float32.
 """
 
 from collections.abc import Callable
@@ -194,10 +195,16 @@ def refusal(transcoders: TranscoderSet, format: str) -> str | None:
 
 
 def save_set(transcoders: TranscoderSet, folder: str | Path, dtype: str = "float32", format: str = "vlmscope") -> None:
-    """Write the set into `folder`; `dtype` is the stored one, "float32" (exact) or "bfloat16" (half the size)."""
+    """Write the set into `folder`.
+
+    `dtype` is the stored one: "float32", "float64", "bfloat16" (half the size of float32), or "int8" with a scale for
+    each row of a matrix (a quarter), which only our own format has.
+    """
     if dtype not in STORED_DTYPES:
         raise UserError(f"cannot store transcoders as {dtype!r}; choose one of: {', '.join(STORED_DTYPES)}")
     reason = refusal(transcoders, format)
+    if reason is None and dtype == "int8" and format != "vlmscope":
+        reason = "it has no place for int8's scales"
     if reason is not None:
         raise UserError(f"cannot write this set as {format}: {reason}; choose another format")
     write = FORMATS[format].write

@@ -22,7 +22,13 @@ from vlmscope.transcoders.streaming import StreamedRows, mapped_bytes, whole
 from vlmscope.transcoders.transcoder import Transcoder, set_weight
 
 REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec")
-STORED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+STORED_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+    "int8": torch.int8,  # matrices, with a scale for each row in a tensor of this suffix; all else in float32
+}
+SCALE = "_scale"
 READ_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -74,14 +80,18 @@ class SetSource:
 
 
 def read_tensors(path: Path, stream: bool = False) -> Tensors:
-    """All tensors of a safetensors file; float8 becomes float32, exactly. Those to `stream` stay in the mapped file."""
+    """All tensors of a safetensors file; float8 and scaled int8 become float32. Those to `stream` stay in the file."""
     tensors = {}
     with open_tensors(path, "pt") as file:
+        names = set(file.keys())
         bytes_of = mapped_bytes(path) if stream else {}
-        for name in file.keys():  # noqa: SIM118  (not a mapping)
+        for name in names - {name + SCALE for name in names}:
             head = file.get_slice(name)
             dtype = head.get_dtype()
-            if dtype not in READ_DTYPES and head.get_shape():  # a scalar is a setting, which the format reads
+            scaled = dtype == "I8" and name + SCALE in names
+            if (
+                not scaled and dtype not in READ_DTYPES and head.get_shape()
+            ):  # a scalar is a setting, which the format reads
                 raise UserError(
                     f"{path}: {name} is stored as {dtype}, and without a scale that says no weights; give the set in "
                     f"one of {', '.join(READ_DTYPES)}"
@@ -93,13 +103,27 @@ def read_tensors(path: Path, stream: bool = False) -> Tensors:
                 tensors[name] = bytes_of[name].view(kind).view(head.get_shape())
                 continue
             tensor = file.get_tensor(name)
-            tensors[name] = tensor.float() if dtype.startswith("F8") else tensor
+            tensors[name] = tensor.float() if scaled or dtype.startswith("F8") else tensor
+            if scaled:
+                tensors[name] *= file.get_tensor(name + SCALE)[..., None]
     return tensors
+
+
+def eight_bits(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix [.., d] as int8, and the scales [..] in float32 of its rows, at least 1e-30."""
+    scale = matrix.abs().amax(-1).float().clamp_min(1e-28) / 127
+    return (matrix / scale[..., None]).round().to(torch.int8).contiguous(), scale
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: str) -> None:
     """Write tensors, converted to a dtype of `STORED_DTYPES`, atomically."""
-    stored = {name: whole(t).detach().to("cpu", STORED_DTYPES[dtype]).contiguous() for name, t in tensors.items()}
+    stored: Tensors = {}
+    for name, tensor in tensors.items():
+        tensor = whole(tensor).detach().cpu()
+        if dtype == "int8" and tensor.ndim > 1:
+            stored[name], stored[name + SCALE] = eight_bits(tensor)
+        else:
+            stored[name] = tensor.to(torch.float32 if dtype == "int8" else STORED_DTYPES[dtype]).contiguous()
     with atomic_path(path) as temporary:
         save_file(stored, temporary, metadata={"format": "pt"})
 

@@ -15,12 +15,12 @@ feature is active at k / F of the starting tokens. JumpReLU's rows are then resc
 function) until all thresholds are 2: an optimiser that moves every number by about its rate would hardly move a
 threshold of 6 in some hundred steps, and L0 would drift away from k.
 
-Measured on layer 2 of Orrery (d = 128, F = 1024, k = 16, 100 steps of 2,000 tokens at 3e-3), FVU and L0 on other
-pictures, TopK having an FVU of 0.073: JumpReLU 0.074 and 14.4; with thresholds of 1, 0.072 and 20.5; not rescaled,
-0.090 and 8.4; not rescaled and one threshold for all features, 0.190 and 8.3; ReLU with a coefficient of 0.003, 0.074
-and 24 (0.079 and 27 without the scaling of W_dec, `_best_scale`). On one layer of an Orrery with a trained tower and a
-random decoder (F = 2048, 300 steps of 2,048 tokens at 3e-3), FVU and dead features were 0.044 and 9 %; with the paper's
-start (W_dec = 0, W_enc uniform), 0.054 and 28 %.
+Measured, before inputs were half whitened (`Standardisation`), on layer 2 of Orrery (d = 128, F = 1024, k = 16, 100
+steps of 2,000 tokens at 3e-3), FVU and L0 on other pictures, TopK having an FVU of 0.073: JumpReLU 0.074 and 14.4; with
+thresholds of 1, 0.072 and 20.5; not rescaled, 0.090 and 8.4; not rescaled and one threshold for all features, 0.190 and
+8.3; ReLU with a coefficient of 0.003, 0.074 and 24 (0.079 and 27 without the scaling of W_dec, `_best_scale`). On one
+layer of an Orrery with a trained tower and a random decoder (F = 2048, 300 steps of 2,048 tokens at 3e-3), FVU and dead
+features were 0.044 and 9 %; with the paper's start (W_dec = 0, W_enc uniform), 0.054 and 28 %.
 
 A step may be taken in micro-batches. The terms of the loss that are not sums over tokens, which are the FVU's
 denominators and the mean that L0's penalty squares, are then computed of the whole step (`Step`) before the first
@@ -216,8 +216,9 @@ class LayerTrainer(nn.Module):
     """One layer: its transcoder in standardised coordinates, the standardisation, and each feature's silence."""
 
     x_mean: Tensor
+    x_map: Tensor
     y_mean: Tensor
-    scales: Tensor
+    y_scale: Tensor
     silent: Tensor
     stopped: Tensor
     losses: Tensor
@@ -232,8 +233,9 @@ class LayerTrainer(nn.Module):
         self.transcoder.product_dtype = product_dtype
         d, f = config.d_model, config.n_features
         self.register_buffer("x_mean", torch.zeros(d))
+        self.register_buffer("x_map", torch.eye(d))
         self.register_buffer("y_mean", torch.zeros(d))
-        self.register_buffer("scales", torch.ones(2, dtype=torch.float64))
+        self.register_buffer("y_scale", torch.ones((), dtype=torch.float64))
         self.register_buffer("silent", torch.zeros(f, dtype=torch.long))  # tokens since the feature last fired
         self.register_buffer("stopped", torch.tensor(-1))  # the step that was refused, -1 while the layer learns
         self.register_buffer("losses", torch.full((_WINDOW,), math.nan, dtype=torch.float64))
@@ -241,14 +243,14 @@ class LayerTrainer(nn.Module):
     @property
     def standard(self) -> Standardisation:
         """The coordinates of training."""
-        return Standardisation(self.x_mean, float(self.scales[0]), self.y_mean, float(self.scales[1]))
+        return Standardisation(self.x_mean, self.x_map, self.y_mean, float(self.y_scale))
 
     def standardised(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Raw activations [N, d], [N, d] in the coordinates and the dtype of training."""
         return self.standard.apply(x.to(self.x_mean.dtype), y.to(self.x_mean.dtype))
 
     def standardise(self, x: Tensor, y: Tensor) -> None:
-        """Set means and scales from raw activations [N, d], [N, d]; UserError unless they are finite."""
+        """Set the coordinates from raw activations [N, d], [N, d]; UserError unless they are finite."""
         if not (bool(x.isfinite().all()) and bool(y.isfinite().all())):
             raise UserError(
                 f"layer {self.transcoder.config.layer}: activations of the first batches are not finite; "
@@ -256,8 +258,9 @@ class LayerTrainer(nn.Module):
             )
         standard = Standardisation.fit(x, y)
         self.x_mean.copy_(standard.x_mean)
+        self.x_map.copy_(standard.x_map)
         self.y_mean.copy_(standard.y_mean)
-        self.scales.copy_(torch.tensor([standard.x_scale, standard.y_scale], dtype=torch.float64))
+        self.y_scale.fill_(standard.y_scale)
 
     def start(self, x: Tensor, targets: Sequence[Tensor], seed: int) -> None:
         """Set the weights from standardised tokens (the function `start`)."""
@@ -357,7 +360,7 @@ def _step_figures(trainer: LayerTrainer, parts: list[tuple[Tensor, Tensor]], y: 
     [N, d] and the number of active features.
     """
     recipe = trainer.recipe
-    target = trainer.standardised(y, y)[1]
+    target = trainer.standard.apply_target(y.to(trainer.y_mean.dtype))
     unknown = target.new_tensor(math.nan)
     jump = isinstance(trainer.transcoder.activation, JumpReLU) and recipe.sparsity_weight("jumprelu") > 0
     revive = recipe.aux_coefficient > 0 and len(dead_features(trainer.silent, recipe.dead_after_tokens)) > 0

@@ -40,6 +40,7 @@ from vlmscope.transcoders.streaming import BLOCK, StreamedList, StreamedRows
 from vlmscope.transcoders.usual_error import UsualError
 
 _CACHED = 4 << 20  # bytes of rows that fit a core's cache
+_SHRINKAGE = 0.1  # of the mean variance: bounds how much standardised inputs enlarge weak directions
 
 
 def weighted_bags(indices: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
@@ -509,37 +510,51 @@ def set_weight(parameter: Tensor, value: Tensor | np.ndarray | float) -> None:
 
 @dataclass(frozen=True)
 class Standardisation:
-    """Coordinates of training, means [d] and scalar scales: `x' = (x - x_mean) / x_scale`, `y'` likewise."""
+    """Coordinates of training: `x' = (x - x_mean) x_map`, `y' = (y - y_mean) / y_scale`; x_map [d, d] is symmetric."""
 
     x_mean: Tensor
-    x_scale: float
+    x_map: Tensor
     y_mean: Tensor
     y_scale: float
 
     @classmethod
     def fit(cls, x: Tensor, y: Tensor) -> Standardisation:
-        """Means over the tokens of [N, d] and root mean square deviations over tokens and dimensions."""
+        """From tokens [N, d], so that x' and y' have means 0 and a mean square of 1 over tokens and dimensions.
+
+        x' is half-way to white: x_map is proportional to (C / c + 0.1)^(-1/4), where C is the covariance and c its
+        mean variance. A few directions hold most of the variance of a model's activations; without this an encoder
+        learns the others slowly (measured in docs/LOG.md).
+        """
         x_mean, y_mean = x.double().mean(0), y.double().mean(0)
-        x_scale = float((x - x_mean).double().square().mean().sqrt())
-        y_scale = float((y - y_mean).double().square().mean().sqrt())
-        return cls(x_mean.to(x.dtype), x_scale or 1.0, y_mean.to(y.dtype), y_scale or 1.0)
+        centred = x - x_mean
+        y_scale = float((y - y_mean).square().mean().sqrt())
+        variances, directions = torch.linalg.eigh(centred.T @ centred / len(x))
+        shares = variances / (variances.mean() or 1.0)
+        factors = (shares.clamp_min(0) + _SHRINKAGE) ** -0.25
+        factors = factors / (float((variances * factors.square()).mean().sqrt()) or 1.0)
+        x_map = (directions * factors) @ directions.T
+        return cls(x_mean.to(x.dtype), x_map.to(x.dtype), y_mean.to(y.dtype), y_scale or 1.0)
 
     def apply(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Standardised inputs and targets, [.., d] each."""
-        return (x - self.x_mean) / self.x_scale, (y - self.y_mean) / self.y_scale
+        return (x - self.x_mean) @ self.x_map, self.apply_target(y)
+
+    def apply_target(self, y: Tensor) -> Tensor:
+        """Standardised targets, [.., d]."""
+        return (y - self.y_mean) / self.y_scale
 
 
 def fold(transcoder: Transcoder, standard: Standardisation, later_scales: Sequence[float] = ()) -> Transcoder:
     """A new transcoder from raw inputs to raw targets, equal to `transcoder` in the coordinates of `standard`.
 
-    W_enc' = W_enc / sx; b_enc' = b_enc - W_enc mx / sx; W_dec' = sy W_dec; W_skip' = sy/sx W_skip;
+    W_enc' = W_enc M; b_enc' = b_enc - W_enc' mx; W_dec' = sy W_dec; W_skip' = sy W_skip M, M being `x_map`;
     b_dec' = sy b_dec + my - W_skip' mx. Activations, and so the choice of the top k, do not change. `later_scales` are
     the sy of the later layers that it writes to, in order, by which its decoders to them are multiplied.
     """
     out = copy.deepcopy(transcoder)
-    mx, my = standard.x_mean.double(), standard.y_mean.double()
+    mx, my, x_map = standard.x_mean.double(), standard.y_mean.double(), standard.x_map.double()
     with torch.no_grad():
-        w_enc = transcoder.W_enc.double() / standard.x_scale
+        w_enc = transcoder.W_enc.double() @ x_map
         set_weight(out.W_enc, w_enc)
         set_weight(out.b_enc, transcoder.b_enc.double() - w_enc @ mx)
         set_weight(out.W_dec, transcoder.W_dec.double() * standard.y_scale)
@@ -547,7 +562,7 @@ def fold(transcoder: Transcoder, standard: Standardisation, later_scales: Sequen
             set_weight(folded, later.double() * scale)
         b_dec = transcoder.b_dec.double() * standard.y_scale + my
         if transcoder.W_skip is not None and out.W_skip is not None:
-            w_skip = transcoder.W_skip.double() * (standard.y_scale / standard.x_scale)
+            w_skip = transcoder.W_skip.double() @ x_map * standard.y_scale
             set_weight(out.W_skip, w_skip)
             b_dec = b_dec - w_skip @ mx
         set_weight(out.b_dec, b_dec)

@@ -180,7 +180,7 @@ def test_features_are_exchanged_only_where_bfloat16_cannot_tell_them_apart() -> 
 @pytest.mark.parametrize("same_features", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_agree_with_float32(activation: str, same_features: bool) -> None:
-    """A share of about 4 UNIT of the entries is exchanged, each of which is gone and come: sqrt(8 UNIT) of the norm."""
+    """About 6 UNIT of the entries are exchanged, each of which is gone and come: sqrt(12 UNIT) of the norm."""
     half, full, x, y = _pair(activation, True, dead_after_tokens=1, aux_k=8)
     if same_features:
         product = half.transcoder._product(half.standardised(x, y)[0])
@@ -190,7 +190,7 @@ def test_gradients_agree_with_float32(activation: str, same_features: bool) -> N
             trainer.silent[: FEATURES // 4] = 10  # AuxK works too
     ours, theirs = (differentiate(one, x, y, Tensor.backward) for one in (half, full))
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-5 if same_features else 4 * UNIT)
-    tolerance = 1e-4 if same_features else (8 * UNIT) ** 0.5
+    tolerance = 1e-4 if same_features else (12 * UNIT) ** 0.5
     for (name, one), (_, other) in zip(half.named_parameters(), full.named_parameters(), strict=True):
         assert one.grad is not None and other.grad is not None and one.grad.dtype == torch.float32
         assert float((one.grad - other.grad).norm()) <= tolerance * float(other.grad.norm()), name

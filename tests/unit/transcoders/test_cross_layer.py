@@ -52,8 +52,8 @@ def test_folding_scales_each_decoder_by_its_target_layer() -> None:
     transcoders, x = made(skip=True), inputs()
     rng = np.random.default_rng(1)
     mean = [torch.from_numpy(rng.standard_normal(D)) for _ in range(2 * L)]
-    scale = rng.uniform(0.5, 2.0, 2 * L)
-    standards = [Standardisation(mean[n], scale[n], mean[n + L], scale[n + L]) for n in range(L)]
+    scale, maps = rng.uniform(0.5, 2.0, L), torch.from_numpy(rng.standard_normal((L, D, D)))
+    standards = [Standardisation(mean[n], maps[n] + maps[n].T, mean[n + L], scale[n]) for n in range(L)]
     folded = {n: fold(transcoders[n], standards[n], [standards[m].y_scale for m in range(n + 1, L)]) for n in range(L)}
     inside = {n: standards[n].apply(x[n], x[n])[0] for n in range(L)}
     codes = transcoders.encode(inside)

@@ -64,6 +64,11 @@ def test_folding_a_standardisation_changes_nothing_but_coordinates(skip: bool) -
     for tensor in (x_standard, y_standard):
         torch.testing.assert_close(tensor.mean(0), torch.zeros(D, dtype=torch.float64), rtol=0, atol=1e-12)
         torch.testing.assert_close(tensor.square().mean(), torch.tensor(1.0, dtype=torch.float64))
+    # Half-way to white: the covariance C of inputs becomes proportional to C (C / c + 0.1)^(-1/2).
+    before, after = torch.cov(x.T, correction=0), torch.cov(x_standard.T, correction=0)
+    shrunk = before / before.diagonal().mean() + 0.1 * torch.eye(D, dtype=torch.float64)
+    left, right = after @ after @ shrunk, before @ before
+    torch.testing.assert_close(left / left.norm(), right / right.norm(), rtol=0, atol=1e-12)
     inside, outside = transcoder(x_standard), fold(transcoder, standard)(x)
     back = inside.reconstruction * standard.y_scale + standard.y_mean
     torch.testing.assert_close(outside.reconstruction, back, rtol=0, atol=1e-12)

@@ -125,10 +125,13 @@ def by_blocks(pre: Tensor, k: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("f", "k"), [(2048, 16), (1024, 32), (10240, 32), (1536, 1), (64, 4), (2048, 128)])
-def test_the_largest_come_in_order(f: int, k: int) -> None:
-    pre = numbers(300, f)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_come_in_order(f: int, k: int, dtype: torch.dtype) -> None:
+    pre = numbers(300, f).to(dtype)
     assert nonlinearities._block_size(f, k) >= 4
-    found, known = by_blocks(pre, k), pre.topk(k)
+    single = nonlinearities._single(pre)
+    assert single is not None
+    found, known = by_blocks(single, k), pre.topk(k)
     assert torch.equal(pre.gather(1, found), known.values)
     assert all(len(set(row)) == k for row in found.tolist())  # indices may differ from topk's where numbers are equal
 

@@ -33,6 +33,7 @@ WIDE = {"batch": 1024, "width": 640, "latents": 10240, "k": 32}
 WHO = {
     "ours": {"who": "ours"},
     "ours, half the steps": {"who": "ours", "share": 0.5},
+    "ours, a third of the steps": {"who": "ours", "share": 1 / 3},
     "sparsify (signum)": {"who": "peer", "optimizer": "signum"},
     "sparsify (Adam)": {"who": "peer", "optimizer": "adam"},
     # Its own choice of rate is 1.41e-2 here; these two say what a search as ours would have found.
@@ -41,8 +42,8 @@ WHO = {
 }
 
 
-def jobs(quick: bool, reps: int) -> Iterator[Record]:
-    """What is to be measured, repetitions outermost."""
+def jobs(quick: bool, reps: int, long_threads: int, clock: str) -> Iterator[Record]:
+    """What is to be measured, repetitions outermost; runs that are judged have `long_threads` threads."""
 
     def job(stage: str, name: str, threads: int, shape: dict[str, int], steps: int, marks: int, rep: int) -> Record:
         who = dict(WHO.get(name, {}))
@@ -54,6 +55,7 @@ def jobs(quick: bool, reps: int) -> Iterator[Record]:
             "rep": rep,
             "steps": steps,
             "marks": marks,
+            "clock": clock,
             **shape,
             **who,
         }
@@ -69,15 +71,15 @@ def jobs(quick: bool, reps: int) -> Iterator[Record]:
             for shape in (NARROW, WIDE):
                 yield job("kernels", "", threads, shape, 15 if shape is NARROW else 5, 0, rep)
         for name in WHO:
-            yield job("pictures", name, 2, NARROW, 240, 12, rep)
+            yield job("pictures", name, long_threads, NARROW, 240, 12, rep)
         for threads in (1, 2):
             for name in pairs:
                 yield job("pictures", name, threads, WIDE, 15, 0, rep)
         for name in pairs:
             yield job("pictures", name, 1, NARROW, 30, 0, rep)
         yield job("layers", "", 1, NARROW, 12, 0, rep)
-        for name in ("ours", "sparsify (signum)"):
-            yield job("text", name, 2, NARROW, 40, 5, rep)
+        for name in ("ours", "ours, half the steps", "sparsify (signum)"):
+            yield job("text", name, long_threads, NARROW, 40, 5, rep)
 
 
 def measure(job: Record, given: argparse.Namespace) -> Record:
@@ -158,8 +160,9 @@ def ratios(records: Sequence[Record]) -> list[str]:
     for stage in ("pictures", "text"):
         for (threads, width), runs in grouped(records, stage).items():
             where = f"{stage}, width {width}, {threads} thread(s)"
-            for name in (n for n in runs if n.startswith("sparsify") and "ours" in runs):
-                one, other = runs["ours"], runs[name]
+            own = next((n for n in runs if n.startswith("ours")), None)
+            for name in (n for n in runs if n.startswith("sparsify") and own):
+                one, other = runs[own], runs[name]
                 step = median(one, lambda r: r["step_s"]) / median(other, lambda r: r["step_s"])
                 peak = median(one, lambda r: r["peak"]) / median(other, lambda r: r["peak"])
                 lines.append(f"{where}: time a step {step:.2f}, peak memory {peak:.2f} of {name}'s")
@@ -177,11 +180,11 @@ def ratios(records: Sequence[Record]) -> list[str]:
 
 def time_to(runs: dict[str, list[Record]], name: str) -> Iterator[str]:
     """Seconds until ours has the FVU that the peer ends with, of the peer's seconds."""
-    if not (runs[name][0]["curve"] and runs["ours"][0]["curve"]):
+    if not runs[name][0]["curve"]:
         return
     target = median(runs[name], lambda r: r["curve"][-1][2])
     whole = median(runs[name], lambda r: r["curve"][-1][1])
-    for who in (n for n in runs if n.startswith("ours")):
+    for who in (n for n in runs if n.startswith("ours") and runs[n][0]["curve"]):
         found = [seconds_to(r["curve"], target) for r in runs[who]]
         reached = [seconds for seconds in found if seconds is not None]
         if len(reached) * 2 <= len(found):
@@ -199,7 +202,8 @@ def figure(records: Sequence[Record], path: Path) -> None:
     with drawing(path, 9.0, 6.4) as drawn:
         axes = drawn.subplots(2, 2, sharey="row")
         for row, stage in enumerate(("pictures", "text")):
-            runs = grouped(records, stage).get((2, NARROW["width"]), {})
+            longest = [one for one in records if one["stage"] == stage and one["curve"]]
+            runs = next(iter(grouped(longest, stage).values()), {})
             for number, (name, rows) in enumerate(runs.items()):
                 look = {"color": COLOURS[number], "linestyle": LINES[number], "linewidth": 1.2}
                 for rep, one in enumerate(rows):
@@ -221,6 +225,9 @@ def main() -> None:
     parser.add_argument("--reps", type=int, default=5, help="repetitions")
     parser.add_argument("--only", choices=("pictures", "text", "layers", "kernels"), help="one part")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no measurement after so long")
+    parser.add_argument("--trainers", nargs="+", choices=list(WHO), help="these alone")
+    parser.add_argument("--threads", type=int, default=2, help="threads of the runs that are judged")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: where other work runs besides")
     parser.add_argument("--data", type=Path, default=Path("outputs/data/orrery"), help="Orrery's shards")
     parser.add_argument("--peer-site", type=Path, default=Path("outputs/benchmarks/sparsify-site"), help="see above")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/training"), help="data and records")
@@ -236,8 +243,9 @@ def main() -> None:
     start, kept = time.monotonic(), given.out / ("quick.jsonl" if given.quick else "records.jsonl")
     records: list[Record] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     known = [one["job"] for one in records]
-    for job in jobs(given.quick, given.reps):
-        if job in known or (given.only and job["stage"] != given.only):
+    for job in jobs(given.quick, given.reps, given.threads, given.clock):
+        left_out = given.trainers and job["name"] not in given.trainers
+        if job in known or left_out or (given.only and job["stage"] != given.only):
             continue
         if time.monotonic() - start > given.minutes * 60:
             print("stopped for time; run again to go on")

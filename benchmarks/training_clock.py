@@ -14,22 +14,24 @@ Judge = Callable[[Callable[[int, Tensor], Tensor]], float]
 
 
 class Clock:
-    """Seconds of a run at each batch, and its FVU at some of them."""
+    """Seconds of a run at each batch, by the wall or of the process's own CPU time, and its FVU at some of them."""
 
-    def __init__(self, steps: int, marks: int, judge: Callable[[], float]) -> None:
+    def __init__(self, job: dict[str, Any], judge: Callable[[], float]) -> None:
+        steps, marks = job["steps"], job["marks"]
+        self.now = time.process_time if job["clock"] == "cpu" else time.perf_counter
         self.marks = {round(steps * (i + 1) / marks) for i in range(marks)} if marks else set()
         self.judge = judge
         self.seconds: list[float] = []
         self.curve: list[tuple[int, float, float]] = []
-        self._paused, self._began = 0.0, time.perf_counter()
+        self._paused, self._began = 0.0, self.now()
 
     def read(self) -> None:
         """A batch is asked for (or, after the last, the run is over): as many steps are done as reads before."""
-        now, done = time.perf_counter(), len(self.seconds)
+        now, done = self.now(), len(self.seconds)
         self.seconds.append(now - self._began - self._paused)
         if done in self.marks:
             self.curve.append((done, self.seconds[-1], self.judge()))
-            self._paused += time.perf_counter() - now
+            self._paused += self.now() - now
 
     def record(self) -> dict[str, Any]:
         """Median seconds a step after the first three, seconds of the whole run, and its curve."""

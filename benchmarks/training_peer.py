@@ -87,7 +87,7 @@ def peer(
             return found
 
         names = {layer: name for name, layer in hookpoints.items()}
-        clock = Clock(job["steps"], job["marks"], judged)
+        clock = Clock(job, judged)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             trainer = Trainer(config, _Batches(ids, batch, clock), model)
             trainer.save = clock.read

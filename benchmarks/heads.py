@@ -60,7 +60,7 @@ def score_by_kind(scope: Scope, traced: Trace, layer: int, head: int) -> np.ndar
     replacement, last = traced.replacement, len(traced.graph.tokens) - 1
     row = replacement.state.patterns[layer].row(head, last) * torch.from_numpy(traced.graph.is_image)
     adjoint = Adjoint(replacement)
-    parts = score_parts(scope.vlm, replacement, adjoint, Place(layer, head, last, int(row.argmax())))
+    parts = score_parts(scope.adapter, replacement, adjoint, Place(layer, head, last, int(row.argmax())))
     kinds = np.array([source_of(replacement, adjoint, column).kind for column in range(parts.query.shape[1])])
     query, key = (np.stack([side.double().numpy()[:, kinds == kind].sum(1) for kind in KINDS])
                   for side in (parts.query, parts.key))  # fmt: skip

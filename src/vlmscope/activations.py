@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,20 +64,6 @@ def norm_weight_after(stack: Stack, layer: int, hook: str, like: Tensor) -> Tens
     return stack.norm_scale(norm, torch.ones(stack.d_model, dtype=stack.dtype, device=stack.device)).to(like)
 
 
-class HasAdapter(Protocol):
-    """A loaded model with its adapter, such as `vlmscope.models.loading.VLM`."""
-
-    @property
-    def adapter(self) -> Adapter:
-        """The family's adapter."""
-        ...
-
-
-def adapter_of(model: Adapter | HasAdapter) -> Adapter:
-    """The adapter, or that of a loaded model."""
-    return model if isinstance(model, Adapter) else model.adapter
-
-
 @dataclass(frozen=True)
 class ForwardState:
     """One forward over one prompt.
@@ -119,13 +105,12 @@ def _hooks(pairs: Mapping[nn.Module, Hook]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def capture_mlp(model: Stack | HasAdapter, batch: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+def capture_mlp(stack: Stack, batch: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
     """Inputs and outputs of each layer's MLP for one batch: layer -> ([B, T, d], [B, T, d]) in the model's dtype.
 
     `batch` holds keyword arguments of the Hugging Face forward; padded positions are returned too. Towers that join all
     pictures give one row of all patches.
     """
-    stack = model if isinstance(model, Stack) else model.adapter
     captured: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(layer: int) -> Hook:
@@ -141,12 +126,11 @@ def capture_mlp(model: Stack | HasAdapter, batch: Mapping[str, Tensor]) -> dict[
 
 
 @torch.no_grad()
-def capture_state(model: Adapter | HasAdapter, inputs: ModelInputs) -> ForwardState:
+def capture_state(adapter: Adapter, inputs: ModelInputs) -> ForwardState:
     """Everything that the local replacement model needs, from one forward with recorded attention.
 
     The model must be in evaluation mode. In float64, run it under `exact_float64`: otherwise parts have errors of 1e-7.
     """
-    adapter = adapter_of(model)
     assert not adapter.model.training, "capture needs the model in evaluation mode"
     norm_inputs: dict[nn.Module, Tensor] = {}
     mlp: dict[int, tuple[Tensor, Tensor]] = {}
@@ -250,13 +234,7 @@ class HeadScore:
 
 
 def head_score(
-    model: Adapter | HasAdapter,
-    inputs: ModelInputs,
-    layer: int,
-    head: int,
-    query: int,
-    key: int,
-    dtype: torch.dtype,
+    adapter: Adapter, inputs: ModelInputs, layer: int, head: int, query: int, key: int, dtype: torch.dtype
 ) -> HeadScore:
     """Run the model up to a layer's attention and split one score of query head `head` into linear maps.
 
@@ -266,7 +244,6 @@ def head_score(
 
     `query` and `key` are positions. The result is in `dtype`; the model runs in its own, in evaluation mode.
     """
-    adapter = adapter_of(model)
     module = adapter.attention(layer)
     with torch.no_grad(), using_vlmscope_attention(adapter):
         attention_args, attention_kwargs = adapter.arguments_of(module, inputs.tensors)
@@ -337,18 +314,6 @@ class PictureAttention:
     pooling: sparse.csr_array
 
 
-@dataclass(frozen=True)
-class VisionAttention:
-    """The pictures of one prompt in the vision tower, in order.
-
-    `n_layers` counts the layers of the tower whose output reaches the decoder; `layers` were captured, ascending.
-    """
-
-    n_layers: int
-    layers: list[int]
-    pictures: list[PictureAttention]
-
-
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -359,8 +324,8 @@ def capture_vision_attention(
     layers: Sequence[int] | None = None,
     reduce: Reduce | None = None,
     states: bool = False,
-) -> VisionAttention:
-    """The attention patterns of the vision tower at one prompt's pictures, from one forward of the tower.
+) -> list[PictureAttention]:
+    """The attention patterns of the vision tower at one prompt's pictures, in order, from one forward of the tower.
 
     The model must be in evaluation mode. `layers` of the tower count from the end when negative (`range(-4, 0)`: the
     last four); all when None. A pattern takes `H * P * P` numbers per tile, 1 GiB in float32 for 4096 patches and 16
@@ -368,7 +333,7 @@ def capture_vision_attention(
     `states`: also keep the tower's last states.
 
     Raises:
-        UserError: the model takes no pictures, the prompt has none, or the tower has no such layer.
+        UserError: the model takes no pictures, or the prompt has none.
     """
     adapter = vlm.adapter
     assert not adapter.model.training, "capture needs the model in evaluation mode"
@@ -380,9 +345,6 @@ def capture_vision_attention(
         raise UserError("the prompt has no picture, so there is no vision attention; give one with image=")
     n_layers = len(adapter.vision_attention())
     layers = range(n_layers) if layers is None else layers
-    for layer in layers:
-        if not -n_layers <= layer < n_layers:
-            raise UserError(f"the vision tower has no layer {layer}; choose from 0 to {n_layers - 1}")
     chosen = sorted({layer % n_layers for layer in layers})
     pictures = adapter.picture_patches(inputs.tensors, inputs.sizes, vlm.processor.image_processor)
     tiles = [tile for picture in pictures for tile in picture.tiles]
@@ -397,8 +359,7 @@ def capture_vision_attention(
         patterns = {layer: reduced[layer][number] for layer in chosen}
         captured.append(TileAttention(tile, patterns, None if last is None else last[torch.from_numpy(tile.tokens)]))
     rest = iter(captured)
-    by_picture = [PictureAttention([next(rest) for _ in picture.tiles], picture.pooling) for picture in pictures]
-    return VisionAttention(n_layers, chosen, by_picture)
+    return [PictureAttention([next(rest) for _ in picture.tiles], picture.pooling) for picture in pictures]
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from vlmscope.features.readouts import activations_at
 from vlmscope.metrics.prediction import area_under
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.boxes import PicturePatches, grid_boxes
+from vlmscope.models.checkpoint import DTYPES
 from vlmscope.models.loading import VLM
 from vlmscope.replacement import ReplacementModel, build_replacement
 from vlmscope.scope import Scope
@@ -121,7 +122,7 @@ def token_maps(vlm: VLM, inputs: ModelInputs, config: WhereConfig) -> dict[str, 
     captured = capture_vision_attention(vlm, inputs, layers, reduce, states=True)
     maps: dict[str, list[TokenMaps]] = {"rollout": [], "similarity": []}
     for kind, records in maps.items():
-        for number, picture in enumerate(captured.pictures):
+        for number, picture in enumerate(captured):
             whole = torch.from_numpy(picture.pooling.toarray())
             tiles, on_class, first = [], np.zeros(len(whole)), 0
             for tile in picture.tiles:
@@ -311,8 +312,7 @@ def where_maps(
 ) -> WhereMaps:
     """Maps of features on one prompt; each feature must be active on a soft token, else a `UserError` says so."""
     tokens = token_maps(scope.vlm, inputs, where)
-    dtype = {"float32": torch.float32, "float64": torch.float64, "model": None}[attribution.dtype]
-    replacement = build_replacement(scope, inputs, dtype)
+    replacement = build_replacement(scope, inputs, DTYPES.get(attribution.dtype))
     activations = {feature: _activations(replacement, feature) for feature in features}
     path = vision_path(scope.vlm, inputs, attribution.patch_rule)
     path_maps = feature_path_maps(replacement, path, features, attribution.patch_effect, attribution.patch_baseline)

@@ -38,7 +38,6 @@ from vlmscope.models.boxes import tower_kind
 from vlmscope.models.checkpoint import materialised
 from vlmscope.models.loading import VLM
 from vlmscope.scope import Scope
-from vlmscope.transcoders.config import TranscoderConfig
 from vlmscope.transcoders.streaming import hold
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 
@@ -294,14 +293,12 @@ class FrozenTower:
                 f"attribution.tower: the set is of the {self.transcoders.site}'s layers {layers}, not of layers 0 to "
                 f"{n_layers - 1} of the vision tower; train one with transcoder.site=tower"
             )
-        if {config.d_model for config in self._configs()} != {self.stack.d_model} or self.transcoders.cross_layer:
+        widths = {transcoder.config.d_model for transcoder in self.transcoders.transcoders.values()}
+        if widths != {self.stack.d_model} or self.transcoders.cross_layer:
             raise UserError(
                 f"attribution.tower takes transcoders of single layers and width {self.stack.d_model}; load the set "
                 "that was trained on this tower"
             )
-
-    def _configs(self) -> list[TranscoderConfig]:
-        return [transcoder.config for transcoder in self.transcoders.transcoders.values()]
 
     def run(self, changes: Sequence[Tensor] | None = None, *, respond: bool = False) -> TowerPass:
         """The affine tower with `changes [n]` of activations per layer, to which active features `respond` or not."""
@@ -393,10 +390,6 @@ class ReplacementModel:
         assert self.tower is not None, "the tower has no transcoders"
         return self.tower.features[layer - TOWER]
 
-    def without_tower(self) -> ReplacementModel:
-        """The same from the soft tokens on."""
-        return replace(self, tower=None, feature_activations=feature_table(self.features))
-
     @property
     def n_positions(self) -> int:
         """T."""
@@ -413,6 +406,7 @@ class ReplacementModel:
         if self.tower is not None:
             run = self.tower.run(below)
             entered, pre = _entered(run, self.state), self._tower_pre(run)
+            below = [one.activation.to(more) + more for one, more in zip(self.tower.features, below, strict=True)]
         activation = [features.activation + change for features, change in zip(self.features, changes, strict=True)]
         x = entered.embeddings
         for layer, (frozen, features) in enumerate(zip(self.layers, self.features, strict=True)):
@@ -424,7 +418,7 @@ class ReplacementModel:
             x = frozen.leave(stream, with_injection=self.tower is None)
             if self.tower is not None and layer < len(entered.injections):  # those that its features write
                 x = x + entered.injections[layer]
-        return Replay(torch.cat(pre), torch.cat([*self._tower_activations(below), *activation]), self._unembed(x))
+        return Replay(torch.cat(pre), torch.cat([*below, *activation]), self._unembed(x))
 
     def direct(self, delta: FeatureChange) -> Replay:
         """The change of all pre-activations and logits when some activations change and no other feature responds."""
@@ -455,10 +449,6 @@ class ReplacementModel:
         assert self.tower is not None
         layers = zip(self.tower.features, run.mlp_in, strict=True)
         return [(features.read(x) + features.encoder_bias).to(self.errors.dtype) for features, x in layers]
-
-    def _tower_activations(self, changes: Sequence[Tensor]) -> list[Tensor]:
-        features = [] if self.tower is None else self.tower.features
-        return [one.activation.to(change) + change for one, change in zip(features, changes, strict=True)]
 
     def propagate(
         self, stream: Tensor, injected: Tensor, changes: Sequence[Tensor], *, respond: bool, n_layers: int

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlmscope.circuits.discovery.nodes import ANSWER, CircuitSubject, Kind, Nodes
-from vlmscope.circuits.pairs import pair_subject
+from vlmscope.circuits.discovery.nodes import ANSWER, Kind, Nodes
+from vlmscope.circuits.pairs import PairSubject, pair_subject
 from vlmscope.core.records import generator
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.loading import VLM
@@ -50,7 +50,7 @@ class Planted:
     """The model, its pairs and the truth: features by name, `(layer, role, index)`, and edges between names."""
 
     scope: Scope
-    subject: CircuitSubject
+    subject: PairSubject
     features: dict[str, tuple[int, str, int]]
     edges: set[tuple[str, str]]
 
@@ -130,7 +130,7 @@ def planted(seed: int, inhibition: float = 0.4, kind: str = "two steps", says: b
     subject = pair_subject(scope, "planted", both[0], both[1], first, second, 2, answerable=False)
     edges = {("word", "A"), ("word", "A'"), ("A", "B"), ("A'", "B'"), ("B", "C"), ("B'", "C'"), ("A", "I")}
     edges |= {("C", "answer"), ("C'", "answer"), ("I", "answer")}
-    return Planted(scope, CircuitSubject(subject, *both), features, edges)
+    return Planted(scope, subject, features, edges)
 
 
 def _plan(at: dict[str, Tensor], junk, inhibition: float, kind: str) -> list[list[tuple[str, str, Tensor, str]]]:

@@ -46,7 +46,7 @@ def wrong_rope_base(case: Case) -> ReplacementModel:
     wrong = buffers.get("sliding_attention_inv_freq", right)
     try:  # reversed where there is one base, or heads of several widths
         angles.copy_(right.flip(0) if wrong is right or wrong.shape != right.shape else wrong)
-        patterns = capture_state(case.vlm, case.inputs).patterns
+        patterns = capture_state(case.vlm.adapter, case.inputs).patterns
     finally:
         angles.copy_(right)
     pairs = zip(patterns, case.replacement.state.patterns, strict=True)

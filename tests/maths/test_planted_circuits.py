@@ -140,10 +140,10 @@ def test_signs_say_what_helps(case: Case) -> None:
 def test_the_smallest_circuit_is_the_planted_one(case: Case) -> None:
     runner = case.runner
     count = smallest(runner, order_of(case.scores["eap_ig"]), 0.9)
-    found = prune_members(runner, order_of(case.scores["eap_ig"])[:count], 0.9, 20, 1e-3)
+    members, losses = prune_members(runner, order_of(case.scores["eap_ig"])[:count], 0.9, 20, 1e-3)
     needed = set(np.flatnonzero(case.truth).tolist()) - {case.planted.node(case.nodes, "I")}
-    assert set(found.members.tolist()) == needed  # the inhibitor works against the answer: nothing is lost without it
-    assert min(found.losses[node] for node in needed) > 0.1
+    assert set(members.tolist()) == needed  # the inhibitor works against the answer: nothing is lost without it
+    assert min(losses[node] for node in needed) > 0.1
     # Distractors share norms with what they stand beside, so leaving them out is not quite free.
     assert runner.share(np.flatnonzero(case.truth)) == pytest.approx(1.0, abs=0.1)
     assert runner.share(np.flatnonzero(~case.truth)) == pytest.approx(0.0, abs=0.1)
@@ -192,15 +192,13 @@ def test_discovery_puts_it_all_together(case: Case) -> None:
     assert {m.feature for m in found.features()} == {found.nodes.feature(row) for row in needed if row > 0}
     assert found.to_circuit().size(*found.to_circuit().supernodes) == len(needed) - 1
     with pytest.raises(UserError, match="nothing to keep"):
-        swapped = replace(
-            made.subject.pairs, tokens=made.subject.pairs.other_tokens, other_tokens=made.subject.pairs.tokens
-        )
-        discover(scope, replace(made.subject, pairs=swapped), made.subject, settings)
+        swapped = replace(made.subject, tokens=made.subject.other_tokens, other_tokens=made.subject.tokens)
+        discover(scope, swapped, made.subject, settings)
 
 
 def test_matched_controls_of_a_planted_circuit_change_as_much_and_recover_nothing(case: Case) -> None:
     """Carrying the circuit gives the counterfactual's answers; distractors that read the same do not."""
-    scope, pairs = case.planted.scope, case.planted.subject.pairs
+    scope, pairs = case.planted.scope, case.planted.subject
     tokens, other, ids = pairs.tokens, pairs.other_tokens, tuple("abc")
     cases = Cases("test", "x", pairs.batch, pairs.base, tokens, other, ids, pairs.other, pairs.other_logits)
     features = [FeatureId(layer, index) for layer, _, index in case.planted.features.values()]

@@ -31,10 +31,10 @@ def test_edges_are_the_sums_of_the_graphs(one_case: Case) -> None:
     masks = {node.name: supernode_mask(graph, node) for node in nodes}
     assert all(mask.any() for mask in masks.values())
     assert (graph.roles[graph.nodes.position[masks["last"]]] == "last").all()
-    groups = groups_of(graph, nodes, 2)
-    sources, targets = groups.supernodes | groups.around, groups.supernodes | groups.answers
+    inside, around, answers = groups_of(graph, nodes, 2)
+    sources, targets = inside | around, inside | answers
     edges = {(edge.source, edge.target): edge for edge in direct_edges([graph], nodes, 2)}
-    assert len(groups.answers) == 2
+    assert len(answers) == 2
     for target, into in targets.items():
         total = np.abs(matrix[into]).sum()
         for source, mask in sources.items():
@@ -62,11 +62,11 @@ def test_changing_a_supernode_moves_another_by_the_edge(one_case: Case) -> None:
     nodes = supernodes(graph)
     edges = {(edge.source, edge.target): edge.weight for edge in direct_edges([graph], nodes, 3)}
     before = read_targets(graph, replacement.replay())
-    groups = groups_of(graph, nodes, 3)
-    for source, members in groups.supernodes.items():
+    inside, _, answers = groups_of(graph, nodes, 3)
+    for source, members in inside.items():
         change = {key_of(graph, at): 0.5 * float(graph.nodes.activation[at]) for at in np.flatnonzero(members).tolist()}
         moved = dict(zip(rows(graph), read_targets(graph, replacement.replay(change)) - before, strict=True))
-        for target, into in (groups.supernodes | groups.answers).items():
+        for target, into in (inside | answers).items():
             found = sum(moved[at] for at in np.flatnonzero(into).tolist())
             total = np.abs(dense(graph)[into]).sum()
             assert abs(found - 0.5 * edges.get((source, target), 0.0)) <= TOLERANCE * total, (source, target)

@@ -91,7 +91,7 @@ def parts_at(case: Case, at: tuple[int, int, int, int]) -> ScoreParts:
     layer, head, query, key = at
     n_heads, length = case.replacement.state.patterns[0].n_heads, len(case.inputs)
     place = Place(layer, head % n_heads, length - query, length - key)
-    return score_parts(case.vlm, case.replacement, Adjoint(case.replacement), place)
+    return score_parts(case.vlm.adapter, case.replacement, Adjoint(case.replacement), place)
 
 
 def log_pattern(case: Case, place: Place) -> float:
@@ -193,7 +193,7 @@ def test_a_forgotten_part_of_a_score_is_found(
             ones = torch.ones_like(case.replacement.layers[0].attn_in_scale)
             layers = [dataclasses.replace(old, attn_in_scale=ones) for old in case.replacement.layers]
             wrong_model = dataclasses.replace(case.replacement, layers=layers)
-            wrong = score_parts(case.vlm, wrong_model, Adjoint(wrong_model), right.place)
+            wrong = score_parts(case.vlm.adapter, wrong_model, Adjoint(wrong_model), right.place)
         elif fault == "norm":  # norms of queries and keys taken for 1
             monkeypatch.setattr(type(adapter), "norm_scale", lambda _self, _norm, x: torch.ones_like(x))
             wrong = parts_at(case, PLACES[2])

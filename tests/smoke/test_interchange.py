@@ -87,7 +87,7 @@ def test_mistakes_are_one_line(own: Path, tmp_path: Path, refusal: Callable[...,
         "interchange.least=4": "too few for an interval",
         "pairs.train=6": "takes them all",
         "pairs.change=planet": "one of them",
-        f"interchange.circuit={tmp_path / 'circuit'}": "layer 2 has 2048 features",
+        f"interchange.circuit={tmp_path / 'circuit'}": "which the transcoders do not have",
         "settings.main.of=[all]": "settings.main.baselines: other_writers is defined of none of the setting's trials",
     }.items():
         assert words in refusal(*command(own, tmp_path / "run"), more)

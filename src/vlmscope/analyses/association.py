@@ -87,7 +87,9 @@ class Association:
         candidates = text_candidates(scope, texts, config.ratio)
         images = [self.images(config, question, concept, "train", config.pictures) for concept in config.concepts]
         batches = [scope.batch(self.bench.inputs(shown, wording.picture)) for shown in images]
-        peaks = np.concatenate([picture_peaks(scope, batch, candidates.by_layer()) for batch in batches])
+        peaks = np.concatenate(
+            [picture_peaks(scope, batch, by_layer(scope.transcoders, candidates.features)) for batch in batches]
+        )
         labels = np.repeat(np.arange(len(images)), [len(shown) for shown in images])
         rule, numbers = Rule(config.ratio, config.fires), (config.q, config.permutations, config.seed)
         return find_shared(candidates, peaks, labels, scope.transcoders.layers, rule, *numbers)
@@ -183,13 +185,13 @@ def draw(
 
 def set_metrics(table: pd.DataFrame, trials: Mapping[str, TrialConfig], settings: Any) -> dict[str, float]:
     """`<trial>/<setting>/<set>` over all questions, with an interval over pictures and the control's rate."""
-    rows = measured(table, ["operation", "setting", "set"], {name: trial.measure for name, trial in trials.items()})
+    by, measures = ["operation", "setting", "set"], {name: trial.measure for name, trial in trials.items()}
+    rows: Any = measured(table, by, measures)
+    changed: Any = rates(table, by, "changed")
     metrics: dict[str, float] = {}
-    key: Any
-    row: Any
     for key, row in rows.iterrows():
         metrics |= rate_metrics("/".join(key), row)
-    for key, row in rates(table, ["operation", "setting", "set"], "changed").iterrows():
+    for key, row in changed.iterrows():
         name = "/".join(key)
         metrics |= known({f"{name}_changed": row.value, f"{name}_control_changed": row.matched})
     return metrics
@@ -210,13 +212,6 @@ class Candidates:
     peaks: np.ndarray  # [C, M] float64, its peak from the word on
     place: np.ndarray  # [C, M], of `TEXT_PLACES`, where that peak is
 
-    def by_layer(self) -> dict[int, Tensor]:
-        """Layer -> [n] indices, in the order of `features` (which is by layer)."""
-        table: dict[int, list[int]] = {}
-        for feature in self.features:
-            table.setdefault(feature.layer, []).append(feature.index)
-        return {layer: torch.tensor(indices) for layer, indices in table.items()}
-
 
 def word_positions(prompts: Sequence[ModelInputs]) -> list[slice]:
     """The tokens by which each prompt differs from the others, between their common beginning and common end."""
@@ -227,8 +222,7 @@ def word_positions(prompts: Sequence[ModelInputs]) -> list[slice]:
         head += 1
     while tail < shortest - head and len({row[-1 - tail] for row in ids}) == 1:
         tail += 1
-    if any(head >= len(row) - tail for row in ids):
-        raise ValueError(f"prompts do not differ by a word: {prompts[0].prompt!r}")
+    assert all(head < len(row) - tail for row in ids), f"prompts do not differ by a word: {prompts[0].prompt!r}"
     return [slice(head, len(row) - tail) for row in ids]
 
 
@@ -308,15 +302,10 @@ def find_shared(
     permutations: int,
     seed: int,
 ) -> Shared:
-    """Test M candidates on pictures.
+    """Test M candidates on pictures, with the false discovery rate `q`.
 
-    Args:
-        candidates: of C concepts.
-        peaks: [N, P, M], of `picture_peaks`.
-        labels: [N], the concept that each picture shows, shuffled in `permutations` orders.
-        layers: L, of the transcoders.
-        rule: when a feature is selective on pictures.
-        q: false discovery rate.
+    `peaks` [N, P, M] are those of `picture_peaks`; `labels` [N], the concept that each picture shows, are shuffled in
+    `permutations` orders.
     """
     n_concepts, m = candidates.text.shape
     values = peaks.reshape(len(peaks), -1)

@@ -233,17 +233,10 @@ def run_edit(
     donors: InputBatch | None = None,
     strength: float = 1.0,
 ) -> EditResult:
-    """Run an operation on one prompt, next to its controls.
+    """Run an operation on one prompt, next to its controls, each drawn `controls` times.
 
-    Args:
-        name: 'steer' or 'patch', the first part of the metrics' names.
-        scope, inputs, do: the model with its transcoders, the prompt, and what is done to it.
-        modes: the strengths of intervention, the strongest last.
-        controls: how often each control is drawn.
-        new_tokens: length of generated answers, at most.
-        seed: of the controls.
-        donors: the prompt that activations are carried from, where some are.
-        strength: of the operation.
+    `name`, 'steer' or 'patch', is the first part of the metrics' names; `modes` have the strongest last; `donors` is
+    the prompt that activations are carried from, where some are.
     """
     from vlmscope.circuits.cases import bystanders
     from vlmscope.interventions.controls import used_by_role

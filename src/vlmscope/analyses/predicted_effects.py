@@ -25,6 +25,7 @@ from vlmscope.core.records import generator
 from vlmscope.core.results import MODES, Curve
 from vlmscope.interventions.run import SingleEdits, base_run, single_effects
 from vlmscope.metrics.prediction import Agreement, agreement
+from vlmscope.models.checkpoint import DTYPES
 from vlmscope.replacement import build_replacement
 from vlmscope.report.figures import dose_response
 from vlmscope.report.marks import write_rows
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from vlmscope.analyses.bench import Bench
     from vlmscope.models.base import ModelInputs
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "model": None}
 PREDICTED_BY = {"direct": "edge", "frozen_attention": "total", "free": "total"}  # headline of a mode
 MEASURES = ("pearson", "spearman", "slope", "same_sign", "error")
 LINEAR = 0.01  # logits: effects below are drawn on a linear scale
@@ -101,7 +101,7 @@ class PredictedEffects:
     def measure(self, bench: Bench, prompt: Asked) -> Iterator[pd.DataFrame]:
         """Trace one input, draw features, predict and measure every edit in every mode."""
         scope, config = bench.scope, bench.cfg.attribution
-        replacement = build_replacement(scope, prompt.inputs, DTYPES[config.dtype])
+        replacement = build_replacement(scope, prompt.inputs, DTYPES.get(config.dtype))
         target = difference_target(replacement, *prompt.tokens, label=prompt.name)
         graph = attribute(replacement, config, bench.vlm.tokenizer, bench.vlm.name, target)
         adjoint, nodes = Adjoint(replacement), graph.nodes
@@ -185,7 +185,7 @@ def questions(bench: Bench, count: int) -> Iterator[Asked]:
                 candidates.append((f"{concept} {i}, {name}", inputs, *words))
     for name, pairs in bench.pairs("test").items() if circuit is None else ():
         for pair in [p for p in pairs if p.moves][:count]:
-            inputs = bench.scope.inputs(pair.original.prompt, list(pair.original.images))
+            inputs = bench.scope.inputs(pair.original.prompt, pair.original.images)
             candidates.append((f"{pair.id}, {name}", inputs, pair.original.answer, pair.counterfactual.answer))
     for name, inputs, right, other in candidates:
         tokens = bench.token(right), bench.token(other)
@@ -195,7 +195,7 @@ def questions(bench: Bench, count: int) -> Iterator[Asked]:
             yield Asked(name, inputs, tokens)
 
 
-def agreements(table: pd.DataFrame, seed: int) -> dict[tuple[str, ...], Agreement]:
+def agreements(table: Any, seed: int) -> dict[tuple[str, ...], Agreement]:
     """(mode, edit, predictor) -> agreement over features; for ablation also (mode, edit, predictor, band_<i>).
 
     In direct mode nothing responds, so that only edges are predictions of it.
@@ -205,7 +205,6 @@ def agreements(table: pd.DataFrame, seed: int) -> dict[tuple[str, ...], Agreemen
         return agreement(rows[predictor].to_numpy(), rows.measured.to_numpy(), rows.input.to_numpy(str), seed)
 
     results: dict[tuple[str, ...], Agreement] = {}
-    key: Any
     for key, rows in table.groupby(["mode", "edit"], sort=False):
         mode, edit = key
         for predictor in ("edge",) if mode == "direct" else ("edge", "total"):
@@ -216,7 +215,7 @@ def agreements(table: pd.DataFrame, seed: int) -> dict[tuple[str, ...], Agreemen
     return results
 
 
-def scatter(rows: pd.DataFrame, lows: list[float], path: Any) -> None:
+def scatter(rows: Any, lows: list[float], path: Any) -> None:
     """Measured against predicted effects, a panel per mode, coloured by band of influence."""
     most = 1.5 * float(np.abs(rows[["edge", "total", "measured"]].to_numpy()).max(initial=LINEAR))
     line = np.concatenate([-np.geomspace(most, LINEAR / 10, 60), np.geomspace(LINEAR / 10, most, 60)])
@@ -225,7 +224,6 @@ def scatter(rows: pd.DataFrame, lows: list[float], path: Any) -> None:
         grid = figure.subplots(1, len(PREDICTED_BY), squeeze=False, sharex=True, sharey=True)[0]
         for axes, (mode, by) in zip(grid, PREDICTED_BY.items(), strict=True):
             axes.plot(line, line, color=INK, lw=1, ls="--", zorder=1, label="as predicted")
-            band: Any
             for band, points in rows[rows["mode"] == mode].groupby("band"):
                 style = {"color": pick(COLOURS, band), "marker": pick(MARKERS, band), "s": 13, "alpha": 0.65}
                 says = f"influence {100 * lows[band]:.0f} to {100 * lows[band + 1]:.0f} %"

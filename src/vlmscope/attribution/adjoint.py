@@ -199,11 +199,8 @@ class TowerRows:
     """Rows of edges from the sources of a frozen tower, by autograd through it; `respond` for total effects."""
 
     def __init__(self, tower: FrozenTower, levels: Sequence[Level], respond: bool = False) -> None:
-        self.tower, self.levels, (self._run, self._at_zero) = (
-            tower,
-            levels,
-            (tower.run(respond=respond), tower.constants()),
-        )
+        self.tower, self.levels = tower, levels
+        self._run, self._at_zero = tower.run(respond=respond), tower.constants()
         self.token_of_patch = torch.from_numpy(tower.token_of_patch).to(self._run.patches.device)
         self.width = levels[-1].errors + len(tower)
         # Gradients of a batch at all layers take about this many bytes a target.
@@ -442,7 +439,11 @@ class Adjoint:
     def _descend(self, layer: int, sweep: Sweep) -> None:
         """Go from the stream before `layer` down to the embeddings."""
         for lower in range(layer - 1, -1, -1):
-            self._leaving(lower, sweep)
+            frozen = self.replacement.layers[lower]
+            if frozen.injection is not None:
+                self._read_tokens(frozen.injection, sweep, after=lower)
+            if frozen.stream_scale != 1.0:
+                sweep.gradient = sweep.gradient * frozen.stream_scale
             self._mlp(lower, sweep)
             self._attention(lower, sweep)
         self._read_tokens(self.replacement.state.embeddings, sweep)
@@ -462,13 +463,6 @@ class Adjoint:
             gradient = gradient * ~soft[:, None, None]
         edges = torch.bmm(gradient, written[sweep.index][:, :, None])[:, :, 0]
         sweep.out[:, self.columns.first :][:, sweep.index] += edges.T
-
-    def _leaving(self, layer: int, sweep: Sweep) -> None:
-        frozen = self.replacement.layers[layer]
-        if frozen.injection is not None:
-            self._read_tokens(frozen.injection, sweep, after=layer)
-        if frozen.stream_scale != 1.0:
-            sweep.gradient = sweep.gradient * frozen.stream_scale
 
     def _mlp(self, layer: int, sweep: Sweep) -> None:
         sources = self.sources.of(layer)

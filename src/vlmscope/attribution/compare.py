@@ -45,7 +45,7 @@ from vlmscope.attribution.influence import (
     take_rows,
 )
 from vlmscope.core.artifacts import write_text
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, check_choice
 from vlmscope.core.graph import (
     ENDS,
     AttributionGraph,
@@ -68,8 +68,7 @@ KEY = ["layer", "kind", "place", "token", "image", *_BOX, "name"]
 
 def choose_match(match: str, graphs: Sequence[AttributionGraph]) -> str:
     """`match`, or what `auto` stands for with these graphs."""
-    if match not in ("auto", *MATCHES):
-        raise UserError(f"match={match}: no such rule; choose one of auto, {', '.join(MATCHES)}")
+    check_choice("match", match, ("auto", *MATCHES))
     if match != "auto":
         return match
     same = all(np.array_equal(graph.is_image, graphs[0].is_image) for graph in graphs)

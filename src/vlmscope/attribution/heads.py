@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations import HasAdapter, HeadSide, head_score
+from vlmscope.activations import HeadSide, head_score
 from vlmscope.attribution.adjoint import Adjoint, Sweep
 from vlmscope.attribution.config import parse_head
 from vlmscope.attribution.edges import lay_out
@@ -41,6 +41,7 @@ from vlmscope.attribution.targets import Targets, other_targets, parse_position,
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import ENDS, EdgeHeads, NodeKind, NodeTable, PrunedGraph, QueryKeys, Source
 from vlmscope.core.records import TOWER
+from vlmscope.models.base import Adapter
 from vlmscope.replacement import ReplacementModel
 
 
@@ -325,10 +326,10 @@ def find_place(replacement: ReplacementModel, text: str) -> Place:
 
 
 @torch.no_grad()
-def score_parts(model: HasAdapter, replacement: ReplacementModel, adjoint: Adjoint, place: Place) -> ScoreParts:
+def score_parts(adapter: Adapter, replacement: ReplacementModel, adjoint: Adjoint, place: Place) -> ScoreParts:
     """Split a score of the model over its sources, with one row of edges for each number of query and key."""
     layer, head, *positions = place
-    score = head_score(model, replacement.inputs, *place, replacement.errors.dtype)
+    score = head_score(adapter, replacement.inputs, *place, replacement.errors.dtype)
     scale = replacement.layers[layer].attn_in_scale
 
     def rows(side: HeadSide, position: int) -> Tensor:

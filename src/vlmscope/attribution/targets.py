@@ -76,7 +76,9 @@ def choose_targets(
     """The targets of any question but an attention score, with the token ids that `ask` returned, at its inputs."""
     match config.asked:
         case "tokens":
-            return token_targets(replacement, ids, config.weights)
+            chosen = list(dict.fromkeys(ids))
+            last = [replacement.n_positions - 1] * len(chosen)
+            return _weighted(_logits(replacement, "tokens", chosen, last), config.weights)
         case "difference":
             names = [tokenizer.decode([token]).strip() or f"id:{token}" for token in ids]
             first, second = ids
@@ -146,14 +148,8 @@ def choose_logits(
     return _logits(replacement, "logits", chosen, [replacement.n_positions - 1] * len(chosen))
 
 
-def token_targets(replacement: ReplacementModel, token_ids: Sequence[int], weights: str = "uniform") -> Targets:
-    """The logits of tokens at the last position; `weights` as in `AttributionConfig`."""
-    chosen = list(dict.fromkeys(token_ids))
-    return _weighted(_logits(replacement, "tokens", chosen, [replacement.n_positions - 1] * len(chosen)), weights)
-
-
 def answer_targets(replacement: ReplacementModel, answer: Sequence[int], weights: str = "uniform") -> Targets:
-    """The logit of each token of an answer, at the position that predicts it.
+    """The logit of each token of an answer, at the position that predicts it; `weights` as in `AttributionConfig`.
 
     The replacement model must be that of the prompt with all tokens of the answer but the last.
     """

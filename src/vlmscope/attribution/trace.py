@@ -31,6 +31,7 @@ from vlmscope.core.maps import PictureMap
 from vlmscope.core.results import html_table, text_table
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import continued
+from vlmscope.models.checkpoint import DTYPES
 from vlmscope.models.loading import VLM
 from vlmscope.replacement import ReplacementModel, build_replacement
 from vlmscope.scope import Scope
@@ -121,9 +122,7 @@ def trace(scope: Scope, inputs: ModelInputs, config: AttributionConfig, folder: 
     config.check()
     vlm = scope.vlm
     inputs, ids = ask(vlm, inputs, config)
-    dtype = {"float32": torch.float32, "float64": torch.float64, "model": None}[config.dtype]
-    replacement = build_replacement(scope, inputs, dtype)
-
+    replacement = build_replacement(scope, inputs, DTYPES.get(config.dtype))
     if replacement.tower is not None:  # every feature of a tower sees every patch: rows are long
         config = replace(config, max_nodes=min(config.max_nodes, config.tower_nodes))
 
@@ -142,7 +141,7 @@ def trace(scope: Scope, inputs: ModelInputs, config: AttributionConfig, folder: 
         else:
             places = [find_place(replacement, config.attention)]
         adjoint = Adjoint(replacement)
-        scores = tuple(score_parts(vlm, replacement, adjoint, place) for place in places)
+        scores = tuple(score_parts(vlm.adapter, replacement, adjoint, place) for place in places)
         targets = scores[0].targets
     else:
         targets = choose_targets(replacement, config, vlm.tokenizer, ids)
@@ -178,7 +177,7 @@ def with_heads(scope: Scope, traced: Trace, config: AttributionConfig) -> Trace:
     # Scores that were asked for come first; the graph explains the first of them.
     parts = list(zip([int(graph.nodes.ends()[0])] + [-1] * len(traced.scores), traced.scores, strict=False))
     for node, place in carriers(pruned, heads, splitter, min(config.n_heads, most)):
-        parts.append((node, score_parts(scope.vlm, replacement, adjoint, place)))
+        parts.append((node, score_parts(scope.adapter, replacement, adjoint, place)))
     found = [query_keys(one, replacement, adjoint, config.n_pairs, node) for node, one in parts]
     heads = replace(heads, query_keys=found, seconds=time.perf_counter() - started)
     return replace(traced, pruned=replace(pruned, heads=heads))

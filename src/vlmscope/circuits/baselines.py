@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -41,6 +41,9 @@ from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode
 
+if TYPE_CHECKING:
+    from vlmscope.circuits.experiment import ConceptMaterial, PairSource
+
 PROMPTS = 24  # training prompts of each side on which direct effects are measured
 SHARE = 0.8  # of the positive direct effect on an answer, which measured writers hold together
 ROUNDING = 1e-5  # of the largest logit that a row of the layer writes: what is less is none
@@ -48,26 +51,6 @@ TRIED = 8192  # tokens of a large vocabulary that are read first: most rows rais
 READ = 50  # cases of a case set that the lens reads
 MOST = 0.5  # of the cases: the lens reads the answer in a state where it is first in more of them
 RoleVectors = Mapping[str, Mapping[int, Tensor]]  # role -> layer -> [B or 1, d]
-
-
-class Material(Protocol):
-    """What baselines need of the source of an experiment's cases."""
-
-    def answers(self, cases: Cases) -> Sequence[int]:
-        """The tokens that answer the cases' question."""
-        ...
-
-    def prompts(self, cases: Cases) -> Sequence[tuple[InputBatch, Tensor]]:
-        """Training prompts of the question, a batch a side, and their right answers [B]."""
-        ...
-
-    def difference(self, cases: Cases) -> RoleVectors:
-        """Mean MLP output of the donor's training prompts minus the recipient's, by role and layer."""
-        ...
-
-    def unconfirmed(self, trial: TrialConfig, cases: Cases, limit: int | None) -> Operation:
-        """The trial's operation on as many features that contrast chooses without graphs or effects."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -272,7 +255,7 @@ class Baselines:
     """Variants of an experiment's operations; what they have in common is computed once."""
 
     scope: Scope
-    material: Material
+    material: ConceptMaterial | PairSource  # the source of the cases
     lens: list[dict[str, Any]] = field(default_factory=list)  # rows of lens.parquet
     _writers: dict[tuple[object, ...], Writers] = field(default_factory=dict)
     _readable: dict[tuple[object, ...], int] = field(default_factory=dict)

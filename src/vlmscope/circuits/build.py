@@ -48,7 +48,6 @@ from vlmscope.features.labels import Labels, check_same, short_label
 from vlmscope.features.readouts import RoleMeans, role_means, top_and_bottom_logits
 from vlmscope.features.study import CaptionedPrompt, study_examples, top_examples
 from vlmscope.features.study_files import StudyFolder
-from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import aligned
 from vlmscope.report.circuit_figure import circuit_diagram, drawable
 from vlmscope.report.page import Card, Cards, Features, Figure, Percent, ReportPage, Section, Table, Text, drawn
@@ -58,26 +57,10 @@ from vlmscope.scope import Scope
 RIGHT = "right - other"  # the end of graphs whose pairs have different answers
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A prompt with its pictures, before a model has seen it; `caption` tells people what it is."""
-
-    prompt: str
-    pictures: Sequence[Image.Image]
-    caption: str
-
-    @classmethod
-    def from_side(cls, side: Side) -> Asked:
-        """A side of a pair, with its answer as the caption."""
-        return cls(side.prompt, side.images, side.answer)
-
-    def prepared(self, scope: Scope) -> ModelInputs:
-        """Inputs of the model."""
-        return scope.inputs(self.prompt, list(self.pictures))
-
-
-def asked_of(where: str, inputs: InputSetConfig, prompts: Sequence[str], seed: int) -> list[Asked]:
-    """Inputs of a set: every prompt with every picture; `prompts` are used where the set names none."""
+def asked_of(where: str, inputs: InputSetConfig, prompts: Sequence[str], seed: int) -> list[Side]:
+    """Inputs of a set, every prompt with every picture, with what they show for an answer; `prompts` are used where the
+    set names none.
+    """
     prompts = inputs.prompts or prompts
     if not prompts:
         raise UserError(f"{where}: what is asked? give prompts there, or prompt=")
@@ -86,7 +69,7 @@ def asked_of(where: str, inputs: InputSetConfig, prompts: Sequence[str], seed: i
         shown = [((picture,), inputs.concept) for picture in concept_pictures(inputs.concept, inputs.pictures, seed)]
     elif inputs.images:
         shown = [(PictureFiles([path]), Path(path).name) for path in inputs.images]
-    return [Asked(prompt, images, name or prompt) for prompt in prompts for images, name in shown]
+    return [Side(prompt, images, name or prompt) for prompt in prompts for images, name in shown]
 
 
 def concept_pictures(concept: str, count: int, seed: int) -> list[Image.Image]:
@@ -96,7 +79,7 @@ def concept_pictures(concept: str, count: int, seed: int) -> list[Image.Image]:
 
 def _contrast_sets(
     where: str, contrast: ContrastConfig, prompts: Sequence[str], pairs: PairsConfig | None, seed: int
-) -> tuple[list[Asked], list[Asked]]:
+) -> tuple[list[Side], list[Side]]:
     """The inputs on which features should be active, and those on which they should not."""
     if contrast.pairs is None:
         assert contrast.of is not None and contrast.against is not None, "checked when the spec was read"
@@ -109,20 +92,18 @@ def _contrast_sets(
     moving = [pair for pair in load_pairs(pairs, "train") if pair.moves]
     if not moving:
         raise UserError(f"{where}.pairs: no training pair's answers differ; give more pairs, or set pairs.train higher")
-    originals, others = (
-        [Asked.from_side(getattr(pair, side)) for pair in moving] for side in ("original", "counterfactual")
-    )
+    originals, others = [pair.original for pair in moving], [pair.counterfactual for pair in moving]
     return (originals, others) if contrast.pairs == "original" else (others, originals)
 
 
 def trace_all(
-    scope: Scope, asked: Sequence[Asked], settings: Sequence[AttributionConfig], folder: Path
+    scope: Scope, asked: Sequence[Side], settings: Sequence[AttributionConfig], folder: Path
 ) -> list[AttributionGraph]:
     """The graph of each input with its settings; the first one is written to the run folder."""
     graphs: list[AttributionGraph] = []
     each = zip(asked, settings, strict=True)
     for inputs, config in tqdm(each, desc="trace", unit="input", total=len(asked), disable=len(asked) < 2):
-        pruned = trace(scope, inputs.prepared(scope), config, folder).pruned
+        pruned = trace(scope, scope.inputs(inputs.prompt, inputs.images), config, folder).pruned
         if not graphs:
             save_graph(folder / "graph.safetensors", pruned)
         graphs.append(pruned.graph)
@@ -137,7 +118,7 @@ def trace_pairs(
     """
     ends = [[answer_token(scope, side.answer) for side in (pair.original, pair.counterfactual)] for pair in pairs]
     settings = [replace(attribution, difference=[f"id:{token}" for token in both]) for both in ends]
-    graphs = trace_all(scope, [Asked.from_side(pair.original) for pair in pairs], settings, folder)
+    graphs = trace_all(scope, [pair.original for pair in pairs], settings, folder)
     words = {word for graph in graphs for word in graph.logit_tokens}
     end = ANSWER_PREFIX + (words.pop() if len(words) == 1 else RIGHT)
     return [replace(graph, logit_tokens=[end]) for graph in graphs]
@@ -159,10 +140,10 @@ class Sources:
 
     graphs: dict[str, AttributionGraph] = field(default_factory=dict)
     labels: dict[str, Labels] = field(default_factory=dict)
-    contrasts: dict[str, tuple[list[Asked], list[Asked]]] = field(default_factory=dict)
+    contrasts: dict[str, tuple[list[Side], list[Side]]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, spec: CircuitSpecConfig, asked: Sequence[Asked], pairs: PairsConfig | None, seed: int) -> Sources:
+    def open(cls, spec: CircuitSpecConfig, asked: Sequence[Side], pairs: PairsConfig | None, seed: int) -> Sources:
         """Open the sources that the supernodes name; contrasts without prompts take those of `asked`."""
         sources = cls()
         prompts = list(dict.fromkeys(each.prompt for each in asked))
@@ -178,19 +159,9 @@ class Sources:
                 sources.contrasts[key] = _contrast_sets(f"{where}.contrast", node.contrast, prompts, pairs, seed)
         return sources
 
-    def inputs(self) -> list[Asked]:
+    def inputs(self) -> list[Side]:
         """The inputs of all contrasts."""
         return [each for sets in self.contrasts.values() for asked in sets for each in asked]
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """Members of a supernode, how they were chosen, a name that comes with them, and means at which they are active."""
-
-    members: list[CircuitFeature]
-    chosen: str
-    name: str = ""
-    means: RoleMeans | None = None
 
 
 def build_circuit(
@@ -205,18 +176,19 @@ def build_circuit(
     levels = {}
     known = selectors.mean_influence(graphs)
     for key, node in spec.supernodes.items():
-        choice = _choose(scope, key, node, sources, graphs, known)
-        if not choice.members:
+        members, chosen, means = _choose(scope, key, node, sources, graphs, known)
+        if not members:
             advice = "try other layers or positions, and for a contrast inputs that differ more, or confirmed: false"
-            raise UserError(f"circuit_spec.supernodes.{key}: {choice.chosen} finds no feature; {advice}")
+            raise UserError(f"circuit_spec.supernodes.{key}: {chosen} finds no feature; {advice}")
         name = node.name or key
         if name == AUTO:
-            name = choice.name or _auto_name(scope, sources, choice.members) or key
+            query = "" if node.label is None else " ".join(node.label.query.split())
+            name = query or _auto_name(scope, sources, members) or key
         if name in nodes:
             raise UserError(f"circuit_spec.supernodes.{key} comes out as {name!r} too; give it a name")
-        nodes[name] = Supernode(name, tuple(choice.members), node.where, choice.chosen)
-        if choice.means is not None:
-            levels[name] = selectors.mean_levels(choice.members, choice.means, "contrast")
+        nodes[name] = Supernode(name, tuple(members), node.where, chosen)
+        if means is not None:
+            levels[name] = selectors.mean_levels(members, means, "contrast")
     circuit = Circuit(nodes, levels, (), scope.vlm.name, scope.transcoders.widths)
     circuit.check_fits(scope.vlm.name, scope.transcoders.widths, "circuit_spec")
     return circuit
@@ -229,16 +201,18 @@ def _choose(
     sources: Sources,
     graphs: Sequence[AttributionGraph],
     known: Mapping[FeatureId, float],
-) -> _Choice:
-    """The features of a supernode by the one selector that it has."""
+) -> tuple[list[CircuitFeature], str, RoleMeans | None]:
+    """The features of a supernode by the one selector that it has, how they were chosen, and at which means they are
+    active, where these were measured.
+    """
     model, widths = scope.vlm.name, scope.transcoders.widths
     if node.ids:
-        return _Choice(selectors.by_ids(node.ids, known), "ids")
+        named = map(FeatureId.parse, dict.fromkeys(node.ids))
+        return [CircuitFeature(feature, "", 0.0, known.get(feature, 0.0)) for feature in named], "ids", None
     if node.label is not None:
         labels = sources.labels[key]
         check_same(labels.study, model, widths)
-        members = selectors.by_label(node.label, labels, node, known)
-        return _Choice(members, f"label {node.label.query!r}", " ".join(node.label.query.split()))
+        return selectors.by_label(node.label, labels, node, known), f"label {node.label.query!r}", None
     if node.influence is not None:
         target, run = node.influence.target, node.influence.run
         if (graph := sources.graphs.get(key)) is not None:
@@ -251,14 +225,14 @@ def _choose(
             selectors.feature_influence(graph, target, node.where) if explains or not any(explain) else {}
             for graph, explains in zip(graphs, explain, strict=True)
         ]
-        return _Choice(selectors.by_influence(tables, node), chosen)
+        return selectors.by_influence(tables, node), chosen, None
     assert node.contrast is not None, "checked when the spec was read"
-    sets = [[each.prepared(scope) for each in asked] for asked in sources.contrasts[key]]
+    sets = [[scope.inputs(each.prompt, each.images) for each in asked] for asked in sources.contrasts[key]]
     batches = [[scope.batch([inputs[i] for i in group]) for group in aligned(inputs, boxes=True)] for inputs in sets]
     active, against = (role_means(scope, each, node.where) for each in batches)
     there = selectors.mean_influence(graphs, node.where)
     members = selectors.by_contrast(scope.transcoders, active, against, node, there, node.contrast.confirmed)
-    return _Choice(members, str(node.contrast), means=active)
+    return members, str(node.contrast), active
 
 
 def _auto_name(scope: Scope, sources: Sources, members: Sequence[CircuitFeature]) -> str:
@@ -302,24 +276,26 @@ LIMITS = (
 Examples = Mapping[FeatureId, tuple[FeatureExample, ...]]
 
 
-def example_pool(asked: Sequence[Asked], others: Sequence[Asked], orrery: bool, seed: int) -> list[Asked]:
+def example_pool(asked: Sequence[Side], others: Sequence[Side], orrery: bool, seed: int) -> list[Side]:
     """Inputs among which examples are looked for: what was traced, some others and, for Orrery, its planets."""
     spread = np.unique(np.linspace(0, len(others) - 1, SEARCHED).astype(int)) if others else []
     pool = [*asked, *(others[i] for i in spread)]
-    prompt = next((each.prompt for each in asked if each.pictures), "what planet is this ?")
+    prompt = next((each.prompt for each in asked if each.images), "what planet is this ?")
     for planet in PLANETS if orrery else ():
-        pool += [Asked(prompt, (image,), planet) for image in concept_pictures(planet, PER_PLANET, seed)]
+        pool += [Side(prompt, (image,), planet) for image in concept_pictures(planet, PER_PLANET, seed)]
     return pool
 
 
 def examples_among(
-    scope: Scope, features: Sequence[FeatureId], pool: Sequence[Asked], study: StudyFolder | None
+    scope: Scope, features: Sequence[FeatureId], pool: Sequence[Side], study: StudyFolder | None
 ) -> Examples:
     """The inputs of a pool, or of a study, on which features are most active."""
     if study is not None:
         return {feature: study_examples(study, feature, SHOWN) for feature in features}
     items = [
-        CaptionedPrompt(each.prepared(scope), each.caption, png_bytes(each.pictures[0], 256) if each.pictures else None)
+        CaptionedPrompt(
+            scope.inputs(each.prompt, each.images), each.answer, png_bytes(each.images[0], 256) if each.images else None
+        )
         for each in pool
     ]
     return top_examples(scope, features, items) if items else {}

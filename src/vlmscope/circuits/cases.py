@@ -299,11 +299,11 @@ def subject_of_pairs(
         sides = [(each[number], (pair.original, pair.counterfactual)[number])
                  for each, pair in zip(asked, pairs, strict=True)]  # fmt: skip
         tokens = torch.tensor([each.token("") for each, _ in sides], device=scope.adapter.device)
-        return [each.inputs(scope, list(side.images)) for each, side in sides], tokens
+        return [each.inputs(scope, side.images) for each, side in sides], tokens
 
     def whole(number: int) -> torch.Tensor:
         sides = [(pair.original, pair.counterfactual)[number] for pair in pairs]
-        plain = [scope.inputs(side.prompt, list(side.images)) for side in sides]
+        plain = [scope.inputs(side.prompt, side.images) for side in sides]
         return _answered(scope, plain, [each[number].whole("") for each in asked])
 
     (originals, tokens), (others, other_tokens) = made(0), made(1)
@@ -347,7 +347,7 @@ def pair_cases(scope: Scope, subject: PairSubject, pairs: Sequence[Pair], name: 
         tuple(pair.id for pair in kept),
         subject.other,
         subject.other_logits,
-        inputs=tuple(each[0].inputs(scope, list(pair.original.images)) for each, pair in zip(asked, kept, strict=True)),
+        inputs=tuple(subject.inputs),
         prompt=kept[0].original.prompt,
         pngs=tuple(_both_sides(pair) for pair in kept),
         answer_ids=tuple(each[0].answers[""] for each in asked) if long else (),

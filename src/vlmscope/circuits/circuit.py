@@ -107,11 +107,7 @@ class Circuit:
         for node in self.supernodes.values():
             for layer, index in (member.feature for member in node.features):
                 if index >= n_features.get(layer, 0):
-                    width = n_features.get(layer)
-                    there = (
-                        "the transcoders have no such layer" if width is None else f"layer {layer} has {width} features"
-                    )
-                    raise UserError(f"{where}: {node.name} has L{layer}/{index}, but {there}")
+                    raise UserError(f"{where}: {node.name} has L{layer}/{index}, which the transcoders do not have")
 
 
 def labelled(circuit: Circuit, labels: Mapping[FeatureId, str]) -> Circuit:
@@ -200,16 +196,10 @@ def steer_plan(
     question: str | None = None,
     limit: int | None = None,
 ) -> dict[int, LayerEdit]:
-    """Set one supernode's features to zero and the other's to `strength` times their level on their own concept.
+    """Set one supernode's features to zero and the other's to `strength` times their level on their own concept, at
+    most `limit` per layer and supernode, in a prompt with these places. A feature of both is raised.
 
-    Args:
-        circuit: with levels by role.
-        suppress: supernode that goes to zero. A feature of both supernodes is raised.
-        raised: supernode that is raised.
-        places: the T positions of the prompt.
-        strength: 1 is the mean activation on the raised concept.
-        question: whose levels are taken; the mean over all questions when None.
-        limit: most features per layer and supernode.
+    Levels are those under a `question`; the mean over all questions when None.
     """
     roles = [*places.roles.tolist(), "last"]  # generated tokens continue the last position
     everywhere = position_mask(places.roles, "all")
@@ -254,15 +244,6 @@ def at_supernodes(plan: Plan, nodes: Iterable[Supernode], places: Places) -> dic
     return edited
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Nodes of a graph by group: `mask[name]` [N] bool. Supernodes may share nodes; all other groups are disjoint."""
-
-    supernodes: dict[str, np.ndarray]
-    around: dict[str, np.ndarray]
-    answers: dict[str, np.ndarray]
-
-
 def supernode_mask(graph: AttributionGraph, node: Supernode) -> np.ndarray:
     """[N] bool, the graph's nodes that are members of a supernode at its positions."""
     nodes = graph.nodes
@@ -276,8 +257,13 @@ def supernode_mask(graph: AttributionGraph, node: Supernode) -> np.ndarray:
     return mask
 
 
-def groups_of(graph: AttributionGraph, supernodes: Sequence[Supernode], answers: int) -> Groups:
-    """The groups of a graph, with at most `answers` of the answers that it explains, the most probable first."""
+Groups = dict[str, np.ndarray]  # name -> [N] bool, nodes of a graph
+
+
+def groups_of(graph: AttributionGraph, supernodes: Sequence[Supernode], answers: int) -> tuple[Groups, Groups, Groups]:
+    """Nodes by supernode (these may share nodes), by what is around them, and by answer (all of these disjoint), with
+    at most `answers` of the answers that the graph explains, the most probable first.
+    """
     kind = graph.nodes.kind
     inside = {node.name: supernode_mask(graph, node) for node in supernodes}
     claimed = np.any([*inside.values(), np.zeros(graph.n_nodes, dtype=bool)], axis=0)
@@ -303,7 +289,7 @@ def groups_of(graph: AttributionGraph, supernodes: Sequence[Supernode], answers:
         if name in words:  # tokens that read alike are answers of their own
             name += f" (token {graph.nodes.index[ends[number]]})"
         words[name] = np.arange(graph.n_nodes) == ends[number]
-    return Groups(inside, around, words)
+    return inside, around, words
 
 
 def direct_edges(
@@ -323,8 +309,8 @@ def direct_edges(
     count = 0
     for graph in graphs:
         count += 1
-        groups = groups_of(graph, supernodes, answers)
-        sources, targets = groups.supernodes | groups.around, groups.supernodes | groups.answers
+        inside, around, ends = groups_of(graph, supernodes, answers)
+        sources, targets = inside | around, inside | ends
         edges = sparse.csr_matrix(
             (graph.weights.astype(np.float64), graph.indices, graph.indptr), shape=(graph.n_nodes, graph.n_nodes)
         )

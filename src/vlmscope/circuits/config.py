@@ -209,9 +209,8 @@ def check_baselines(trials: Mapping[str, TrialConfig], settings: Mapping[str, Se
 class MarkConfig:
     """One part of a report, drawn from the run folder's tables (docs/experiments.md)."""
 
-    mark: (
-        str  # cards, claims, bars, table, curve, matrix, heatmap, examples, features, picture, groups, anatomy or text
-    )
+    # cards, claims, bars, table, curve, matrix, heatmap, examples, features, picture, groups, anatomy or text
+    mark: str
     title: str = ""
     trials: list[str] = field(default_factory=list)  # trials and settings, as "steer/main"; all when empty
     x: str | None = None  # columns of the table: x, by
@@ -226,15 +225,8 @@ SELECTORS = ("ids", "label", "contrast", "influence")
 AUTO = "auto"  # a supernode that is to be named after its features
 SOFT, TEXT, OTHER, ERRORS, BIASES = "soft tokens", "question", "other features", "errors", "biases"
 PATCHES, BELOW = "patches", "tower features"  # of graphs that begin at the patches
-SURROUNDINGS = (
-    SOFT,
-    PATCHES,
-    TEXT,
-    BELOW,
-    OTHER,
-    ERRORS,
-    BIASES,
-)  # what edges of a circuit may come from besides supernodes
+# What edges of a circuit may come from besides supernodes.
+SURROUNDINGS = (SOFT, PATCHES, TEXT, BELOW, OTHER, ERRORS, BIASES)
 ANSWER_PREFIX = "answer: "
 SIDES = ("original", "counterfactual")
 RUNS = ("free", "frozen_attention")

@@ -105,7 +105,7 @@ class Declared:
                     f"settings.{where.name}.baselines: the cases of this experiment have none; leave it out"
                 )
             variant = self.baselines.operation(baseline, trial, do, few, where.limit)
-            yield Trial(operation, variant, [few], [where.uncontrolled()], baseline)
+            yield Trial(operation, variant, [few], [replace(where, matched=0, random_direction=0)], baseline)
 
 
 def settle(
@@ -125,10 +125,10 @@ def settle(
         used = [setting for setting in settings.values() if name in (setting.of or trials)]
         if not used or "validation" not in declared.cases:
             raise UserError(f"trials.{name}.settle: it needs a setting that runs {name}, and validation cases")
-        first = replace(
-            used[0], cases="validation", baselines=[], mode=used[0].mode[:1], strength=sorted(trial.settle), matched=0
-        )
-        first = replace(first, of=[name], positions=["all"], layers=["all"], random_direction=0)
+        first = SettingConfig(
+            [name], "validation", used[0].mode[:1], strength=sorted(trial.settle), limit=used[0].limit, matched=0,
+            first=used[0].first, measures=used[0].measures, new_tokens=used[0].new_tokens,
+        )  # fmt: skip
         table = run_trials(scope, declared.trials(trials, {"settle": first}))
         for question, part in table.groupby("question", sort=False):
             strengths[str(question)] = float(part.groupby("strength").hit.mean().idxmax())
@@ -163,7 +163,7 @@ def concept_operation(
 
 @dataclass(frozen=True)
 class ConceptMaterial:
-    """What baselines need where cases are pictures of concepts (`baselines.Material`).
+    """What baselines need where cases are pictures of concepts, as `PairSource` has it where they are pairs.
 
     Questions that are not the circuit's own, of unrelated cases, stand for all of them.
     """
@@ -299,10 +299,6 @@ class PairSource:
         """The pairs that count under `config`."""
         return subject_of_pairs(self.scope, question, pairs, self.config.least, self.config.answerable, modes)
 
-    @cached_property
-    def _training(self) -> Mapping[str, list[Pair]]:
-        return self.loaded("train")
-
     def loaded(self, split: str) -> Mapping[str, list[Pair]]:
         """The pairs of a split by question; of each those whose answers are told apart by the same token."""
         if split not in self._loaded:
@@ -313,14 +309,14 @@ class PairSource:
     @cached_property
     def questions(self) -> list[str]:
         """Questions whose answers differ within training pairs, so that features can be chosen for them."""
-        return [name for name, pairs in self._training.items() if pairs[0].moves]
+        return [name for name, pairs in self.loaded("train").items() if pairs[0].moves]
 
     def training(self, question: str) -> PairSubject:
         """The training pairs of a question, run once."""
-        if question not in self._training:
+        if question not in self.loaded("train"):
             raise UserError(f"question {question!r} has no training pairs to choose features by: raise pairs.train")
         if question not in self._subjects:
-            self._subjects[question] = self.subject(question, self._training[question])
+            self._subjects[question] = self.subject(question, self.loaded("train")[question])
         return self._subjects[question]
 
     def effects(self, question: str) -> PairEffects:
@@ -391,7 +387,7 @@ class PairSource:
 
     def answers(self, cases: Cases) -> list[int]:
         """Every token that answers the question in a training or a test pair."""
-        pairs = [*self._training.get(cases.question, ()), *self.loaded("test")[cases.question]]
+        pairs = [*self.loaded("train").get(cases.question, ()), *self.loaded("test")[cases.question]]
         return sorted({side.token("") for pair in pairs for side in ask_pair(self.scope, pair)})
 
     def prompts(self, cases: Cases) -> list[tuple[InputBatch, Tensor]]:

@@ -47,6 +47,8 @@ class PairSubject:
     other_logits: Tensor  # [B, V], the counterfactuals' at the last position
     tokens: Tensor  # [B], right answers of the originals, and of the counterfactuals
     other_tokens: Tensor
+    inputs: Sequence[ModelInputs]  # the B originals one by one
+    other_inputs: Sequence[ModelInputs]
     accuracy: tuple[Rate, Rate, Rate]  # of the originals, the counterfactuals and both, over all pairs given
 
     @property
@@ -58,6 +60,11 @@ class PairSubject:
     def moves(self) -> bool:
         """Whether the two answers differ in every pair, so that the answer should follow; else they differ in none."""
         return bool((self.tokens != self.other_tokens).all())
+
+    def gaps(self, logits: Tensor) -> Tensor:
+        """m [B]: logit of the original's answer minus that of the counterfactual's, from logits [B, V]."""
+        rows = torch.arange(self.size, device=logits.device)
+        return logits[rows, self.tokens] - logits[rows, self.other_tokens]
 
 
 @torch.no_grad()
@@ -96,7 +103,8 @@ def pair_subject(
     batch, other = both.select(rows), both.select(rows + n)
     first, second, share = (share_rate(hits.cpu().numpy()) for hits in (right, other_right, right & other_right))
     base, answers = base_run(scope, batch, modes), (tokens[rows], other_tokens[rows])
-    return PairSubject(question, rows, batch, other, base, logits[rows + n], *answers, (first, second, share))
+    kept = [[side[row] for row in rows.tolist()] for side in (originals, others)]
+    return PairSubject(question, rows, batch, other, base, logits[rows + n], *answers, *kept, (first, second, share))
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,7 @@ def pair_effects(scope: Scope, subject: PairSubject, steps: int = 5) -> PairEffe
     at the original.
     """
     assert subject.moves, "without a difference of answers there is no effect to estimate"
-    gradients = gap_gradients(scope, subject, steps).writes
+    gradients, _ = gap_gradients(scope, subject, steps)
     batch = subject.batch
     roles = tuple(dict.fromkeys(batch.roles.tolist()))
     role_of = torch.tensor([roles.index(role) for role in batch.roles.tolist()], device=scope.adapter.device)
@@ -190,18 +198,14 @@ def code_slopes(transcoder: Transcoder, code: SparseCode, writes: Mapping[int, T
     return slope.view(code.values.shape)
 
 
-@dataclass(frozen=True)
-class GapGradients:
-    """Gradients of the pairs' logit differences, each with respect to its own pair, mean over inputs."""
+def gap_gradients(
+    scope: Scope, subject: PairSubject, steps: int, inputs: bool = False
+) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+    """Gradients of l[y'] - l[y], each with respect to its own pair, mean over `steps` inputs between the sides.
 
-    writes: dict[int, Tensor]  # layer -> [B, T, d], where transcoders write
-    entering: Tensor | None = None  # [B, T, d], of what enters the first layer, if asked for
-    injections: Tensor | None = None  # [B, n, T, d], of what pictures add to the stream later, if they do
-
-
-def gap_gradients(scope: Scope, subject: PairSubject, steps: int, inputs: bool = False) -> GapGradients:
-    """Gradients of l[y'] - l[y], mean over `steps` inputs between the sides; with `inputs` also those with respect to
-    the embeddings.
+    Returns:
+        Layer -> [B, T, d], where transcoders write; and with `inputs` those of `inputs_embeds` [B, T, d], what enters
+        the first layer, and of `INJECTIONS` [B, n, T, d], what pictures add to the stream later, if they do.
     """
     parts: list[dict[int | str, Tensor]] = []
     for start in range(0, subject.size, CHUNK):
@@ -215,7 +219,7 @@ def gap_gradients(scope: Scope, subject: PairSubject, steps: int, inputs: bool =
         parts.append(sums)
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     writes = {name: gradient for name, gradient in whole.items() if isinstance(name, int)}
-    return GapGradients(writes, whole.get("inputs_embeds"), whole.get(INJECTIONS))
+    return writes, {name: gradient for name, gradient in whole.items() if isinstance(name, str)}
 
 
 def _gradients(

@@ -16,7 +16,7 @@ Legend: N nodes of a graph, B prompts, T positions, P those of one role, F featu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import zip_longest
@@ -112,11 +112,6 @@ def check_graph(graph: AttributionGraph, where: str, model: str, n_features: Map
             )
 
 
-def by_ids(ids: Iterable[str], known: Influence) -> list[CircuitFeature]:
-    """The named features, in the order of naming."""
-    return _members((FeatureId.parse(text) for text in dict.fromkeys(ids)), known)
-
-
 def by_label(config: LabelConfig, labels: Labels, node: SupernodeConfig, known: Influence) -> list[CircuitFeature]:
     """Features whose label has all words of a query; those of most influence first, then by the label's score.
 
@@ -135,7 +130,8 @@ def by_label(config: LabelConfig, labels: Labels, node: SupernodeConfig, known: 
         hint = f"did you mean {' or '.join(near)}?" if near else f"words that occur: {', '.join(words[:12])}"
         raise UserError(f"label query {config.query!r}: no label of {config.study} has these words; {hint}")
     ranked = sorted(score, key=lambda f: (-known.get(f, 0.0), -score[f], f))
-    return _members(ranked, known, node)
+    members = (CircuitFeature(feature, "", 0.0, known.get(feature, 0.0)) for feature in ranked)
+    return [member for member in members if node.layer_range([member.feature.layer])][: node.count]
 
 
 def by_influence(
@@ -156,14 +152,6 @@ def by_influence(
     return [CircuitFeature(f, roles[f], 0.0, means[f]) for f in ranked]
 
 
-def _members(
-    features: Iterable[FeatureId], known: Influence, node: SupernodeConfig | None = None
-) -> list[CircuitFeature]:
-    """Features with their influence; of a supernode's layers, and no more than it takes."""
-    members = [CircuitFeature(feature, "", 0.0, known.get(feature, 0.0)) for feature in features]
-    return members if node is None else [m for m in members if node.layer_range([m.feature.layer])][: node.count]
-
-
 def by_contrast(
     transcoders: TranscoderSet,
     of: RoleMeans,
@@ -180,18 +168,18 @@ def by_contrast(
     If `confirmed`, `CANDIDATES` times as many of the largest differences are ranked anew, by influence on the answer at
     the supernode's positions, and those without any are left out: what differs and matters to the answer.
     """
-    roles = [role for role in of.by_role if role in against.by_role]
+    roles = [role for role in of if role in against]
     if not roles:
         raise UserError("the two sets of inputs have no position role in common; give both pictures, or neither")
     ranked: list[tuple[float, CircuitFeature]] = []
     for layer in node.layer_range(transcoders.layers):
-        gaps = torch.stack([of.by_role[role][layer] - against.by_role[role][layer] for role in roles])
+        gaps = torch.stack([of[role][layer] - against[role][layer] for role in roles])
         norms = transcoders[layer].write_norms()
         score, best = (gaps * norms / norms.mean()).max(0)
         for index in score.topk(min(CANDIDATES * node.count, len(score))).indices.tolist():
             feature, role = FeatureId(layer, index), int(best[index])
             member = CircuitFeature(feature, roles[role], float(gaps[role, index]), known.get(feature, 0.0))
-            if score[index] > 0 and member.contrast > ROUNDING * float(of.by_role[member.role][layer][index]):
+            if score[index] > 0 and member.contrast > ROUNDING * float(of[member.role][layer][index]):
                 ranked.append((float(score[index]), member))
     ranked.sort(key=lambda row: (-row[0], row[1].feature))
     members = [member for _, member in ranked]
@@ -209,17 +197,12 @@ def contrast_circuit(
     model: str,
     confirmed: bool = True,
 ) -> tuple[Circuit, dict[str, float]]:
-    """A circuit of two supernodes, which act at the roles of `per_layer`, with levels by `<question>:<role>`, and
-    metrics: its sizes, and the share of the candidates that the graphs confirmed, `circuit/<concept>/confirmed_frac`.
+    """A circuit of two supernodes, which act at the roles of `per_layer`, without levels, and metrics: its sizes, and
+    the share of the candidates that the graphs confirmed, `circuit/<concept>/confirmed_frac`.
 
-    Args:
-        transcoders: whose features are compared.
-        means: concept -> question -> role means on its training pictures; exactly two concepts. Questions that are
-            asked of one alone do not count.
-        influence: concept -> influence of features at each role in graphs of its pictures.
-        per_layer: role -> features per layer, concept and question; questions and roles may share them.
-        model: the model's name, by which a circuit of another one is refused.
-        confirmed: false takes as many features of each layer, question and role, but those of the largest differences.
+    `means` are role means of two concepts on their training pictures by question, of which those asked of one alone do
+    not count; `influence` is that in graphs of each concept's pictures; `per_layer` has the features per layer, concept
+    and question by role. Without `confirmed` as many features are taken, those of the largest differences.
     """
     first, second = means
     means = {
@@ -237,9 +220,9 @@ def contrast_circuit(
             picks: list[list[CircuitFeature]] = []
             norms = transcoders[layer].write_norms()
             for question, active in means[concept].items():
-                against = means[other][question].by_role
-                for role in [role for role in counts if role in active.by_role and role in against]:
-                    gap = active.by_role[role][layer] - against[role][layer]
+                against = means[other][question]
+                for role in [role for role in counts if role in active and role in against]:
+                    gap = active[role][layer] - against[role][layer]
                     best = (gap * norms).argsort(descending=True)[: CONFIRMABLE * counts[role]]
                     ranked = [FeatureId(layer, index) for index in best[gap[best] > 0].tolist()]
                     members_of = [
@@ -255,12 +238,7 @@ def contrast_circuit(
         supernodes[concept] = Supernode(concept, tuple(members.values()), where)
         metrics[f"circuit/{concept}/features"] = float(len(members))
         metrics[f"circuit/{concept}/confirmed_frac"] = taken / max(candidates, 1)
-    levels: dict[str, dict[str, dict[int, Tensor]]] = {}
-    for concept, by_question in means.items():
-        levels[concept] = {}
-        for question, active in by_question.items():
-            levels[concept] |= mean_levels(supernodes[concept].features, active, question)
-    return Circuit(supernodes, levels, model=model, n_features=transcoders.widths), metrics
+    return Circuit(supernodes, {}, model=model, n_features=transcoders.widths), metrics
 
 
 def _confirmed(ranked: Sequence[CircuitFeature], count: int) -> tuple[list[CircuitFeature], int]:
@@ -298,7 +276,7 @@ def mean_levels(members: Sequence[CircuitFeature], means: RoleMeans, question: s
         table.setdefault(member.feature.layer, []).append(member.feature.index)
     return {
         f"{question}:{role}": {layer: values[layer][table[layer]].cpu() for layer in sorted(table)}
-        for role, values in means.by_role.items()
+        for role, values in means.items()
     }
 
 

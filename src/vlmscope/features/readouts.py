@@ -13,7 +13,7 @@ Legend: B prompts, T positions, P chosen ones, L layers, K words, V vocabulary, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -164,20 +164,12 @@ def activations_at(
     return activations
 
 
-@dataclass(frozen=True)
-class RoleMeans:
-    """`by_role[role][layer]` [F]: mean over the positions of that role and all prompts.
-
-    In float32 at least, whatever the model's dtype.
-    """
-
-    by_role: dict[str, dict[int, Tensor]]
-    prompts: int
+RoleMeans = Mapping[str, Mapping[int, Tensor]]  # role -> layer -> [F], in float32 at least
 
 
 @torch.no_grad()
 def role_means(scope: Scope, batches: Sequence[InputBatch], positions: Positions | None = None) -> RoleMeans:
-    """Average activations over batches of prompts, whose lengths may differ.
+    """Mean activations over the positions of each role and all prompts of some batches, whose lengths may differ.
 
     With `positions` only those count; a role without any is left out.
     """
@@ -204,5 +196,4 @@ def role_means(scope: Scope, batches: Sequence[InputBatch], positions: Positions
 
     seen = [role for role in ROLES if counts[role]]
     layers = scope.transcoders.layers
-    by_role = {role: {layer: mean(sums[role][layer], counts[role], layer) for layer in layers} for role in seen}
-    return RoleMeans(by_role, sum(batch.size for batch in batches))
+    return {role: {layer: mean(sums[role][layer], counts[role], layer) for layer in layers} for role in seen}

@@ -15,6 +15,7 @@ from vlmscope.features import study_files as files
 from vlmscope.features.item_facts import study_facts
 from vlmscope.features.labels import FOLDER, Label, read_labels, set_path, write_labels
 from vlmscope.features.study_files import StudyFolder, read_table, write_table
+from vlmscope.features.study_tables import ranks
 from vlmscope.transcoders.formats import ANY, Choice, open_set
 
 _ROWS = 2048  # of a group of a table: one feature is read without the others
@@ -34,14 +35,12 @@ def set_files(folder: str | Path, form: str = "auto", choice: Choice = ANY) -> l
     return sorted(layers | settings)
 
 
-def shipped_study(
-    model: str | Path, transcoders: str | Path, form: str = "auto", choice: Choice = ANY, within: Path | None = None
-) -> Path | None:
-    """The study folder in `assets/` (or `within`) of exactly these folders' weights; None without one.
+def shipped_study(model: str | Path, transcoders: str | Path, form: str = "auto", choice: Choice = ANY) -> Path | None:
+    """The study folder in `assets/` of exactly these folders' weights; None without one.
 
     A retrained set has other weights, so that it is not called by the labels of the old one.
     """
-    for manifest in sorted((within or shipped("assets")).glob(f"*_study/{MANIFEST}")):
+    for manifest in sorted(shipped("assets").glob(f"*_study/{MANIFEST}")):
         head = read_json(manifest)
         if head["model"] != Path(model).name:  # spares others the reading of large weights
             continue
@@ -68,7 +67,7 @@ def small_copy(study: StudyFolder, place: Path, keep: int) -> StudyFolder:
         items = study.items.table
         write_table(folder / files.ITEMS, items.filter(np.isin(study.items.ids, sorted(used))), _ROWS)
         for name in (files.GEOMETRY, files.VOCABULARY):
-            _copy(study.path, folder, name)
+            shutil.copyfile(study.path / name, folder / name)
         for path in sorted((study.path / FOLDER).glob("*.parquet")):
             labels = [(feature, _rounded(label)) for feature, label in read_labels(path).items()]
             write_labels(set_path(folder, path.stem), labels)
@@ -84,13 +83,11 @@ def _kept(examples: pa.Table, keep: int) -> pa.Table:
     top = examples["group"].to_numpy(zero_copy_only=False) == TOP
     feature, rank = examples["feature"].to_numpy(), examples["rank"].to_numpy()
     order = np.lexsort((np.where(top, rank, item_hash(examples["item"].to_numpy())), ~top, feature))
-    kinds = feature[order].astype(np.int64) * 2 + ~top[order]
-    place = np.arange(len(order)) - np.searchsorted(kinds, kinds)  # among the feature's examples of one kind
+    place = ranks(feature[order].astype(np.int64) * 2 + ~top[order])  # among the feature's examples of one kind
     table = examples.take(np.sort(order[place < np.where(top[order], keep, keep // 2)]))
     # Ranks count within a group, of which some examples are gone.
-    names = table["feature"].to_numpy().astype(np.int64) * 1000 + _codes(table["group"])
-    starts = np.flatnonzero(np.diff(names, prepend=-1))
-    rank = np.arange(len(names)) - np.repeat(starts, np.diff(np.append(starts, len(names))))
+    groups = np.unique(table["group"].to_numpy(zero_copy_only=False), return_inverse=True)[1]
+    rank = ranks(table["feature"].to_numpy().astype(np.int64) * 1000 + groups)
     return table.set_column(table.schema.get_field_index("rank"), "rank", pa.array(rank, pa.int32()))
 
 
@@ -107,12 +104,3 @@ def _with_logits(features: pa.Table, count: int) -> pa.Table:
 def _rounded(label: Label) -> Label:
     values = {key: float(f"{value:.3g}") for key, value in vars(label).items() if isinstance(value, float)}
     return replace(label, **values)  # pyright: ignore[reportArgumentType]
-
-
-def _codes(words: pa.ChunkedArray) -> np.ndarray:
-    return np.unique(words.to_numpy(zero_copy_only=False), return_inverse=True)[1]
-
-
-def _copy(source: Path, target: Path, name: str) -> None:
-    (target / name).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source / name, target / name)

@@ -189,7 +189,6 @@ class StudyItems:
 class LayerTable:
     """All features of a layer as arrays; row f is feature f."""
 
-    layer: int
     fired: np.ndarray  # `[F, 3]` int64, active positions by `KINDS`
     items_fired: np.ndarray  # `[F]` int64
     activation_max: np.ndarray  # `[F]` float32
@@ -249,7 +248,7 @@ class StudyFolder:
         self.check(FeatureId(layer, 0))
         table = read_table(self.path / layer_table(FEATURES, layer), FEATURE_TABLE)
         fired = np.stack([table[f"fired_{kind}"].to_numpy() for kind in KINDS], axis=1)
-        return LayerTable(layer, fired, table["items_fired"].to_numpy(), table["activation_max"].to_numpy())
+        return LayerTable(fired, table["items_fired"].to_numpy(), table["activation_max"].to_numpy())
 
     def examples(self, layer: int) -> pa.Table:
         """The table of all examples of a layer (`EXAMPLE_TABLE`), by feature, group and rank."""

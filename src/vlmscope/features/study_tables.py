@@ -68,9 +68,8 @@ class Pairs:
 
 def no_pairs() -> Pairs:
     """An empty table of pairs."""
-    names = Pairs.__dataclass_fields__
     dtypes = (np.int32, np.int64, np.float32, np.int32, np.int64, np.uint16, np.uint8)
-    return Pairs(**{name: np.zeros(0, dtype) for name, dtype in zip(names, dtypes, strict=True)})
+    return Pairs(*(np.zeros(0, dtype) for dtype in dtypes))
 
 
 def joined(parts: Sequence[Pairs]) -> Pairs:

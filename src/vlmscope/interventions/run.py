@@ -94,18 +94,9 @@ def run_edited(
     in `editing`.
 
     Raises:
-        UserError: unknown mode, or features that the transcoders do not have.
+        UserError: unknown mode.
     """
     check_choice("mode", mode, MODES)
-    for layer, edit in plan.items():
-        if layer not in scope.transcoders:
-            layers = scope.transcoders.layers
-            raise UserError(f"the circuit names layer {layer}, but the transcoders have layers {layers}")
-        width = scope.transcoders[layer].config.n_features
-        if len(edit.features) and int(edit.features.max()) >= width:
-            raise UserError(
-                f"the circuit names feature {int(edit.features.max())} of layer {layer}, whose width is {width}"
-            )
     with ExitStack() as stack:
         if mode == "free":
             stack.enter_context(editing(scope, plan, norms, known))
@@ -182,12 +173,9 @@ def editing(
 ) -> Iterator[None]:
     """Edit features in every forward inside the context, also token by token in `generate` with a KV cache.
 
-    The first forward is the prompt; later ones are generated tokens, which only edits with `generated` touch.
-
-    Args:
-        scope, plan: the model and what to edit.
-        norms: filled with the norms of what is added.
-        known: layer -> code [B, T, k] of the unedited prompts, which serves the lowest layer that is edited.
+    The first forward is the prompt; later ones are generated tokens, which only edits with `generated` touch. `norms`
+    is filled with the norms of what is added; `known` are codes [B, T, k] of the unedited prompts by layer, which serve
+    the lowest layer that is edited.
     """
     seen = {"tokens": 0}  # that the KV cache holds before each forward
 
@@ -239,18 +227,14 @@ def adding_random(scope: Scope, norms: Norms, seed: int) -> Iterator[None]:
             return out
         return out + now[layer].to(out).unsqueeze(-1) * units[layer].to(out)
 
-    layers = sorted({layer for by_layer in norms for layer in by_layer})
-    units = {layer: _random_unit(scope.adapter, seed, layer) for layer in layers}
+    layers, units = sorted({layer for by_layer in norms for layer in by_layer}), {}
+    for layer in layers:
+        vector = generator(seed, "direction", layer).standard_normal(scope.adapter.d_model)
+        units[layer] = F.normalize(torch.from_numpy(vector).to(scope.adapter.dtype), dim=0)
     with ExitStack() as stack:
         stack.callback(scope.adapter.decoder().register_forward_pre_hook(count).remove)
         hook_targets(stack, scope, layers, added)
         yield
-
-
-def _random_unit(adapter: Adapter, seed: int, layer: int) -> Tensor:
-    """[d], of length 1."""
-    vector = torch.from_numpy(generator(seed, "direction", layer).standard_normal(adapter.d_model)).to(adapter.dtype)
-    return vector / vector.norm()
 
 
 def watch_inputs(stack: ExitStack, adapter: Adapter, layers: Iterable[int]) -> dict[int, Tensor]:
@@ -516,11 +500,6 @@ def single_plan(edits: SingleEdits, size: int, length: int, like: Tensor) -> dic
     return plan
 
 
-def repeated(base: BaseRun, size: int) -> BaseRun:
-    """The run of one prompt as that of a batch of `size` copies, without copying it."""
-    return base.mapped(lambda values: values.expand(size, *values.shape[1:]))
-
-
 def single_effects(
     scope: Scope, batch: InputBatch, base: BaseRun, edits: SingleEdits, mode: str, tokens: tuple[int, int]
 ) -> np.ndarray:
@@ -537,7 +516,8 @@ def single_effects(
         size = len(chunk) + 1  # the last row stays unedited
         plan = single_plan(chunk, size, batch.length, base.logits)
         copies = batch.select([0] * size)
-        logits = run_edited(scope, copies, plan, mode, repeated(base, size))[:, list(tokens)].double()
+        repeated = base.mapped(lambda values, size=size: values.expand(size, *values.shape[1:]))  # without copies
+        logits = run_edited(scope, copies, plan, mode, repeated)[:, list(tokens)].double()
         cap = scope.adapter.logit_softcap
         if cap is not None:
             logits = cap * torch.atanh(logits / cap)

@@ -178,10 +178,6 @@ class Setting:
         places = dict.fromkeys(roles.tolist()) if self.positions == "each" else [self.positions]
         return [replace(self, layers=span, positions=place) for span in spans for place in places]
 
-    def uncontrolled(self) -> Setting:
-        """The setting without controls."""
-        return replace(self, matched=0, random_direction=0)
-
     def work(self, cases: Cases, layers: Sequence[int]) -> int:
         """How many runs of a case this is, with its controls."""
         controls = (self.matched + self.random_direction) * cases.first(self.draws_on).batch.size

@@ -95,10 +95,10 @@ def linear_accuracy(train: np.ndarray, codes: np.ndarray, test: np.ndarray, test
     return linear_prediction(train, classes, test).argmax(1) == test_codes
 
 
-def linear_prediction(train: np.ndarray, targets: np.ndarray, test: np.ndarray, ridge: float = 1.0) -> np.ndarray:
+def linear_prediction(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndarray:
     """[m, t], held-out targets as ridge regression on standardised features reads them off.
 
-    `train` [n, F], `targets` [n, t], `test` [m, F]; `ridge` is in units of 1 % of the mean squared norm of a case.
+    `train` [n, F], `targets` [n, t], `test` [m, F]; the penalty is 1 % of the mean squared norm of a case.
     """
     train, test = train.astype(np.float64), test.astype(np.float64)
     scale = train.std(0)
@@ -107,7 +107,7 @@ def linear_prediction(train: np.ndarray, targets: np.ndarray, test: np.ndarray, 
     x = (train[:, used] - mean) / scale
     # The dual form: n by n, since there may be more features than cases.
     gram = x @ x.T
-    penalty = ridge * 0.01 * np.trace(gram) / len(x) if used.any() else 1.0
+    penalty = 0.01 * np.trace(gram) / len(x) if used.any() else 1.0
     dual = np.linalg.solve(gram + penalty * np.eye(len(x)), targets - targets.mean(0))
     return ((test[:, used] - mean) / scale) @ (x.T @ dual) + targets.mean(0)
 
@@ -196,13 +196,8 @@ def tuned(codes: Mapping[int, np.ndarray], levels: np.ndarray) -> tuple[dict[int
 def held_out_tuning(
     names: Mapping[int, np.ndarray], codes: Mapping[int, np.ndarray], levels: np.ndarray, other: np.ndarray
 ) -> dict[str, Rate]:
-    """Whether the tuning that `tuned` names holds on other cases.
-
-    Args:
-        names: layer -> [F] shapes of tuning curves.
-        codes: layer -> [N, F] activations on the other cases.
-        levels: [N], the number there.
-        other: [N], a quantity correlated with the number, such as painted area.
+    """Whether the tuning that `tuned` names, layer -> [F], holds on other cases: of activations, layer -> [N, F], the
+    number `levels` [N], and `other` [N], a quantity correlated with it, such as painted area.
 
     Returns:
         `<kind>/holds`, the share of features with the same kind of curve; of those that go up or down, signed so that a

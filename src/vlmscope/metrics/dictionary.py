@@ -158,16 +158,12 @@ def nearest_cosines(
     sample: int | None = None,
     block: int = _SAMPLE,
 ) -> dict[int, Tensor]:
-    """Layer -> [n] float32, the cosine of each of its n live features and the nearest live partner; -1 without one.
+    """Layer -> [n] float32, the cosine of each of its n live features, or the first `sample` of them, and the nearest
+    live partner, in its own layer alone or in all the others; -1 without one.
 
-    Args:
-        directions: layer -> one or several [F, d]; with several (what a feature writes, what it reads) a pair is as
-            parallel as the least of its cosines. Widths F may differ.
-        alive: layer -> [F] bool.
-        own_layer: look for partners in the feature's own layer alone; else in all the other layers.
-        device: where it is computed, a whole layer at a time.
-        sample: at most so many features of a layer, the first ones, are looked at; they are compared with all.
-        block: features of a layer that are compared with one other layer at a time.
+    `directions` has for each layer one or several [F, d]; with several (what a feature writes, what it reads) a pair is
+    as parallel as the least of its cosines. `alive` is by layer [F] bool; `block` features of a layer are compared with
+    one other layer at a time.
     """
 
     def units(layer: int, most: int | None = None) -> list[Tensor]:
@@ -190,28 +186,24 @@ def nearest_cosines(
 
 
 def duplicated_fraction(
-    directions: Mapping[int, Tensor],
-    alive: Mapping[int, Tensor],
-    cosine: float = COSINE,
-    device: torch.device | str = "cpu",
+    directions: Mapping[int, Tensor], alive: Mapping[int, Tensor], device: torch.device | str = "cpu"
 ) -> dict[int, float]:
-    """Layer -> share of its (first 2,048) live features with a live feature of at least this `cosine` in some other
-    layer; a layer without a live one is left out. `directions`: layer -> [F, d].
+    """Layer -> share of its (first 2,048) live features with a live feature of at least `COSINE` in some other layer; a
+    layer without a live one is left out. `directions`: layer -> [F, d].
     """
     tables = {layer: [rows] for layer, rows in directions.items()}
     nearest = nearest_cosines(tables, alive, False, device, _SAMPLE)
-    return {layer: float((best >= cosine).double().mean()) for layer, best in nearest.items() if len(best)}
+    return {layer: float((best >= COSINE).double().mean()) for layer, best in nearest.items() if len(best)}
 
 
-def unit_embeddings(embeddings: np.ndarray, centre: bool = True) -> np.ndarray:
-    """Embeddings [N, d] scaled to length 1, float64; with `centre`, after their mean was taken away.
+def unit_embeddings(embeddings: np.ndarray) -> np.ndarray:
+    """Embeddings [N, d] without their mean, scaled to length 1, float64.
 
     The embeddings of one model lie in a narrow cone, which lifts every cosine; without their mean, pictures that have
     nothing in common score about 0. An embedding of length 0 stays 0.
     """
     rows = np.asarray(embeddings, np.float64)
-    if centre:
-        rows = rows - rows.mean(0)
+    rows = rows - rows.mean(0)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
 
@@ -222,10 +214,6 @@ def monosemanticity(embeddings: np.ndarray, activations: np.ndarray | Any) -> np
     `embeddings` [N, d], rows of length 1; `activations` [N, F] >= 0, an array or a SciPy sparse one.
     """
     weights: Any = sparse.csc_array(activations, dtype=np.float64)
-    if weights.shape[0] != len(embeddings):
-        raise ValueError(f"{len(embeddings)} embeddings for {weights.shape[0]} pictures")
-    if weights.nnz and weights.data.min() < 0:
-        raise ValueError("activations must not be negative")
     weights.eliminate_zeros()
     squares = weights.power(2).sum(0)
     total = np.square(np.asarray(weights.sum(0)))
@@ -238,6 +226,8 @@ def monosemanticity(embeddings: np.ndarray, activations: np.ndarray | Any) -> np
 
 
 CLASSES = ("image", "text", "both", "unsettled", "rare", "dead")
+FEWEST = 5  # inputs below which a feature is rare
+ALONE = 0.1  # a feature is of one modality when its index is surely within so much of that end
 
 
 @dataclass(frozen=True)
@@ -258,29 +248,11 @@ class Modality:
 
 
 def modality(
-    fired_image: np.ndarray,
-    fired_text: np.ndarray,
-    inputs_fired: np.ndarray,
-    n_image: int,
-    n_text: int,
-    least: int = 5,
-    alone: float = 0.1,
+    fired_image: np.ndarray, fired_text: np.ndarray, inputs_fired: np.ndarray, n_image: int, n_text: int
 ) -> Modality:
-    """Modality index, interval and class of each feature.
-
-    Args:
-        fired_image: [F] soft tokens at which it fires.
-        fired_text: [F] text tokens at which it fires.
-        inputs_fired: [F] inputs in which it fires.
-        n_image: soft tokens in all.
-        n_text: text tokens in all.
-        least: inputs below which a feature is `rare`.
-        alone: a feature is of one modality when its index is surely within `alone` (below one half) of that end.
+    """Modality index, interval and class of each feature, from the numbers [F] of soft tokens, of text tokens and of
+    inputs at which it fires, and those of all soft tokens and all text tokens, at least one of each.
     """
-    if n_image < 1 or n_text < 1:
-        raise ValueError(f"{n_image} soft tokens and {n_text} text tokens: a comparison needs both")
-    if not 0 < alone < 0.5:
-        raise ValueError(f"alone={alone}: choose a share between 0 and 0.5")
     image, text = np.asarray(fired_image, np.float64), np.asarray(fired_text, np.float64)
     inputs = np.asarray(inputs_fired)
     fires = image + text > 0
@@ -295,9 +267,9 @@ def modality(
     low, high = index(share_low), index(share_high)
     kind = np.full(len(image), "unsettled", dtype=f"<U{max(map(len, CLASSES))}")
     # Later kinds override earlier ones.
-    kind[(low > alone) & (high < 1 - alone)] = "both"
-    kind[low >= 1 - alone] = "image"
-    kind[high <= alone] = "text"
-    kind[inputs < least] = "rare"
+    kind[(low > ALONE) & (high < 1 - ALONE)] = "both"
+    kind[low >= 1 - ALONE] = "image"
+    kind[high <= ALONE] = "text"
+    kind[inputs < FEWEST] = "rare"
     kind[~fires] = "dead"
     return Modality(index(share), low, high, kind)

@@ -61,10 +61,7 @@ def agreement(
     """
     x, y = np.asarray(predicted, np.float64), np.asarray(measured, np.float64)
     names, group = np.unique(np.asarray(groups), return_inverse=True)
-    if not x.shape == y.shape == group.shape:
-        raise ValueError(f"{x.size} predictions, {y.size} measurements and {group.size} groups")
-    if x.size < 3 or len(names) < 2:
-        raise ValueError(f"an interval needs 3 cases of 2 groups, not {x.size} of {len(names)}")
+    assert x.size >= 3 and len(names) >= 2, f"an interval needs 3 cases of 2 groups, not {x.size} of {len(names)}"
     members = [np.flatnonzero(group == g) for g in range(len(names))]
     drawn = generator(seed, "agreement")
     resampled = []
@@ -121,8 +118,6 @@ def jaccard(first: Collection, second: Collection) -> float:
 
 def mean_jaccard(choices: Sequence[Collection]) -> float:
     """Mean over all pairs of two or more choices."""
-    if len(choices) < 2:
-        raise ValueError("stability compares choices: give two or more")
     return float(np.mean([jaccard(a, b) for a, b in combinations(choices, 2)]))
 
 
@@ -188,8 +183,6 @@ def faithfulness_curve(
     """The curve of circuits of `counts` members at `SHARES` from their logit differences [K, B], and those of clean and
     corrupt runs [B]; the same pairs are drawn for every size.
     """
-    if len(circuits) != len(SHARES):
-        raise ValueError(f"{len(circuits)} sizes, but MIB's areas take {len(SHARES)}: {SHARES}")
     rates = _rates(circuits, clean, corrupt, seed)
     drawn = _resampled(circuits, clean, corrupt, seed)
     values = np.array([rate.value for rate in rates])
@@ -208,11 +201,8 @@ def sizes(total: int) -> tuple[int, ...]:
 
 def _rates(circuits: np.ndarray, clean: np.ndarray, corrupt: np.ndarray, seed: int) -> tuple[Rate, ...]:
     circuits, clean, corrupt = (np.asarray(x, float) for x in (circuits, clean, corrupt))
-    if not clean.size:
-        raise ValueError("faithfulness needs at least one pair")
     whole = clean.mean() - corrupt.mean()
-    if not abs(whole) > 0:
-        raise ValueError("clean and corrupt runs have the same mean logit difference: there is nothing to recover")
+    assert abs(whole) > 0, "clean and corrupt runs have the same mean logit difference: there is nothing to recover"
     values = (circuits.mean(-1) - corrupt.mean()) / whole
     low, high = np.quantile(_resampled(circuits, clean, corrupt, seed), (0.025, 0.975), axis=0)
     return tuple(
@@ -269,8 +259,7 @@ def bootstrap_auc(
         order = _in_order(scores, bad, good) - (0 if less is None else _in_order(less, bad, good))
         won += (weights[:, bad] @ order * weights[:, good]).sum(1)
         pairs += weights[:, bad].sum(1) * weights[:, good].sum(1)
-    if not pairs[0]:
-        raise ValueError("an area needs a wrong and a right case")
+    assert pairs[0], "an area needs a wrong and a right case"
     areas = won[pairs > 0] / pairs[pairs > 0]
     low, high = np.quantile(areas[1:], (0.025, 0.975))
     return Rate(float(areas[0]), float(low), float(high), len(scores))
@@ -285,8 +274,7 @@ def _in_order(scores: np.ndarray, bad: np.ndarray, good: np.ndarray) -> np.ndarr
 def group_folds(groups: np.ndarray, folds: int | None, seed: int = 0) -> np.ndarray:
     """[n], the fold in which each case is tested; a group is never split. None: every group is a fold."""
     names, group = np.unique(groups, return_inverse=True)
-    if len(names) < 2:
-        raise ValueError("cases of one group alone cannot be held out")
+    assert len(names) > 1, "cases of one group alone cannot be held out"
     order = generator(seed, "folds").permutation(len(names))
     return order[group] % min(folds or len(names), len(names))
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -89,10 +89,7 @@ def bootstrap_mean(
     With `groups`, a name for each case, whole groups are drawn instead of cases: cases of one picture are correlated.
     """
     sample = np.asarray(values, dtype=float)
-    if sample.size == 0:
-        raise ValueError("a mean needs at least one case")
-    if groups is not None and len(groups) != sample.size:
-        raise ValueError(f"{sample.size} cases, but {len(groups)} names of groups")
+    assert sample.size and (groups is None or len(groups) == sample.size), "a mean of no case, or groups of other cases"
     low, high = _interval(sample.tobytes(), None if groups is None else tuple(groups), seed)
     return Rate(float(sample.mean()), low, high, int(sample.size), control)
 
@@ -129,8 +126,6 @@ def paired_p(done: Sequence[bool] | np.ndarray, control: Sequence[bool] | np.nda
     intervention as were seen, if either were as likely. 1 when none differs.
     """
     a, b = np.asarray(done, bool), np.asarray(control, bool)
-    if a.shape != b.shape:
-        raise ValueError(f"{a.size} cases of the intervention, but {b.size} of the control")
     gained, lost = int((a & ~b).sum()), int((b & ~a).sum())
     n = gained + lost
     return sum(math.comb(n, k) for k in range(gained, n + 1)) / 2**n
@@ -143,8 +138,7 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     expected share of false rejections below alpha when the tests are independent or positively dependent.
     """
     values = np.asarray(p, np.float64)
-    if not ((values >= 0) & (values <= 1)).all():
-        raise ValueError("p-values lie between 0 and 1")
+    assert ((values >= 0) & (values <= 1)).all(), "p-values lie between 0 and 1"
     flat = values.ravel()
     order = np.argsort(flat, kind="stable")
     raised = flat[order] * len(flat) / np.arange(1, len(flat) + 1)
@@ -195,8 +189,6 @@ def suggested_range(values: Sequence[float], half_widths: Sequence[float], share
     """The range by `RULE` of values, one per seed, from the half-widths of those that have an interval; `share` says
     whether the number is a share of cases.
     """
-    if not values or not all(math.isfinite(value) for value in values):
-        raise ValueError(f"a range needs finite values: {list(values)}")
     low, high = min(values), max(values)
     floor = SHARE_FLOOR if share else VALUE_FLOOR * abs(sum(values) / len(values))
     margin = max([*(half_widths or [floor]), high - low])
@@ -350,7 +342,7 @@ CASE = ["cases", "set", "question", "recipient", "donor", "case"]  # columns tha
 CELL = ["question", "recipient", "donor"]
 
 
-def cell_means(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+def cell_means(rows: Any, by: Sequence[str]) -> Any:
     """Means over cells (levels `CELL` of rows of `rates`), each counted once whatever its number of cases.
 
     Returns:
@@ -358,8 +350,7 @@ def cell_means(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         draws unordered pairs of concepts, since a pair's cells share one circuit; and `lowest`, `highest` (cell).
     """
     means: dict[Any, dict[str, float]] = {}
-    groups = cast(Any, rows.groupby(level=list(by), sort=False))
-    for key, cells in groups:
+    for key, cells in rows.groupby(level=list(by), sort=False):
         pairs = ["-".join(sorted(pair)) for pair in cells.reset_index()[["recipient", "donor"]].to_numpy()]
         mean = share_rate(cells.value.to_numpy(), groups=pairs)
         means[key if len(by) > 1 else key[0]] = {
@@ -371,11 +362,11 @@ def cell_means(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     return indexed(means, by)
 
 
-def worst(rows: pd.DataFrame, over: str) -> pd.DataFrame:
-    """Of rows of `rates`, those with the least value over the level `over`, next to the highest controls and the
+def worst(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of rows of `rates`, those with the least value over the level `question`, next to the highest controls and the
     weakest evidence (rank, p, q) of any.
     """
-    others = [name for name in rows.index.names if name != over]
+    others = [name for name in rows.index.names if name != "question"]
     groups = rows.groupby(level=others, sort=False)
     # A value that could not be measured is not the least one.
     lowest: Any = rows.loc[rows["value"].fillna(np.inf).groupby(level=others, sort=False).idxmin()]
@@ -384,7 +375,7 @@ def worst(rows: pd.DataFrame, over: str) -> pd.DataFrame:
     weakest = rows.loc[rows.p.fillna(2.0).groupby(level=others, sort=False).idxmax()]  # unknown is weaker than 1
     for column in ("p", "q", "rank", "draws", "reason"):
         lowest[column] = weakest[column].to_numpy()
-    return lowest.droplevel(over)
+    return lowest.droplevel("question")
 
 
 def trial_metrics(table: pd.DataFrame, trials: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, float]:
@@ -398,15 +389,14 @@ def trial_metrics(table: pd.DataFrame, trials: Mapping[str, Any], settings: Mapp
     """
     metrics: dict[str, float] = {}
     axes = ["positions", "layers", "strength", "limit"]
-    key: Any
-    part: Any
-    for key, part in without_baselines(table).groupby(["operation", "setting"], sort=False):
+    own: Any = without_baselines(table)
+    for key, part in own.groupby(["operation", "setting"], sort=False):
         operation, setting = map(str, key)
         measure, *others = counted(trials, settings, operation, setting)
         varied = [axis for axis in axes if (part.groupby(["mode", "question"])[axis].nunique(dropna=False) > 1).any()]
         if varied in (["strength"], ["limit"]) and part["mode"].nunique() == 1:
             doses: Any = rates(part, [*varied, "question"], measure)
-            for dose, row in worst(doses, "question").iterrows():
+            for dose, row in worst(doses).iterrows():
                 name = f"{operation}/{setting}/{varied[0]}_{dose:g}"
                 metrics |= {name: row.value} | known({f"{name}_control": row.matched})
         if varied:
@@ -420,10 +410,10 @@ def trial_metrics(table: pd.DataFrame, trials: Mapping[str, Any], settings: Mapp
             if "/" in operation:  # another set's features on a question: no question is the worst of them
                 metrics |= by_question
                 continue
-            row = worst(shares, "question").iloc[0]
+            row = worst(shares).iloc[0]
             metrics |= rate_metrics(name, row)
             if "changed" in runs and "changed" not in (measure, *others):
-                moved = worst(rates(runs, ["setting", "question"], "changed"), "question").iloc[0]
+                moved = worst(rates(runs, ["setting", "question"], "changed")).iloc[0]
                 metrics |= known({f"{name}_changed": moved.value, f"{name}_control_changed": moved.matched})
             if len(shares) > 1 and not several:
                 metrics |= by_question
@@ -467,8 +457,6 @@ def cell_metrics(table: pd.DataFrame, trials: Mapping[str, Any], settings: Mappi
     by = ["operation", "setting"]
     cells = measured(table, [*by, *CELL], {name: trial.measure for name, trial in trials.items()})
     metrics: dict[str, float] = {"cells": float(len(cells.groupby(level=CELL)))}
-    key: Any
-    row: Any
     for key, row in cell_means(cells, by).iterrows():
         name = "/".join(key)
         metrics |= rate_metrics(name, row) | {f"{name}_lowest": row.lowest, f"{name}_highest": row.highest}

@@ -129,7 +129,7 @@ def cards(folder: Folder, name: str, mark: Mark) -> list[Section]:
     def lowest(measure: str | None) -> Any:
         if "donor" in folder.trials:
             return cell_means(folder.rates(mark, ["operation", "setting", *CELL], measure), ["operation", "setting"])
-        return worst(folder.rates(mark, ["operation", "setting", "question"], measure), "question")
+        return worst(folder.rates(mark, ["operation", "setting", "question"], measure))
 
     moved: Any = lowest("changed") if "changed" in folder.trials else None
     headlines = []
@@ -442,7 +442,7 @@ def flip_rows(folder: Folder, mark: Mark) -> list[FlipRow]:
             rate, changed = (
                 _rate(part.iloc[low].where(part.columns != "matched", part.matched.max())) for part in (shown, moved)
             )
-            row = worst(group, "question").iloc[0]
+            row = worst(group).iloc[0]
             rows.append(FlipRow(operation, mode, "worst", place, rate, int(row.edited), changed, ranked(row)))
     return rows
 

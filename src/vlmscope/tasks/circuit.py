@@ -10,7 +10,6 @@ from pathlib import Path
 from vlmscope.analyses.bench import Bench
 from vlmscope.circuits.build import (
     SHOWN,
-    Asked,
     Examples,
     Sources,
     asked_of,
@@ -39,7 +38,7 @@ from vlmscope.config.wiring import user_pictures
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 from vlmscope.data.images import PictureFiles, for_figures
-from vlmscope.data.inputs import Pair, check_choosing, read_rows
+from vlmscope.data.inputs import Pair, Side, check_choosing, read_rows
 from vlmscope.features.study_files import StudyFolder
 from vlmscope.tasks.registry import RunContext
 from vlmscope.training.evaluation import speaks_orrery
@@ -72,10 +71,10 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         loaded.check_fits(bench.vlm.name, bench.transcoders.widths, folder)
     elif declared is None:
         discovery, circuit, train = discovered(bench, bool(inputs))
-        name, others = discovery.question, [Asked.from_side(s) for p in train for s in (p.original, p.counterfactual)]
+        name, others = discovery.question, [side for pair in train for side in (pair.original, pair.counterfactual)]
         pairs = [] if inputs else spread_answers([train[row] for row in discovery.train_rows], cfg.task.traces)
     if pairs:
-        inputs = [Asked.from_side(pair.original) for pair in pairs]
+        inputs = [pair.original for pair in pairs]
         graphs = trace_pairs(bench.scope, pairs, cfg.attribution, bench.run_dir)
     else:
         graphs = trace_all(bench.scope, inputs, [cfg.attribution] * len(inputs), bench.run_dir)
@@ -95,7 +94,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
             return examples_among(bench.scope, features, pool, study)
 
         nodes = described(bench.scope, circuit, examples, SHOWN)
-        picture = next((for_figures(item.pictures[:1])[0] for item in inputs if item.pictures), None)
+        picture = next((for_figures(item.images[:1])[0] for item in inputs if item.images), None)
         path = bench.run_dir / "figures" / "circuit.png"
         below = partial(examples, study=None)  # the study is of the decoder
         draw_diagram(path, nodes, circuit.edges, picture, cfg.task.min_share, below, bench.labels)
@@ -124,7 +123,7 @@ def check_source(cfg: AppConfig, spec: CircuitSpecConfig | None) -> None:
     check_choosing(cfg.pairs)
 
 
-def traced_inputs(cfg: AppConfig, spec: CircuitSpecConfig | None) -> list[Asked]:
+def traced_inputs(cfg: AppConfig, spec: CircuitSpecConfig | None) -> list[Side]:
     """The inputs to trace: rows of `task.rows`, `prompt=` on `image=`, or the spec's own."""
     if cfg.task.rows is not None:
         if cfg.prompt is not None or cfg.image is not None:
@@ -132,9 +131,9 @@ def traced_inputs(cfg: AppConfig, spec: CircuitSpecConfig | None) -> list[Asked]
         rows, bad = read_rows(cfg.task.rows)
         if bad:
             raise UserError(f"{bad[0]}; correct the file")
-        return [Asked(row.prompt, PictureFiles(row.images), row.id) for row in rows]
+        return [Side(row.prompt, PictureFiles(row.images), row.id) for row in rows]
     if cfg.prompt is not None:
-        return [Asked(cfg.prompt, user_pictures(cfg), cfg.prompt)]
+        return [Side(cfg.prompt, user_pictures(cfg), cfg.prompt)]
     if cfg.image is not None:
         raise UserError("image= without prompt=: add 'prompt=what is this ?'")
     return [] if spec is None or spec.inputs is None else asked_of("circuit_spec.inputs", spec.inputs, (), cfg.seed)

@@ -27,7 +27,7 @@ def largest_gap(vlm: VLM) -> float:
     """Fast against recorded, of inputs and outputs of every layer, relative to the layer's largest number."""
     worst = 0.0
     for inputs in prepared(vlm):
-        fast, state = capture_mlp(vlm, inputs.tensors), capture_state(vlm, inputs)
+        fast, state = capture_mlp(vlm.adapter, inputs.tensors), capture_state(vlm.adapter, inputs)
         assert sorted(fast) == list(range(vlm.adapter.n_layers))
         for layer, (mlp_in, mlp_out) in fast.items():
             for found, recorded in ((mlp_in[0], state.mlp_in[layer]), (mlp_out[0], state.mlp_out[layer])):
@@ -48,11 +48,11 @@ def test_a_batch_is_captured_as_each_prompt_alone(family: str) -> None:
     vlm = tiny_vlm(family, 3)
     inputs = prepared(vlm)
     batch = make_batch(vlm.adapter, inputs)
-    fast = capture_mlp(vlm, batch.tensors)
+    fast = capture_mlp(vlm.adapter, batch.tensors)
     layers = range(vlm.adapter.n_layers)
     read = mlp_inputs(vlm.adapter, batch, layers)
     for row, one in enumerate(inputs):
-        state = capture_state(vlm, one)
+        state = capture_state(vlm.adapter, one)
         for layer in layers:
             assert torch.allclose(fast[layer][0][row], state.mlp_in[layer], rtol=0, atol=1e-5)
             assert torch.allclose(fast[layer][1][row], state.mlp_out[layer], rtol=0, atol=1e-5)

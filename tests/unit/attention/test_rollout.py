@@ -83,7 +83,7 @@ def test_every_familys_soft_tokens_have_their_rollout(vlm: VLM) -> None:
     config = WhereConfig(last_layers=2, head_share=0.5, pool="mean")
     found = token_maps(vlm, inputs, config)["rollout"]
     assert len(found) == 2
-    for maps, picture in zip(found, captured.pictures, strict=True):
+    for maps, picture in zip(found, captured, strict=True):
         n_soft, first = picture.pooling.shape[0], 0
         total = maps.class_token.copy()
         for tile, wanted in zip(maps.tiles, picture.tiles, strict=True):
@@ -116,8 +116,8 @@ def test_states_enter_the_projector(family: str) -> None:
     captured = capture_vision_attention(vlm, inputs, [0], states=True)
     handle.remove()
     rows = torch.cat([states.flatten(0, -2) for states in given])
-    n_class = captured.pictures[0].tiles[0].tile.n_class
-    states = torch.cat([t.states[n_class:] for t in captured.pictures[0].tiles if t.states is not None])
+    n_class = captured[0].tiles[0].tile.n_class
+    states = torch.cat([t.states[n_class:] for t in captured[0].tiles if t.states is not None])
     assert torch.allclose(rows, states, rtol=0, atol=1e-6)
 
 

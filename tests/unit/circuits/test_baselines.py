@@ -31,7 +31,7 @@ class Pairs:
         return [self.made.scope.vlm.tokenizer.convert_tokens_to_ids(word) for word in ANSWERS]
 
     def prompts(self, cases: Cases) -> list[tuple[Any, torch.Tensor]]:
-        pairs = self.made.subject.pairs
+        pairs = self.made.subject
         return [(pairs.batch, pairs.tokens), (pairs.other, pairs.other_tokens)]
 
     def difference(self, cases: Cases) -> Any:
@@ -76,7 +76,7 @@ class Bench:
 def bench(request: pytest.FixtureRequest) -> Bench:
     with exact_float64():
         made = planted(request.param)
-        pairs = made.subject.pairs
+        pairs = made.subject
         base = base_run(made.scope, pairs.batch)
     cases = Cases("test", "planted", pairs.batch, base, pairs.tokens, pairs.other_tokens, ("a", "b", "c"), pairs.other,
                   pairs.other_logits)  # fmt: skip

@@ -11,7 +11,7 @@ from tests.unit.circuits.subjects import carried, cases_of
 
 from vlmscope.circuits.circuit import at_supernodes, load_circuit, save_circuit, steer_plan
 from vlmscope.circuits.discovery.edges import pair_edges, run_edges
-from vlmscope.circuits.discovery.nodes import CircuitSubject, changing_nodes, eap_ig, measure
+from vlmscope.circuits.discovery.nodes import changing_nodes, eap_ig, measure
 from vlmscope.circuits.operations import Ablate, Carry, Exchange, Toward
 from vlmscope.circuits.pairs import pair_effects, pair_subject
 from vlmscope.circuits.selectors import contrast_circuit, place_levels
@@ -121,7 +121,7 @@ def test_half_precision_runs_the_whole_way() -> None:
     same = carried(scope, replace(pairs, other=pairs.batch), None)
     assert float((run_edited(scope, pairs.batch, same) - pairs.base.logits).abs().max()) < 0.05
     assert len(pair_effects(scope, pairs, 2).ranked(3)) == 3
-    measured = measure(scope, CircuitSubject(pairs, *sides))
+    measured = measure(scope, pairs)
     nodes = changing_nodes(measured, transcoders)
     assert np.isfinite(eap_ig(scope, measured, nodes, 2)).all()
     targets = np.flatnonzero(nodes.is_feature)[:20]

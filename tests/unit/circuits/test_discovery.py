@@ -8,7 +8,6 @@ from vlmscope.activations import mlp_inputs
 from vlmscope.circuits.discovery.edges import edge_table, pair_edges, run_edges
 from vlmscope.circuits.discovery.nodes import (
     REST,
-    CircuitSubject,
     Kind,
     Nodes,
     changing_nodes,
@@ -41,8 +40,7 @@ def bench(request: pytest.FixtureRequest):
         scope = Scope(vlm, random_set(*shape, seed=6, dtype=torch.float64, **kind).requires_grad_(False))
         inputs = [vlm.prepare("what is this planet ?", [tiny_image(i)]) for i in range(6)]
         first, second = (torch.tensor([i, i + 1, i + 2]) for i in (3, 7))
-        pairs = pair_subject(scope, "name", inputs[:3], inputs[3:], first, second, 2, answerable=False)
-        subject = CircuitSubject(pairs, inputs[:3], inputs[3:])
+        subject = pair_subject(scope, "name", inputs[:3], inputs[3:], first, second, 2, answerable=False)
         measured = measure(scope, subject)
         return Runner(scope, measured, changing_nodes(measured, scope.transcoders)), subject
 
@@ -79,7 +77,7 @@ def test_kept_features_are_live_and_others_are_the_counterfactuals(bench) -> Non
         handle = runner.scope.adapter.mlp(1).register_forward_pre_hook(lambda _m, args: seen.__setitem__(1, args[0]))
         runner.scope.adapter.forward(tensors, use_cache=False)
         handle.remove()
-    ends = [mlp_inputs(runner.scope.adapter, batch, [1])[1] for batch in (subject.pairs.batch, subject.pairs.other)]
+    ends = [mlp_inputs(runner.scope.adapter, batch, [1])[1] for batch in (subject.batch, subject.other)]
     assert all(not torch.allclose(seen[1], end) for end in ends)
 
 
@@ -95,7 +93,7 @@ def test_worths_of_all_members_add_up_to_the_circuit(bench) -> None:
 def test_eap_ig_of_features_is_that_of_pair_effects(bench) -> None:
     runner, subject = bench
     scores = eap_ig(runner.scope, runner.sides, runner.nodes, 2).mean(0)
-    effects = pair_effects(runner.scope, subject.pairs, 2)
+    effects = pair_effects(runner.scope, subject, 2)
     for row in np.flatnonzero(runner.nodes.is_feature)[::7]:
         role = effects.roles.index(runner.nodes.roles[runner.nodes.role[row]])
         layer, index = runner.nodes.feature(row)

@@ -129,7 +129,7 @@ def test_estimated_effects_are_the_slopes_of_measured_ones(bench) -> None:
 
 def test_effects_equal_the_dense_product_pair_by_pair(bench, monkeypatch: pytest.MonkeyPatch) -> None:
     scope, subject = bench
-    gradients = gap_gradients(scope, subject, 3).writes
+    gradients, _ = gap_gradients(scope, subject, 3)
     monkeypatch.setattr("vlmscope.circuits.pairs.CHUNK", 3)  # of four pairs
     found = pair_effects(scope, subject, 3)
     sides = [mlp_inputs(scope.adapter, side, scope.transcoders.layers) for side in (subject.batch, subject.other)]

@@ -20,7 +20,7 @@ from vlmscope.transcoders.transcoder import random_set
 
 N = 40
 A, B, C = FeatureId(0, 3), FeatureId(1, 5), FeatureId(2, 7)
-NO_ROLE = RoleMeans({}, 1)
+NO_ROLE: RoleMeans = {}
 PLAIN = SupernodeConfig(influence=InfluenceConfig())
 
 
@@ -60,7 +60,7 @@ def means(transcoders, **at: tuple[str, int, int, float]) -> RoleMeans:
     table = {r: {layer: torch.zeros(N) for layer in transcoders.layers} for r in ("image", "last")}
     for role, layer, index, value in at.values():
         table[role][layer][index] = value
-    return RoleMeans(table, 1)
+    return table
 
 
 def test_by_contrast_finds_what_was_planted_at_its_role(bench) -> None:

@@ -97,7 +97,7 @@ def test_a_study_equals_a_plain_loop(vlm, data: Path, tmp_path: Path, activation
             kind = np.where(said, ANSWER, TEXT) if raw.exchanges else np.full(len(ids), TEXT)
             kinds.append(np.where(ids == vlm.adapter.soft_token_id(), IMAGE, kind))
             items.append(row * 256)
-            for layer, (x, _) in capture_mlp(vlm, forward).items():
+            for layer, (x, _) in capture_mlp(vlm.adapter, forward).items():
                 acts[layer].append(transcoders[layer].encode(x[0]).dense(WIDTH).numpy())
     assert study.info.items == len(items)
     everything = np.concatenate(kinds)

@@ -6,7 +6,6 @@ from tests.unit.interventions.conftest import scaled
 
 from vlmscope.core.errors import UserError
 from vlmscope.interventions.edits import (
-    LayerEdit,
     merge,
     position_mask,
     set_features,
@@ -135,12 +134,6 @@ def test_merge_lets_the_later_edit_win() -> None:
 
 def test_bad_requests_are_named(bench) -> None:
     scope, inputs, batch = bench
-    where = everywhere(batch)
-    edit = LayerEdit(torch.tensor([40]), torch.zeros(1), torch.zeros(1), where)
-    with pytest.raises(UserError, match=r"feature 40 of layer 0, whose width is 40"):
-        run_edited(scope, batch, {0: edit})
-    with pytest.raises(UserError, match="names layer 9"):
-        run_edited(scope, batch, {9: edit})
     with pytest.raises(UserError, match="mode=frozen: no such choice"):
         run_edited(scope, batch, {}, "frozen")
     with pytest.raises(UserError, match="no position has role 'answer'"):

@@ -217,7 +217,7 @@ def test_rates_worst_and_corrected_p_values_are_those_by_hand() -> None:
     assert (found.cases["name"], found.edited["name"], found.matched["name"]) == (10, 4, 0.1)
     assert found.p["name"] == 1 / 3 and found.p["colour"] == 1 / 2  # above two draws, above one
     assert found.q.isna().all()  # so few draws test nothing
-    row = worst(rates(table.assign(setting="main"), ["setting", "question"]), "question").loc["main"]
+    row = worst(rates(table.assign(setting="main"), ["setting", "question"])).loc["main"]
     assert (row.value, row.matched) == (0.5, 0.2)  # the least rate next to the highest control
 
 

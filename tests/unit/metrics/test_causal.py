@@ -31,8 +31,6 @@ def test_cases_of_one_group_are_drawn_together() -> None:
     assert share_rate(hits, groups=[str(i) for i in range(60)]).ci_low == pytest.approx(alone.ci_low, abs=0.04)
     two = share_rate([True] * 40, groups=["a", "b"] * 20)
     assert two.ci_low == pytest.approx(share_rate([True, True]).ci_low) and two.ci_low < 0.2  # two pictures say little
-    with pytest.raises(ValueError, match="names of groups"):
-        share_rate(hits, groups=["a"])
 
 
 def test_grouped_shares_are_worth_fewer_cases() -> None:
@@ -52,8 +50,6 @@ def test_a_paired_p_value_by_hand() -> None:
     assert paired_p(control, done) == 1.0
     assert paired_p([True, False], [False, True]) == 0.75
     assert paired_p([], []) == paired_p([True], [True]) == 1.0
-    with pytest.raises(ValueError, match="2 cases"):
-        paired_p([True, True], [True])
 
 
 def test_correction_equals_scipys() -> None:

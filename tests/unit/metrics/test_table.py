@@ -62,5 +62,5 @@ def test_draws_that_do_not_bite_are_refused_with_the_number() -> None:
 def test_the_worst_question_has_the_weakest_evidence_of_any() -> None:
     table: Any = cells()
     table = table[table.operation == "steer"].assign(question=table.recipient, setting="main")
-    row = worst(rates(table, ["setting", "question"]), "question").loc["main"]
+    row = worst(rates(table, ["setting", "question"])).loc["main"]
     assert (row.value, row.matched, row["rank"], row.p) == (1.0, 1.0, 2, 1.0)

@@ -78,7 +78,7 @@ def test_soft_tokens_are_those_of_a_picture(family: str) -> None:
 def test_what_is_recorded_of_a_forward_is_counted_exactly() -> None:
     for vlm in (load_vlm(asset("orrery")), *map(tiny_vlm, ("qwen2_5_vl", "qwen3_vl", "gemma4"))):
         inputs = vlm.prepare("what is this planet ?", [tiny_image(1)])
-        state = capture_state(vlm, inputs)
+        state = capture_state(vlm.adapter, inputs)
         held = {name: tensor.numel() for name, tensor in vars(state).items() if isinstance(tensor, torch.Tensor)}
         held["patterns"] = sum(block.values.numel() for pattern in state.patterns for block in pattern.blocks)
         held["value_scales"] = sum(scale.numel() for scale in state.value_scales if scale is not None)

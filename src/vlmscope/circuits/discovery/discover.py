@@ -22,7 +22,6 @@ from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.config import SURROUNDINGS, DiscoveryConfig, MarkConfig
 from vlmscope.circuits.discovery.edges import EdgeCircuits, discover_edges
 from vlmscope.circuits.discovery.nodes import (
-    CircuitSubject,
     GraphScores,
     Kind,
     Nodes,
@@ -36,14 +35,15 @@ from vlmscope.circuits.discovery.nodes import (
 from vlmscope.circuits.discovery.search import (
     Runner,
     greedy_order,
-    matched_circuits,
+    matched_circuit,
     prune_members,
     random_order,
     smallest,
 )
+from vlmscope.circuits.pairs import PairSubject
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import FeatureId, Positions, generator
+from vlmscope.core.records import FeatureId, Positions, control_draws, generator
 from vlmscope.core.results import CircuitFeature, Curve, Rate, Supernode
 from vlmscope.data.inputs import Pair
 from vlmscope.features.readouts import top_and_bottom_logits
@@ -175,21 +175,16 @@ def discover_question(
     """The circuit of a question by those of its pairs that are answered rightly on both sides, at least `least` of
     each split.
     """
-
-    def subject(pairs: Sequence[Pair]) -> CircuitSubject:
-        answered = subject_of_pairs(scope, question, pairs, least, modes=settings.modes)
-        kept = [pairs[row] for row in answered.rows.tolist()]
-        originals = [scope.inputs(pair.original.prompt, list(pair.original.images)) for pair in kept]
-        others = [scope.inputs(pair.counterfactual.prompt, list(pair.counterfactual.images)) for pair in kept]
-        return CircuitSubject(answered, originals, others)
-
-    return discover(scope, subject(train[question]), subject(test[question]), settings, graphs)
+    chosen, judged = (
+        subject_of_pairs(scope, question, p[question], least, modes=settings.modes) for p in (train, test)
+    )
+    return discover(scope, chosen, judged, settings, graphs)
 
 
 def discover(
     scope: Scope,
-    train: CircuitSubject,
-    test: CircuitSubject,
+    train: PairSubject,
+    test: PairSubject,
     settings: DiscoveryConfig,
     graphs: AttributionConfig | None = None,
 ) -> Discovery:
@@ -199,14 +194,19 @@ def discover(
     Raises:
         UserError: the sides do not differ, or not in the answer; train and test do not align.
     """
-    if train.pairs.batch.roles.tolist() != test.pairs.batch.roles.tolist():
+    if not (train.moves and test.moves):
         raise UserError(
-            f"question {train.pairs.question!r}: training and test prompts differ in length or wording; use the same"
+            f"question {train.question!r}: the contrast is empty, as both sides of a pair have the same answer; choose "
+            "pairs whose answers differ"
+        )
+    if train.batch.roles.tolist() != test.batch.roles.tolist():
+        raise UserError(
+            f"question {train.question!r}: training and test prompts differ in length or wording; use the same"
         )
     sides = measure(scope, train)
     if sides.clean.gaps.mean() <= sides.corrupt.gaps.mean():
         raise UserError(
-            f"question {train.pairs.question!r}: the logit difference of the answers does not fall from original to "
+            f"question {train.question!r}: the logit difference of the answers does not fall from original to "
             "counterfactual, so there is nothing to keep; give pairs that the model answers"
         )
     nodes = changing_nodes(sides, scope.transcoders)
@@ -219,7 +219,7 @@ def discover(
     circuit = _smallest_circuit(choosing, judging, orders, change, settings)
     seen = (effects.mean(0) != 0) | (traced.nodes.mean(0) != 0)
     return Discovery(
-        train.pairs.question,
+        train.question,
         nodes,
         scores,
         {mode: _curves(judging, orders, mode, settings) for mode in settings.modes},
@@ -228,8 +228,8 @@ def discover(
         spearman(np.abs(effects.mean(0))[seen], traced.nodes.mean(0)[seen]),
         discover_edges(choosing, judging, effects, traced, settings) if settings.edge_pairs else None,
         _feature_change(choosing),
-        train.pairs.rows.tolist(),
-        test.pairs.size,
+        train.rows.tolist(),
+        test.size,
     )
 
 
@@ -271,9 +271,11 @@ def _smallest_circuit(
     """Cut the best ranking where it reaches the wanted share, prune members, and judge the rest on test pairs."""
     cuts = {name: smallest(choosing, orders[name], settings.keep) for name in orders if name != "random"}
     by = min(cuts, key=lambda name: cuts[name])
-    pruned = prune_members(choosing, orders[by][: cuts[by]], settings.keep, settings.minimality, settings.threshold)
-    members, nodes = pruned.members, choosing.nodes
-    alike = matched_circuits(nodes, members, change, settings.seed, settings.draws)
+    ranked, nodes = orders[by][: cuts[by]], choosing.nodes
+    members, losses = prune_members(choosing, ranked, settings.keep, settings.minimality, settings.threshold)
+    # A circuit with more than half of the features has no others like it.
+    draws = settings.draws if 2 * nodes.is_feature[members].sum() <= nodes.is_feature.sum() else 0
+    alike = [matched_circuit(nodes, members, change, draw) for draw in control_draws(settings.seed, draws)]
     test: dict[str, Rate] = {}
     ablated: dict[str, Rate] = {}
     for mode in settings.modes:
@@ -289,7 +291,7 @@ def _smallest_circuit(
         group = (nodes.layer[members] == layer) & (nodes.role[members] == role)
         groups[layer, nodes.roles[role]] = share - judging.share(members[~group])
     train = faithfulness(choosing.run(choosing.kept(members)), *choosing.ends(), settings.seed)
-    return SmallestCircuit(by, members, cuts[by], train, test, ablated, pruned.losses, groups)
+    return SmallestCircuit(by, members, cuts[by], train, test, ablated, losses, groups)
 
 
 def _stability(

@@ -70,12 +70,12 @@ def pair_edges(
     taken at `steps` inputs.
     """
     # These are gradients of -m.
-    gradients = gap_gradients(scope, sides.subject.pairs, steps).writes
+    gradients, _ = gap_gradients(scope, sides.subject, steps)
     runner, chosen = Runner(scope, sides, nodes), set(targets.tolist())
     number = {key: row for key, row in nodes.rows().items() if row in chosen}
     return [
         _edges_of_pair(runner, row, number, {layer: -gradient[row] for layer, gradient in gradients.items()})
-        for row in range(min(count, sides.subject.pairs.size))
+        for row in range(min(count, sides.subject.size))
     ]
 
 
@@ -84,8 +84,8 @@ def _edges_of_pair(runner: Runner, row: int, number: Mapping[Key, int], writes: 
     """Edges of one pair into the feature nodes of `number`, with gradients of m [T, d] where each layer writes."""
     scope, sides, nodes, subject = runner.scope, runner.sides, runner.nodes, runner.sides.subject
     dtype = torch.float64 if scope.adapter.dtype == torch.float64 else torch.float32
-    clean, corrupt = (build_replacement(scope, inputs[row], dtype) for inputs in (subject.originals, subject.others))
-    words = int(subject.pairs.tokens[row]), int(subject.pairs.other_tokens[row])
+    clean, corrupt = (build_replacement(scope, inputs[row], dtype) for inputs in (subject.inputs, subject.other_inputs))
+    words = int(subject.tokens[row]), int(subject.other_tokens[row])
     ends = [difference_target(side, *words, "gap") for side in (clean, corrupt)]
     values = [float(end.values[0]) for end in ends]
     whole = difference(clean, corrupt)

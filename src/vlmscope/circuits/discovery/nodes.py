@@ -35,11 +35,10 @@ from vlmscope.attribution.influence import influence, logit_weights, prune
 from vlmscope.attribution.targets import difference_target
 from vlmscope.attribution.trace import attribute
 from vlmscope.circuits.pairs import PairSubject, code_slopes, gap_gradients
-from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
 from vlmscope.core.records import FeatureId
 from vlmscope.interventions.run import hook_targets, watch_inputs
-from vlmscope.models.base import INJECTIONS, ModelInputs
+from vlmscope.models.base import INJECTIONS
 from vlmscope.models.batching import InputBatch
 from vlmscope.replacement import build_replacement
 from vlmscope.scope import Scope
@@ -117,29 +116,6 @@ class Nodes:
 
 
 @dataclass(frozen=True)
-class CircuitSubject:
-    """Pairs of one question (their batches, answers and unedited runs) and, for tracing, the prompts of each side."""
-
-    pairs: PairSubject
-    originals: Sequence[ModelInputs]
-    others: Sequence[ModelInputs]
-
-    def __post_init__(self) -> None:
-        pairs = self.pairs
-        if not pairs.moves:
-            raise UserError(
-                f"question {pairs.question!r}: the contrast is empty, as both sides of a pair have the same answer; "
-                "choose pairs whose answers differ"
-            )
-        assert len(self.originals) == len(self.others) == pairs.size, "a pair has two prompts"
-
-    def gaps(self, logits: Tensor) -> Tensor:
-        """m [B]: logit of the original's answer minus that of the counterfactual's, from logits [B, V]."""
-        rows = torch.arange(self.pairs.size, device=logits.device)
-        return logits[rows, self.pairs.tokens] - logits[rows, self.pairs.other_tokens]
-
-
-@dataclass(frozen=True)
 class Side:
     """One side of all pairs, unedited."""
 
@@ -154,7 +130,7 @@ class Side:
 class Sides:
     """Clean (originals) and corrupt (counterfactuals); `role_of` [T] is the number in `roles` of each position."""
 
-    subject: CircuitSubject
+    subject: PairSubject
     clean: Side
     corrupt: Side
     roles: tuple[str, ...]
@@ -172,16 +148,16 @@ class Sides:
 
 
 @torch.no_grad()
-def measure(scope: Scope, subject: CircuitSubject) -> Sides:
+def measure(scope: Scope, subject: PairSubject) -> Sides:
     """Run both sides once, unedited, and keep the values of all nodes."""
-    positions = subject.pairs.batch.roles.tolist()
+    positions = subject.batch.roles.tolist()
     roles = tuple(dict.fromkeys(positions))
     role_of = torch.tensor([roles.index(role) for role in positions], device=scope.adapter.device)
-    clean, corrupt = (_side(scope, subject, batch) for batch in (subject.pairs.batch, subject.pairs.other))
+    clean, corrupt = (_side(scope, subject, batch) for batch in (subject.batch, subject.other))
     return Sides(subject, clean, corrupt, roles, role_of.to(clean.entering.device))
 
 
-def _side(scope: Scope, subject: CircuitSubject, batch: InputBatch) -> Side:
+def _side(scope: Scope, subject: PairSubject, batch: InputBatch) -> Side:
     outputs: dict[int, Tensor] = {}
     with ExitStack() as stack:
         inputs = watch_inputs(stack, scope.adapter, scope.transcoders.layers)
@@ -228,23 +204,22 @@ def eap_ig(scope: Scope, sides: Sides, nodes: Nodes, steps: int) -> np.ndarray:
     """[B, N] float64: EAP-IG's score of every node on every pair, in logits; positive where the clean value helps."""
     clean, corrupt, transcoders = sides.clean, sides.corrupt, scope.transcoders
     # These are gradients of -m, so every difference below is corrupt minus clean.
-    gradients = gap_gradients(scope, sides.subject.pairs, steps, inputs=True)
-    assert gradients.entering is not None, "embeddings are nodes: their gradient is needed"
-    at_input = ((corrupt.entering - clean.entering) * gradients.entering).sum(-1)
-    if gradients.injections is not None and clean.injections is not None and corrupt.injections is not None:
-        at_input = at_input + ((corrupt.injections - clean.injections) * gradients.injections).sum((1, 3))
+    writes, gradients = gap_gradients(scope, sides.subject, steps, inputs=True)
+    at_input = ((corrupt.entering - clean.entering) * gradients["inputs_embeds"]).sum(-1)
+    if clean.injections is not None and corrupt.injections is not None:
+        at_input = at_input + ((corrupt.injections - clean.injections) * gradients[INJECTIONS]).sum((1, 3))
 
     def features(layer: int, code: SparseCode) -> Tensor:
         """[B, R, F]: `a d(-m)/da` summed over the positions of each role."""
         width = transcoders[layer].config.n_features
-        effect = code.values * code_slopes(transcoders[layer], code, gradients.writes, layer)
+        effect = code.values * code_slopes(transcoders[layer], code, writes, layer)
         place = sides.role_of[:, None] * width + code.indices
         sums = effect.new_zeros(len(effect), len(sides.roles) * width)
         return sums.scatter_add_(1, place.flatten(1), effect.flatten(1)).view(len(effect), -1, width)
 
     def tables() -> Iterable[tuple[int, Tensor, Tensor]]:
         for layer in transcoders.layers:
-            errors = ((corrupt.errors[layer] - clean.errors[layer]) * gradients.writes[layer]).sum(-1)
+            errors = ((corrupt.errors[layer] - clean.errors[layer]) * writes[layer]).sum(-1)
             effects = features(layer, corrupt.codes[layer]) - features(layer, clean.codes[layer])
             yield layer, sides.by_role(errors), effects
 
@@ -255,7 +230,7 @@ def activation_change(transcoders: TranscoderSet, sides: Sides, nodes: Nodes) ->
     """[N] float64, how far each node moves the stream: the norm of the change of what it writes, summed over positions,
     mean over pairs.
     """
-    clean, corrupt, size = sides.clean, sides.corrupt, sides.subject.pairs.size
+    clean, corrupt, size = sides.clean, sides.corrupt, sides.subject.size
 
     def tables() -> Iterable[tuple[int, Tensor, Tensor]]:
         for layer in transcoders.layers:
@@ -276,16 +251,17 @@ class GraphScores:
 
 
 def graph_scores(
-    scope: Scope, subject: CircuitSubject, nodes: Nodes, count: int, config: AttributionConfig
+    scope: Scope, subject: PairSubject, nodes: Nodes, count: int, config: AttributionConfig
 ) -> GraphScores:
     """Trace both sides of the first `count` pairs; what is the same on both sides of all pairs gets no score."""
     table: list[np.ndarray] = []
     edges: dict[tuple[int, int], float] = {}
-    rows, pairs = nodes.rows(), subject.pairs
-    sides = [(row, side[row]) for row in range(min(count, pairs.size)) for side in (subject.originals, subject.others)]
+    rows = nodes.rows()
+    pairs = list(enumerate(zip(subject.inputs, subject.other_inputs, strict=True)))[:count]
+    sides = [(row, inputs) for row, both in pairs for inputs in both]
     for row, inputs in sides:
         replacement = build_replacement(scope, inputs)
-        words = int(pairs.tokens[row]), int(pairs.other_tokens[row])
+        words = int(subject.tokens[row]), int(subject.other_tokens[row])
         targets = difference_target(replacement, *words, "original - counterfactual")
         graph = attribute(replacement, config, None, targets=targets)
         pruned = prune(graph, config.node_threshold, config.edge_threshold, bias=config.bias)

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlmscope.circuits.discovery.nodes import Kind, Nodes, Sides
-from vlmscope.core.records import control_draws, generator
+from vlmscope.core.records import generator
 from vlmscope.interventions.run import hook_targets, watch_inputs
 from vlmscope.models.attention import replacing_patterns
 from vlmscope.models.base import INJECTIONS
@@ -56,14 +56,14 @@ class Kept:
 def circuit(scope: Scope, sides: Sides, kept: Kept, mode: str = "free") -> Iterator[dict[str, Tensor]]:
     """Hooks that keep a circuit alone, in the mode 'free' or 'frozen_attention'; gives the forward's arguments."""
     clean, corrupt = sides.clean, sides.corrupt
-    tensors = dict(sides.subject.pairs.batch.tensors)
+    tensors = dict(sides.subject.batch.tensors)
     mask = kept.embeddings[sides.role_of][:, None]
     tensors["inputs_embeds"] = _mix(mask, clean.entering, corrupt.entering)
     if clean.injections is not None and corrupt.injections is not None:
         tensors[INJECTIONS] = _mix(mask, clean.injections, corrupt.injections)
     with ExitStack() as stack:
         if mode == "frozen_attention":
-            stack.enter_context(replacing_patterns(scope.adapter, sides.subject.pairs.base.patterns))
+            stack.enter_context(replacing_patterns(scope.adapter, sides.subject.base.patterns))
         inputs = watch_inputs(stack, scope.adapter, scope.transcoders.layers)
         ahead_of: dict[int, list[Tensor]] = {}
 
@@ -220,20 +220,17 @@ def greedy_order(runner: Runner, least: int = 4) -> np.ndarray:
         members = ranked[:left]
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """What is left of a circuit."""
-
-    members: np.ndarray  # best first
-    losses: dict[int, float]  # by node number, of those tried: loss of f when it alone is dropped
-
-
-def prune_members(runner: Runner, members: np.ndarray, keep: float, tries: int, threshold: float) -> Pruned:
+def prune_members(
+    runner: Runner, members: np.ndarray, keep: float, tries: int, threshold: float
+) -> tuple[np.ndarray, dict[int, float]]:
     """Drop what a circuit does not need: first by estimate, then by trial.
 
     The members of least worth go as long as f stays at `keep`, measured. Of what is left, the `tries` of least worth
     are dropped one by one; those that cost less than `threshold` go together, if f stays at `keep` then, else the
     better half of them, and so on.
+
+    Returns:
+        The members left, best first; and, by node number of those tried, the loss of f when it alone is dropped.
     """
     rising = np.argsort(runner.effects(members)[members], kind="stable")
 
@@ -251,15 +248,7 @@ def prune_members(runner: Runner, members: np.ndarray, keep: float, tries: int, 
     idle = sorted((node for node, loss in losses.items() if loss < threshold), key=lambda node: losses[node])
     while idle and runner.share(left[~np.isin(left, idle)]) < keep:
         idle = idle[: len(idle) // 2]
-    return Pruned(left[~np.isin(left, idle)], losses)
-
-
-def matched_circuits(nodes: Nodes, members: np.ndarray, change: np.ndarray, seed: int, draws: int) -> list[np.ndarray]:
-    """`draws` of `matched_circuit` under the root seed; none where the circuit has more than half of the features."""
-    chosen = int(nodes.is_feature[members].sum())
-    if 2 * chosen > int(nodes.is_feature.sum()):
-        return []
-    return [matched_circuit(nodes, members, change, draw) for draw in control_draws(seed, draws)]
+    return left[~np.isin(left, idle)], losses
 
 
 def matched_circuit(nodes: Nodes, members: np.ndarray, change: np.ndarray, seed: int) -> np.ndarray:

@@ -18,7 +18,8 @@ from PIL import Image
 from vlmscope.api import load
 from vlmscope.attribution.adjoint import Adjoint
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.attribution.heads import Place, score_parts, source_of
+from vlmscope.attribution.edges import lay_out
+from vlmscope.attribution.heads import Place, score_parts
 from vlmscope.attribution.trace import Trace, trace, with_heads
 from vlmscope.core.graph import NodeKind
 from vlmscope.data.orrery.dataset import concept_scenes, pictures
@@ -61,7 +62,9 @@ def score_by_kind(scope: Scope, traced: Trace, layer: int, head: int) -> np.ndar
     row = replacement.state.patterns[layer].row(head, last) * torch.from_numpy(traced.graph.is_image)
     adjoint = Adjoint(replacement)
     parts = score_parts(scope.adapter, replacement, adjoint, Place(layer, head, last, int(row.argmax())))
-    kinds = np.array([source_of(replacement, adjoint, column).kind for column in range(parts.query.shape[1])])
+    kept = np.ones(len(replacement.feature_activations), dtype=bool)
+    nodes_of, nodes = lay_out(replacement, adjoint.columns, kept, parts.targets, "float32")
+    kinds = nodes.kind[nodes_of[: parts.query.shape[1]]]
     query, key = (np.stack([side.double().numpy()[:, kinds == kind].sum(1) for kind in KINDS])
                   for side in (parts.query, parts.key))  # fmt: skip
     return parts.scale * query @ key.T

@@ -93,11 +93,12 @@ class ForwardState:
         return ForwardState(**tensors, patterns=patterns, value_scales=scales)
 
 
-Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
+Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
 
 @contextmanager
-def _hooks(pairs: Mapping[nn.Module, Hook]) -> Iterator[None]:
+def hooked(pairs: Mapping[nn.Module, Hook]) -> Iterator[None]:
+    """Forward hooks of some modules, while the context is open."""
     with ExitStack() as stack:
         for module, hook in pairs.items():
             stack.callback(module.register_forward_hook(hook).remove)
@@ -120,7 +121,7 @@ def capture_mlp(stack: Stack, batch: Mapping[str, Tensor]) -> dict[int, tuple[Te
 
         return hook
 
-    with _hooks({stack.mlp(layer): keep(layer) for layer in range(stack.n_layers)}):
+    with hooked({stack.mlp(layer): keep(layer) for layer in range(stack.n_layers)}):
         stack.run(batch)
     return captured
 
@@ -148,7 +149,7 @@ def capture_state(adapter: Adapter, inputs: ModelInputs) -> ForwardState:
     hooks[adapter.lm_head()] = lambda _module, _args, output: logits.append(output.detach()[0])
     with (
         recording_patterns(adapter, lambda pattern: Pattern.of(pattern[0])) as patterns,
-        _hooks(hooks),
+        hooked(hooks),
         watching_injections(adapter) as injections,
     ):
         adapter.forward(inputs.tensors, use_cache=False)
@@ -298,12 +299,12 @@ class TileAttention:
 
     `patterns`: layer -> `[H, P, P]`, attention probabilities, last two axes query and key, rows summing to 1 (0 outside
     the window of a layer that attends within windows), or their reduction. `states [P, d_v]`: the tower's last states
-    as the projector reads them, if requested.
+    as the projector reads them.
     """
 
     tile: Tile
     patterns: dict[int, Tensor]
-    states: Tensor | None = None
+    states: Tensor
 
 
 @dataclass(frozen=True)
@@ -323,14 +324,12 @@ def capture_vision_attention(
     inputs: ModelInputs,
     layers: Sequence[int] | None = None,
     reduce: Reduce | None = None,
-    states: bool = False,
 ) -> list[PictureAttention]:
     """The attention patterns of the vision tower at one prompt's pictures, in order, from one forward of the tower.
 
     The model must be in evaluation mode. `layers` of the tower count from the end when negative (`range(-4, 0)`: the
     last four); all when None. A pattern takes `H * P * P` numbers per tile, 1 GiB in float32 for 4096 patches and 16
     heads; `reduce` replaces it as soon as its layer has run, so that no two layers' patterns are in memory at once.
-    `states`: also keep the tower's last states.
 
     Raises:
         UserError: the model takes no pictures, or the prompt has none.
@@ -351,13 +350,13 @@ def capture_vision_attention(
     with ExitStack() as stack:
         recorded = stack.enter_context(recording_vision_patterns(adapter, chosen))
         reduced = stack.enter_context(_reducing(adapter, recorded, tiles, reduce))
-        kept = stack.enter_context(_keeping_states(adapter)) if states else []
+        kept = stack.enter_context(_keeping_states(adapter))
         make_batch(adapter, [inputs])  # runs the tower only, not the decoder
-    last = torch.cat(kept) if kept else None
+    states = torch.cat(kept)
     captured = []
     for number, tile in enumerate(tiles):
         patterns = {layer: reduced[layer][number] for layer in chosen}
-        captured.append(TileAttention(tile, patterns, None if last is None else last[torch.from_numpy(tile.tokens)]))
+        captured.append(TileAttention(tile, patterns, states[torch.from_numpy(tile.tokens)]))
     rest = iter(captured)
     return [PictureAttention([next(rest) for _ in picture.tiles], picture.pooling) for picture in pictures]
 
@@ -398,7 +397,7 @@ def _keeping_states(adapter: Adapter) -> Iterator[list[Tensor]]:
         states = output[0] if isinstance(output, tuple) else output
         kept.append(states.detach().flatten(0, -2))
 
-    with _hooks({adapter.vision_states(): hook}):
+    with hooked({adapter.vision_states(): hook}):
         yield kept
 
 

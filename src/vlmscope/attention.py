@@ -38,8 +38,8 @@ from vlmscope.core.artifacts import built_from, load_tensors, save_tensors
 from vlmscope.core.errors import UserError
 from vlmscope.core.maps import Grids, PictureMap, TileMap, TokenMaps, TokenTile, coarse_shape, decode, encode, resample
 from vlmscope.core.records import FeatureId, PatchBox, derive, generator
-from vlmscope.features.readouts import activations_at
-from vlmscope.metrics.prediction import area_under
+from vlmscope.interventions.edits import by_layer, donor_activations
+from vlmscope.metrics.prediction import trapezoid
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.boxes import PicturePatches, grid_boxes
 from vlmscope.models.checkpoint import DTYPES
@@ -119,7 +119,7 @@ def token_maps(vlm: VLM, inputs: ModelInputs, config: WhereConfig) -> dict[str, 
     n_layers = len(vlm.adapter.vision_attention()) if vlm.adapter.has_vision else 0
     layers = range(max(n_layers - config.last_layers, 0), n_layers)
     reduce = partial(mixed_layer, share=config.head_share, identity=config.identity)
-    captured = capture_vision_attention(vlm, inputs, layers, reduce, states=True)
+    captured = capture_vision_attention(vlm, inputs, layers, reduce)
     maps: dict[str, list[TokenMaps]] = {"rollout": [], "similarity": []}
     for kind, records in maps.items():
         for number, picture in enumerate(captured):
@@ -142,7 +142,6 @@ def _rows(tile: TileAttention, pooling: Tensor, kind: str, pool: str) -> Tensor:
     if kind == "rollout":
         layers = [tile.patterns[layer] for layer in sorted(tile.patterns)]
         return soft_token_rollout(layers, pooling.to(layers[0]), pool)
-    assert tile.states is not None, "the states were not captured"
     return pool_rows(similarity(tile.states), pooling.to(tile.states), pool)
 
 
@@ -375,7 +374,7 @@ class MapCurves:
 
     def area(self, feature: FeatureId, measure: str, what: str = "activation") -> float:
         """The mean height of that curve."""
-        return float(area_under(np.array(self.counts), self.curve(feature, measure, what)))
+        return float(trapezoid(np.array(self.counts), self.curve(feature, measure, what))) / self.counts[-1]
 
 
 def contrast(image: np.ndarray, side: int) -> np.ndarray:
@@ -437,8 +436,12 @@ def _measured(subject: Subject, images: Sequence[np.ndarray]) -> tuple[np.ndarra
     batch = scope.batch([scope.vlm.prepare(subject.prompt, [Image.fromarray(image)]) for image in images])
     soft = torch.from_numpy(batch.is_image)
     mlp_in, logits = mlp_inputs_and_logits(scope.adapter, batch, layers)
-    activations = activations_at(scope.transcoders, {k: x[:, soft] for k, x in mlp_in.items()}, subject.features)
-    acts = torch.stack([activations[f].double().sum(1) for f in subject.features], 1).numpy(force=True)
+    codes = {layer: scope.transcoders[layer].encode(x[:, soft]) for layer, x in mlp_in.items()}
+    active = donor_activations(scope, codes, by_layer(scope.transcoders, subject.features))
+    sums: dict[tuple[int, int], Tensor] = {}
+    for layer, (features, values) in active.items():
+        sums |= {(layer, i): column for i, column in zip(features.tolist(), values.double().sum(1).T, strict=True)}
+    acts = torch.stack([sums[feature] for feature in subject.features], 1).numpy(force=True)
     if subject.answer is None:
         return acts, np.zeros(len(images))
     return acts, logits.double().softmax(-1)[:, subject.answer].numpy(force=True)

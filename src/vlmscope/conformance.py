@@ -427,7 +427,9 @@ def scores(subject: Subject, count: int = 4) -> float:
         head, query = int(rng.integers(patterns[layer].n_heads)), int(rng.integers(replacement.n_positions))
         seen = torch.nonzero(patterns[layer].row(head, query))[:, 0].tolist()
         place = Place(layer, head, query, int(rng.choice(seen)))
-        found = query_keys(score_parts(subject.scope.adapter, replacement, adjoint, place), replacement, adjoint, 1)
+        found = query_keys(
+            score_parts(subject.scope.adapter, replacement, adjoint, place), replacement, adjoint.columns, 1
+        )
         worst = _worse(worst, abs(found.total - found.score) / (found.sizes or 1.0))
     return worst
 

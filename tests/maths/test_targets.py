@@ -108,7 +108,7 @@ def test_a_score_is_the_sum_of_its_parts(case: Case, at: tuple[int, int, int, in
     assert abs(float(parts.scale * query @ key) - parts.score) <= TOLERANCE * scale
     # All terms sum to the score. In late layers these are millions of pairs, whose sum is that of the lines above.
     count = 10**9 if parts.query.shape[1] * parts.key.shape[1] < 10**5 else 10
-    found = query_keys(parts, case.replacement, Adjoint(case.replacement), count)
+    found = query_keys(parts, case.replacement, Adjoint(case.replacement).columns, count)
     for terms in (found.pairs, found.queries, found.keys) if count > 10 else ():
         assert abs(sum(term for *_, term in terms) - parts.score) <= TOLERANCE * found.sizes
     assert abs(found.total - parts.score) <= TOLERANCE * found.sizes
@@ -201,7 +201,7 @@ def test_a_forgotten_part_of_a_score_is_found(
             right_side = model_scores._side
             monkeypatch.setattr(model_scores, "_side", lambda *given: turned(right_side(*given)))
             wrong = parts_at(case, PLACES[2])
-        found = query_keys(wrong, case.replacement, Adjoint(case.replacement), 1)
+        found = query_keys(wrong, case.replacement, Adjoint(case.replacement).columns, 1)
         assert abs(found.total - right.score) > 1e3 * TOLERANCE * found.sizes
 
 

@@ -23,6 +23,7 @@ from vlmscope.core.errors import UserError, check_least
 from vlmscope.core.graph import NodeKind
 from vlmscope.core.records import generator
 from vlmscope.core.results import MODES, Curve
+from vlmscope.data.inputs import Side
 from vlmscope.interventions.run import SingleEdits, base_run, single_effects
 from vlmscope.metrics.prediction import Agreement, agreement
 from vlmscope.models.checkpoint import DTYPES
@@ -173,22 +174,19 @@ def questions(bench: Bench, count: int) -> Iterator[Asked]:
     against the other concept's word; or the originals of pairs, against the counterfactual's word.
     """
     circuit = bench.cfg.circuit
-    candidates: list[tuple[str, ModelInputs, str, str]] = []
+    candidates: list[tuple[str, Side, str]] = []  # the other answer last
     if circuit is None and bench.cfg.pairs is None:
         raise UserError("predicted_effects needs inputs: choose a circuit or pairs, such as circuit=mars_earth")
-    wordings = {} if circuit is None else circuit.questions
     for concept, other in () if circuit is None else (circuit.concepts, circuit.concepts[::-1]):
         images = bench.concept_pictures(concept, "test", count, bench.cfg.seed)
-        for name, question in wordings.items():
-            words = question.answers[concept], question.answers[other]
-            for i, inputs in enumerate(bench.inputs(images, question.prompt)):
-                candidates.append((f"{concept} {i}, {name}", inputs, *words))
+        for name, question in bench.circuit_config.questions.items():
+            sides = [Side(question.prompt, (image,), question.answers[concept]) for image in images]
+            candidates += [(f"{concept} {i}, {name}", side, question.answers[other]) for i, side in enumerate(sides)]
     for name, pairs in bench.pairs("test").items() if circuit is None else ():
-        for pair in [p for p in pairs if p.moves][:count]:
-            inputs = bench.scope.inputs(pair.original.prompt, pair.original.images)
-            candidates.append((f"{pair.id}, {name}", inputs, pair.original.answer, pair.counterfactual.answer))
-    for name, inputs, right, other in candidates:
-        tokens = bench.token(right), bench.token(other)
+        moving = [pair for pair in pairs if pair.moves][:count]
+        candidates += [(f"{pair.id}, {name}", pair.original, pair.counterfactual.answer) for pair in moving]
+    for name, side, other in candidates:
+        inputs, tokens = bench.scope.inputs(side.prompt, side.images), (bench.token(side.answer), bench.token(other))
         with torch.no_grad():
             answer = int(bench.vlm.adapter.next_logits(inputs.tensors)[0].argmax())
         if answer == tokens[0] != tokens[1]:  # where both answers are the same word there is nothing to tell apart

@@ -33,14 +33,13 @@ import torch
 from torch import Tensor
 
 from vlmscope.activations import HeadSide, head_score
-from vlmscope.attribution.adjoint import Adjoint, Sweep
+from vlmscope.attribution.adjoint import Adjoint, Columns, Sweep
 from vlmscope.attribution.config import parse_head
 from vlmscope.attribution.edges import lay_out
 from vlmscope.attribution.influence import edge_strengths
 from vlmscope.attribution.targets import Targets, other_targets, parse_position, shown_position
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import ENDS, EdgeHeads, NodeKind, NodeTable, PrunedGraph, QueryKeys, Source
-from vlmscope.core.records import TOWER
 from vlmscope.models.base import Adapter
 from vlmscope.replacement import ReplacementModel
 
@@ -364,15 +363,18 @@ _MOST = 1024  # sources with the longest queries, and keys, that pairs are made 
 
 @torch.no_grad()
 def query_keys(
-    parts: ScoreParts, replacement: ReplacementModel, adjoint: Adjoint, count: int, node: int = -1
+    parts: ScoreParts, replacement: ReplacementModel, columns: Columns, count: int, node: int = -1
 ) -> QueryKeys:
     """The `count` strongest pairs, queries and keys of a score; `node` is what the head writes for, if known."""
     query, key = (side.square().sum(0).topk(min(_MOST, side.shape[1])).indices for side in (parts.query, parts.key))
     terms = parts.scale * parts.query[:, query].T @ parts.key[:, key]
     sums = [side.sum(1, dtype=torch.float64) for side in (parts.query, parts.key)]
 
+    kept = np.ones(len(replacement.feature_activations), dtype=bool)
+    node_of_column, nodes = lay_out(replacement, columns, kept, parts.targets, "float32")
+
     def source(column: int) -> Source:
-        return source_of(replacement, adjoint, column)
+        return nodes.source(int(node_of_column[column]))
 
     def top(values: Tensor) -> tuple[list[int], list[float]]:
         best = values.flatten().abs().topk(min(count, values.numel())).indices
@@ -395,23 +397,3 @@ def query_keys(
         queries=queries,
         keys=keys,
     )
-
-
-def source_of(replacement: ReplacementModel, adjoint: Adjoint, column: int) -> Source:
-    """The source that owns a column."""
-    columns = adjoint.columns
-    if columns.first <= column < columns.first + columns.n_positions:
-        position = column - columns.first
-        return Source(NodeKind.TOKEN, -1, position, replacement.inputs.input_ids[position])
-    for level in columns.levels:
-        if column == level.bias:
-            return Source(NodeKind.BIAS, level.layer, -1, -1)
-        if level.features <= column < level.errors:
-            features, number = replacement.features_of(level.layer), column - level.features
-            position = level.first_position + int(features.position[number])
-            return Source(NodeKind.FEATURE, level.layer, position, int(features.index[number]))
-        if level.errors <= column < level.errors + level.n_errors:
-            return Source(NodeKind.ERROR, level.layer, level.first_position + column - level.errors, -1)
-    if column:
-        return Source(NodeKind.TOKEN, TOWER - 1, columns.tower[0].first_position + column - 1, -1)
-    return Source(NodeKind.BIAS, TOWER - 1, -1, -1)

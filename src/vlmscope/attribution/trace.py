@@ -178,7 +178,7 @@ def with_heads(scope: Scope, traced: Trace, config: AttributionConfig) -> Trace:
     parts = list(zip([int(graph.nodes.ends()[0])] + [-1] * len(traced.scores), traced.scores, strict=False))
     for node, place in carriers(pruned, heads, splitter, min(config.n_heads, most)):
         parts.append((node, score_parts(scope.adapter, replacement, adjoint, place)))
-    found = [query_keys(one, replacement, adjoint, config.n_pairs, node) for node, one in parts]
+    found = [query_keys(one, replacement, adjoint.columns, config.n_pairs, node) for node, one in parts]
     heads = replace(heads, query_keys=found, seconds=time.perf_counter() - started)
     return replace(traced, pruned=replace(pruned, heads=heads))
 

@@ -196,10 +196,10 @@ def _said(scope: Scope, question: Question, images: Sequence[Image.Image], answe
     return sorted({text for _, text in whole_answers(scope, asked, length)})
 
 
-def _aimed(cases: Cases, question: Question, concept: str) -> Cases:
-    """The cases with a concept's answer as the target."""
+def _aimed(cases: Cases, question: Question, concept: str, **tags: str) -> Cases:
+    """The cases with a concept's answer as the target, under tags."""
     whole = (question.answers[concept],) * len(cases.ids) if question.long else ()
-    return replace(cases, target=torch.full_like(cases.answer, question.token(concept)), target_ids=whole)
+    return replace(cases, target=torch.full_like(cases.answer, question.token(concept)), target_ids=whole, tags=tags)
 
 
 def concept_cases(
@@ -250,22 +250,18 @@ def matrix_cases(
             outside[concept] = bystanders(scope, "third", name, inputs, [f"{concept} {i}" for i in range(len(shown))])
         for recipient, donor in permutations(asked, 2):
             tags = {"recipient": recipient, "donor": donor}
-
-            def turned(
-                cases: Cases, tags: Mapping[str, str] = tags, question: Question = question, donor: str = donor
-            ) -> Cases:
-                return replace(_aimed(cases, question, donor), tags=tags)
-
-            sets["third"] += [turned(cases) for concept, cases in outside.items() if concept not in (recipient, donor)]
+            others = [cases for concept, cases in outside.items() if concept not in (recipient, donor)]
+            sets["third"] += [_aimed(cases, question, donor, **tags) for cases in others]
             if question.token(recipient) == question.token(donor):
                 continue
             if recipient in right:
                 rows = torch.nonzero(asked[recipient].right).flatten().tolist()
                 donors = asked[donor].batch.select([row % len(images[donor]) for row in rows])
-                sets["test"].append(replace(turned(right[recipient]), donors=donors))
+                sets["test"].append(replace(_aimed(right[recipient], question, donor, **tags), donors=donors))
             wrong = asked[donor].answers == question.token(recipient)
             if wrong.any():
-                sets["wrong"].append(replace(turned(asked[donor].cases(scope, "wrong", wrong, modes)), answer_ids=()))
+                cases = replace(asked[donor].cases(scope, "wrong", wrong, modes), answer_ids=())
+                sets["wrong"].append(_aimed(cases, question, donor, **tags))
     if not sets["test"]:
         raise UserError(why or f"no question of {', '.join(config.questions)} tells two of circuit.concepts apart")
     return sets, accuracy

@@ -402,19 +402,16 @@ class PairSource:
         train = self.training(cases.question)
         means = mean_outputs(self.scope, [train.batch, train.other], [train.tokens, train.other_tokens])
         ends = list(zip(cases.answer.tolist(), cases.target.tolist(), strict=True))
+        roles = next(iter(means.values()))
+
+        def change(answer: int, target: int, role: str, layer: int) -> Tensor:
+            if answer not in means or target not in means:
+                return torch.zeros_like(roles[role][layer])
+            return means[target][role][layer] - means[answer][role][layer]
+
         return {
-            role: {
-                layer: torch.stack(
-                    [
-                        means[target][role][layer] - means[answer][role][layer]
-                        if answer in means and target in means
-                        else torch.zeros_like(some)
-                        for answer, target in ends
-                    ]
-                )
-                for layer, some in by_layer.items()
-            }
-            for role, by_layer in next(iter(means.values())).items()
+            role: {layer: torch.stack([change(*both, role, layer) for both in ends]) for layer in by_layer}
+            for role, by_layer in roles.items()
         }
 
     def unconfirmed(self, trial: TrialConfig, cases: Cases, limit: int | None) -> Operation:

@@ -102,9 +102,19 @@ def pair_subject(
         )
     batch, other = both.select(rows), both.select(rows + n)
     first, second, share = (share_rate(hits.cpu().numpy()) for hits in (right, other_right, right & other_right))
-    base, answers = base_run(scope, batch, modes), (tokens[rows], other_tokens[rows])
-    kept = [[side[row] for row in rows.tolist()] for side in (originals, others)]
-    return PairSubject(question, rows, batch, other, base, logits[rows + n], *answers, *kept, (first, second, share))
+    return PairSubject(
+        question,
+        rows,
+        batch,
+        other,
+        base=base_run(scope, batch, modes),
+        other_logits=logits[rows + n],
+        tokens=tokens[rows],
+        other_tokens=other_tokens[rows],
+        inputs=[originals[row] for row in rows.tolist()],
+        other_inputs=[others[row] for row in rows.tolist()],
+        accuracy=(first, second, share),
+    )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ from vlmscope.models.base import Adapter, token_strings
 from vlmscope.models.batching import InputBatch
 from vlmscope.models.checkpoint import materialised
 from vlmscope.scope import Scope
-from vlmscope.transcoders.transcoder import TranscoderSet
 
 _NUMBERS = 1 << 25  # logits in memory at a time
 _ROWS = 32  # positions whose logits are in memory at once: 262,144 words in float32 are 1 MiB each
@@ -151,17 +150,6 @@ def image_features(
             if strength[i] > 0
         ]
     return sorted(features, key=lambda feature: (-feature.strength, feature.feature))[:count]
-
-
-def activations_at(
-    transcoders: TranscoderSet, mlp_in: dict[int, Tensor], features: Sequence[FeatureId]
-) -> dict[FeatureId, Tensor]:
-    """Activations `[B, T]` of some features from MLP inputs `[B, T, d]` by layer."""
-    activations: dict[FeatureId, Tensor] = {}
-    for layer in dict.fromkeys(feature.layer for feature in features):
-        acts = transcoders[layer].encode(mlp_in[layer]).dense(transcoders[layer].config.n_features)
-        activations |= {feature: acts[..., feature.index] for feature in features if feature.layer == layer}
-    return activations
 
 
 RoleMeans = Mapping[str, Mapping[int, Tensor]]  # role -> layer -> [F], in float32 at least

@@ -68,23 +68,23 @@ def modality_table(study: StudyFolder) -> pd.DataFrame:
 
 
 def modality_parts(
-    table: pd.DataFrame,
+    table: Any,
 ) -> tuple[list[int], dict[str, list[int]], list[np.ndarray], dict[str, list[float]]]:
     """Columns by layer of a `modality_table`, as `report.figures.modality_by_layer` draws them.
 
     Numbers of layers, counts by group, modality indices of the features that fire often enough, and the share of all
     firing at soft tokens and at words that is by features of both modalities; nan where nothing fires.
     """
+    by_layer = table.groupby("layer", sort=False)
+    counts = by_layer["group"].value_counts().unstack(fill_value=0).reindex(columns=GROUPS, fill_value=0)
+    index = [part["index"][~part.kind.isin(("rare", "dead"))].to_numpy() for _, part in by_layer]
+    fired = table[["fired_image", "fired_text"]]
+    of_both, whole = (part.groupby(table.layer).sum() for part in (fired[table.kind == "both"], fired))
+    shares = of_both.reindex(whole.index, fill_value=0) / whole  # nan where nothing fires
     layers = table.layer.unique().tolist()
-    columns = {str(name): column.to_numpy() for name, column in table.items()}
-    parts = [{name: column[columns["layer"] == layer] for name, column in columns.items()} for layer in layers]
-    groups = {group: [int((part["group"] == group).sum()) for part in parts] for group in GROUPS}
-    index = [part["index"][~np.isin(part["kind"], ("rare", "dead"))] for part in parts]
-    shared = {}
-    for place, name in (("at soft tokens", "fired_image"), ("at words", "fired_text")):
-        sums = [(part[name][part["kind"] == "both"].sum(), part[name].sum()) for part in parts]
-        shared[place] = [float(part / whole) if whole else float("nan") for part, whole in sums]
-    return layers, groups, index, shared
+    shared = {"at soft tokens": shares.fired_image, "at words": shares.fired_text}
+    groups = {group: counts[group].loc[layers].tolist() for group in GROUPS}
+    return layers, groups, index, {place: share.loc[layers].tolist() for place, share in shared.items()}
 
 
 def modality_metrics(table: pd.DataFrame) -> dict[str, float]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmscope.activations import target_module
+from vlmscope.activations import hooked, target_module, watching_mlp_inputs
 from vlmscope.core.errors import UserError, check_choice
 from vlmscope.core.records import generator
 from vlmscope.core.results import MODES
@@ -62,17 +62,15 @@ def base_run(scope: Scope, batch: InputBatch, modes: Collection[str] = MODES) ->
     mlp_in: dict[int, Tensor] = {}
     written: dict[int, Tensor] = {}
     inverse_rms: dict[nn.Module, Tensor] = {}
+
+    def scale(norm: nn.Module, args: tuple, _out: Tensor) -> None:
+        inverse_rms[norm] = scope.adapter.inverse_rms(norm, args[0])
+
     with ExitStack() as stack:
-
-        def watch(module: nn.Module, hook: Any) -> None:
-            stack.callback(module.register_forward_hook(hook).remove)
-
         if "direct" in modes:
-            for layer in range(scope.adapter.n_layers):
-                watch(scope.adapter.mlp(layer), lambda _m, args, _o, layer=layer: mlp_in.__setitem__(layer, args[0]))
+            mlp_in = watch_inputs(stack, scope.adapter, range(scope.adapter.n_layers))
             hook_targets(stack, scope, range(scope.adapter.n_layers), written.__setitem__)
-            for norm in all_norms(scope.adapter):
-                watch(norm, lambda m, args, _o: inverse_rms.__setitem__(m, scope.adapter.inverse_rms(m, args[0])))
+            stack.enter_context(hooked(dict.fromkeys(all_norms(scope.adapter), scale)))
         patterns = stack.enter_context(recording_patterns(scope.adapter)) if {*modes} - {"free"} else {}
         logits = scope.forward(batch)
     return BaseRun(logits, patterns, mlp_in, written, inverse_rms)
@@ -135,9 +133,7 @@ def _frozen_norms(adapter: Adapter, base: BaseRun) -> Iterator[None]:
     def hook(module: nn.Module, args: tuple, _out: Tensor) -> Tensor:
         return args[0] * adapter.norm_factor(module, base.inverse_rms[module], args[0].dtype)
 
-    with ExitStack() as stack:
-        for norm in all_norms(adapter):
-            stack.callback(norm.register_forward_hook(hook).remove)
+    with hooked(dict.fromkeys(all_norms(adapter), hook)):
         yield
 
 
@@ -240,12 +236,7 @@ def adding_random(scope: Scope, norms: Norms, seed: int) -> Iterator[None]:
 def watch_inputs(stack: ExitStack, adapter: Adapter, layers: Iterable[int]) -> dict[int, Tensor]:
     """A dict that every forward fills with the MLP inputs [B, T, d] of `layers`, until `stack` closes."""
     inputs: dict[int, Tensor] = {}
-    for layer in layers:
-
-        def hook(_module: nn.Module, args: tuple, layer: int = layer) -> None:
-            inputs[layer] = args[0]
-
-        stack.callback(adapter.mlp(layer).register_forward_pre_hook(hook).remove)
+    stack.enter_context(watching_mlp_inputs(adapter, [*layers], inputs.__setitem__))
     return inputs
 
 

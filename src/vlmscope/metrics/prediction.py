@@ -138,12 +138,6 @@ def share_on(values: np.ndarray, on_object: np.ndarray) -> np.ndarray:
     return np.divide(hit, total, out=np.full(len(total), np.nan, total.dtype), where=total > 0)
 
 
-def area_under(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The mean height of curves by the trapezoid rule: `x [n]` ascending, `y [.., n]` -> `[..]`."""
-    x = np.asarray(x, float)
-    return trapezoid(x, y) / (x[-1] - x[0])
-
-
 def trapezoid(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The area under curves `y [.., n]` over `x [n]`, ascending: `[..]`."""
     x, y = np.asarray(x, float), np.asarray(y, float)

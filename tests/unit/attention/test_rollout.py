@@ -113,11 +113,11 @@ def test_states_enter_the_projector(family: str) -> None:
     handle = projector.register_forward_pre_hook(
         lambda _m, args, kwargs: given.append(args[0] if args else next(iter(kwargs.values()))), with_kwargs=True
     )
-    captured = capture_vision_attention(vlm, inputs, [0], states=True)
+    captured = capture_vision_attention(vlm, inputs, [0])
     handle.remove()
     rows = torch.cat([states.flatten(0, -2) for states in given])
     n_class = captured[0].tiles[0].tile.n_class
-    states = torch.cat([t.states[n_class:] for t in captured[0].tiles if t.states is not None])
+    states = torch.cat([t.states[n_class:] for t in captured[0].tiles])
     assert torch.allclose(rows, states, rtol=0, atol=1e-6)
 
 

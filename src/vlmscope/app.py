@@ -292,13 +292,7 @@ def _run(argv: Sequence[str]) -> int:
         killed = False
         failures.add(error)
     finally:
-        _close_sweep(killed=killed, failed=bool(failures.errors))
+        from vlmscope.tracking.run import close_parent
+
+        close_parent(killed=killed, failed=bool(failures.errors))  # Hydra's own callback is skipped when a job fails
     return failures.exit_code()
-
-
-def _close_sweep(*, killed: bool, failed: bool) -> None:
-    """End the tracked parent of a sweep, if there is one; Hydra's own callback is skipped when a job fails."""
-    if "vlmscope.tracking.sweep" in sys.modules:
-        from vlmscope.tracking import sweep
-
-        sweep.close_parent(killed=killed, failed=failed)

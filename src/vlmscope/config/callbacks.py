@@ -16,7 +16,7 @@ from vlmscope.core.artifacts import read_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.launch import place_of
 from vlmscope.core.results import SweepJob, job_rows, read_jobs, table_columns, text_table, write_table
-from vlmscope.tracking import sweep
+from vlmscope.tracking.run import log_to_parent, note_overrides, open_parent
 
 _MOST = 6  # metrics in the printed table of a sweep
 _FIRST = ("val/fvu", "val/fvu_text", "val/fvu_image", "val/l0", "val/dead_frac", "val/ce_delta")
@@ -79,13 +79,13 @@ class SweepParent(Callback):
             raise SweepRefused("several processes cannot share a sweep; start them once for each combination")
         tracking = OmegaConf.to_object(config.tracking)
         assert isinstance(tracking, TrackingConfig)
-        sweep.note_overrides(list(config.hydra.overrides.task))
+        note_overrides(list(config.hydra.overrides.task))
         if not tracking.enabled:
             return
         label = run_label(config, config.hydra.runtime.choices)
         folder = config.hydra.sweep.dir
         try:
-            sweep.open_parent(tracking, folder, label, list(config.hydra.overrides.task))
+            open_parent(tracking, folder, label, list(config.hydra.overrides.task))
         except UserError as error:
             raise SweepRefused(str(error)) from error
         except OSError as error:
@@ -95,7 +95,7 @@ class SweepParent(Callback):
         """Write and log the table of all jobs, then print the folder of the sweep."""
         folder = Path(config.hydra.sweep.dir).resolve()
         jobs, files = summarise(folder)
-        link = sweep.log_to_parent(jobs, files, folder) if jobs else ""
+        link = log_to_parent(jobs, files, folder) if jobs else ""
         if jobs:
             print(f"\n{printed(jobs)}")
         if link:

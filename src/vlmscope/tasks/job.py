@@ -23,7 +23,7 @@ from vlmscope.core.errors import CheckFailed, NotMainRank, UserError, first_line
 from vlmscope.core.launch import Place, place_of, program
 from vlmscope.tasks import registry
 from vlmscope.tasks.registry import RunContext, Task
-from vlmscope.tracking import RunInfo, TrackedRun, open_run, sweep
+from vlmscope.tracking.run import RunInfo, TrackedRun, job_name, open_run, parent_id, starter
 
 _LOG = logging.getLogger(__name__)
 
@@ -219,12 +219,12 @@ def _recorded_run(cfg: Any, app_cfg: AppConfig, task: Task, own_cfg: AppConfig, 
     write_yaml(run_dir / "config.yaml", resolved)
     write_yaml(run_dir / OVERRIDES, list(overrides))
     in_sweep = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
-    parent = sweep.parent_id() if in_sweep and app_cfg.tracking.enabled else None
+    parent = parent_id() if in_sweep and app_cfg.tracking.enabled else None
     # The folder of a sweep's job is a bare number, of no use where runs are compared.
-    name = sweep.job_name(job_settings(overrides), run_dir.name) if in_sweep else run_dir.name
+    name = job_name(job_settings(overrides), run_dir.name) if in_sweep else run_dir.name
     study = run_label(cfg, hydra.runtime.choices)
     if not in_sweep:
-        parent, study = sweep.starter() or (parent, study)
+        parent, study = starter() or (parent, study)
     tags = {"task": task.name, "experiment": study}
     if in_sweep:
         tags["sweep"] = Path(hydra.sweep.dir).name

@@ -39,8 +39,8 @@ from vlmscope.core.results import Reproduced
 from vlmscope.report.reproduction import key_picture, write_page, write_ranges
 from vlmscope.tasks.registry import RunContext
 from vlmscope.tasks.settings import ExperimentSettings
-from vlmscope.tracking import sweep
 from vlmscope.tracking.client import package_versions
+from vlmscope.tracking.run import started_by
 
 # Overrides of this task, which are not passed on; and settings on which no number depends.
 _OWN = ("task=", "task.", "hydra", "experiment=", "name=")
@@ -113,7 +113,7 @@ def _run_all(context: RunContext, jobs: list[Job]) -> list[Reproduced]:
     left = [job for job in jobs if ended[job.label] is None]
     if len(left) < len(jobs):
         print(f"{len(jobs) - len(left)} of {len(jobs)} are in {run_dir} already", flush=True)
-    env = sweep.started_by(context.tracked.run_id, "reproduce")
+    env = started_by(context.tracked.run_id, "reproduce")
     with tqdm(left, desc="experiments", unit="experiment") as bar:
         for job in bar:
             bar.set_postfix_str(job.label)

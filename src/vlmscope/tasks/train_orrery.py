@@ -8,6 +8,7 @@ from vlmscope.data.orrery.dataset import scene_shards
 from vlmscope.tasks.registry import RunContext
 from vlmscope.tasks.settings import TrainOrrerySettings
 from vlmscope.training.orrery import train_orrery
+from vlmscope.training.resume import RunLogger
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
@@ -18,7 +19,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         for stage in (task.training.tower, task.training.vlm, task.training.polish):
             stage.max_steps = min(stage.max_steps, task.max_steps)
             stage.warmup = min(stage.warmup, max(stage.max_steps // 4, 1))
-    logger = context.tracked.lightning_logger()
+    logger = RunLogger(context.tracked)
     data, resume = scene_shards(cfg.data.path), cfg.trainer.resume
     kinds = cfg.data.scenes
     return train_orrery(

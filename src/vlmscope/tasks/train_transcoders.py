@@ -23,6 +23,7 @@ from vlmscope.tasks.registry import RunContext
 from vlmscope.training.captures import batches_for
 from vlmscope.training.config import TranscoderArchConfig, TranscoderTrainingConfig
 from vlmscope.training.ranks import own_share
+from vlmscope.training.resume import RunLogger
 from vlmscope.training.transcoder_training import train_transcoders
 from vlmscope.transcoders.formats import save_set
 from vlmscope.transcoders.hub import CARD, facts_of_set, render, with_metrics
@@ -63,7 +64,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
             source.val,
             config,
             context.run_dir,
-            context.tracked.lightning_logger(),
+            RunLogger(context.tracked),
             data_figures=source.figures,
             origin=origin,
             job=context.job,

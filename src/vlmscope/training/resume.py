@@ -23,12 +23,15 @@ from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.rank_zero import rank_zero_only
+from pytorch_lightning.loggers.logger import Logger
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlmscope.core.artifacts import atomic_path, open_tensors, plain, read_json, refuse_other, write_json
 from vlmscope.core.errors import UserError, is_out_of_memory
+from vlmscope.tracking import TrackedRun
 from vlmscope.training.ranks import STOP_SIGNALS, Ranks
 
 _MARKER = "complete.json"
@@ -48,6 +51,29 @@ class Resumable(Protocol):
     def parts(self) -> Mapping[str, nn.Module]:
         """The parts of the module that this process writes, by file name."""
         ...
+
+
+class RunLogger(Logger):
+    """Passes a Trainer's metrics on to `run`, on the first process only; the app ends the run.
+
+    Lightning's own MLFlowLogger cuts parameters at 250 characters, drops text, and ends the run by itself.
+    """
+
+    name, version = "vlmscope", ""  # Lightning requires both
+
+    def __init__(self, run: TrackedRun) -> None:
+        super().__init__()
+        self._run = run
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log numbers at a step, without Lightning's `epoch`, which means nothing in step-based training."""
+        kept = {key: float(value) for key, value in metrics.items() if key != "epoch"}
+        if kept:
+            self._run.log_metrics(kept, step)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the configuration is logged when the run is opened."""
 
 
 class _RestoreCtrlC(pl.Callback):

@@ -13,9 +13,10 @@ import pytest
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.results import SweepJob
-from vlmscope.tracking import RunInfo, TrackingConfig, open_run, sweep
+from vlmscope.tracking import RunInfo, TrackingConfig, open_run
 from vlmscope.tracking import run as tracked_run
 from vlmscope.tracking.client import MAX_KEY, MAX_VALUE, open_client, to_params
+from vlmscope.training.resume import RunLogger
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +102,15 @@ def test_a_resumed_run_goes_on_and_a_new_one_does_not(config, tmp_path) -> None:
 
 
 def test_a_sweep_shows_its_jobs_as_a_table_and_as_curves_over_what_was_swept(config, tmp_path) -> None:
-    parent = sweep.open_parent(config, tmp_path / "sweep", "tables", ["k=4,16"])
+    parent = tracked_run.open_parent(config, tmp_path / "sweep", "tables", ["k=4,16"])
     jobs = [
         SweepJob(("k=4",), {"val/fvu": 0.5, "layers/fvu/layer_00": 0.4}),
         SweepJob(("k=8",), None),
         SweepJob(("k=16",), {"val/fvu": 0.25, "layers/fvu/layer_00": 0.2}),
     ]
     for _ in range(2):  # a sweep that is run again replaces its table
-        assert f"/runs/{parent}" in sweep.log_to_parent(jobs, [], tmp_path / "sweep")
-    sweep.close_parent()
+        assert f"/runs/{parent}" in tracked_run.log_to_parent(jobs, [], tmp_path / "sweep")
+    tracked_run.close_parent()
     client = open_client(config.uri)
     history = client.get_metric_history(parent, "val/fvu")
     assert {(point.step, point.value) for point in history} == {(4, 0.5), (16, 0.25)}
@@ -124,22 +125,22 @@ def test_a_sweep_shows_its_jobs_as_a_table_and_as_curves_over_what_was_swept(con
     [([None, None], "FINISHED"), ([RuntimeError(), None], "FAILED"), ([None, KeyboardInterrupt()], "KILLED")],
 )
 def test_a_sweep_is_a_parent_with_its_jobs_status(config, tmp_path, errors, status) -> None:
-    parent = sweep.open_parent(config, tmp_path / "sweep", "sweeps", ["seed=1,2"])
-    assert sweep.parent_id() == parent
+    parent = tracked_run.open_parent(config, tmp_path / "sweep", "sweeps", ["seed=1,2"])
+    assert tracked_run.parent_id() == parent
     for number, error in enumerate(errors):
         try:
-            info = RunInfo("sweeps", str(number), parent_id=sweep.parent_id())
+            info = RunInfo("sweeps", str(number), parent_id=tracked_run.parent_id())
             with open_run(config, folder(tmp_path, str(number)), info) as job:
                 assert stored(config, job.run_id).data.tags["mlflow.parentRunId"] == parent
                 if error is not None:
                     raise error
         except BaseException as raised:
             assert raised is error
-    sweep.close_parent()
+    tracked_run.close_parent()
     assert stored(config, parent).info.status == status
     with pytest.raises(UserError, match="no tracked parent"):
-        sweep.parent_id()
-    sweep.close_parent()
+        tracked_run.parent_id()
+    tracked_run.close_parent()
 
 
 def test_parameters_keep_mlflows_limits() -> None:
@@ -171,7 +172,7 @@ def test_a_store_that_cannot_be_used_is_one_line(tmp_path) -> None:
 
 def test_the_lightning_logger_writes_into_the_open_run(config, tmp_path) -> None:
     with open_run(config, folder(tmp_path), RunInfo("lightning", "r")) as run:
-        logger = run.lightning_logger()
+        logger = RunLogger(run)
         logger.log_metrics({"train/loss": 2.0, "epoch": 0.0}, step=7)
         logger.finalize("success")
         assert stored(config, run.run_id).info.status == "RUNNING"
@@ -183,9 +184,8 @@ def test_the_lightning_logger_writes_into_the_open_run(config, tmp_path) -> None
 @pytest.fixture
 def impatient(monkeypatch) -> None:
     """Waits of the store's users as short as the locks below."""
-    for module in (tracked_run, sweep):
-        monkeypatch.setattr(module, "WAIT", 0.05)
-        monkeypatch.setattr(module, "PATIENCE", 0.3)
+    monkeypatch.setattr(tracked_run, "WAIT", 0.05)
+    monkeypatch.setattr(tracked_run, "PATIENCE", 0.3)
     monkeypatch.setattr(tracked_run, "_PAUSE", 0.0)
 
 
@@ -231,4 +231,4 @@ def test_a_locked_store_costs_no_work_and_catches_up(config, tmp_path, impatient
 
 def test_a_sweep_on_a_locked_store_is_refused(config, tmp_path, impatient) -> None:
     with locked(config.uri), pytest.raises(UserError, match="the parent of this sweep .*locked.* add tracking=none"):
-        sweep.open_parent(config, tmp_path / "sweep", "late", ["seed=1,2"])
+        tracked_run.open_parent(config, tmp_path / "sweep", "late", ["seed=1,2"])

@@ -5,7 +5,6 @@ import transformers.models.gemma3.modeling_gemma3  # noqa: F401
 import vlmscope.models.tiny
 import vlmscope.training.transcoder_training
 import vlmscope.transcoders.formats  # noqa: F401
-from vlmscope.tasks import registry
+from vlmscope.tasks.settings import summaries
 
-registry.configs()
-registry.summaries.cache_clear()  # a test may add a task
+summaries.cache_clear()  # a test may add a task

@@ -71,7 +71,7 @@ from vlmscope.training.evaluation import check_hooks, warn_if_strange, warn_on_l
 from vlmscope.transcoders.formats import Choice, load_set, open_set
 from vlmscope.transcoders.hub import set_folder
 from vlmscope.transcoders.transcoder import TranscoderSet
-from vlmscope.viewer.export import export_graph
+from vlmscope.viewer.graphs import export_graph
 
 if TYPE_CHECKING:
     import networkx as nx

@@ -200,14 +200,12 @@ def _run_hydra(argv: Sequence[str], failures: _Failures) -> None:
     import hydra
 
     from vlmscope.config.callbacks import SweepRefused
-    from vlmscope.config.catalog import conf_dir, register
-    from vlmscope.config.own import adopt
+    from vlmscope.config.catalog import adopt, conf_dir, register
     from vlmscope.config.resolve import CONFIG_ERRORS, one_line, quote_arguments
-    from vlmscope.tasks import registry
+    from vlmscope.tasks.settings import TASKS
 
-    configs = registry.configs()
-    arguments = quote_arguments(_checked(argv), configs)
-    register(configs)
+    arguments = quote_arguments(_checked(argv), TASKS)
+    register(TASKS)
     arguments = adopt(arguments)
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job(failures))

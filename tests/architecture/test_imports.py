@@ -36,7 +36,7 @@ def test_import_contracts_hold() -> None:
     [
         "import vlmscope",
         "import vlmscope.app",
-        "from vlmscope.config import catalog; from vlmscope.tasks import registry as r; catalog.register(r.configs())",
+        "from vlmscope.config import catalog; from vlmscope.tasks.settings import TASKS; catalog.register(TASKS)",
         "from vlmscope.app import main; main(['--help'])",
     ],
 )
@@ -48,9 +48,9 @@ def test_what_runs_before_a_task_imports_nothing_heavy(code: str) -> None:
 
 
 def test_tasks_do_not_import_each_other() -> None:
-    from vlmscope.tasks import registry
+    from vlmscope.tasks.settings import summaries
 
-    names = set(registry.summaries())
+    names = set(summaries())
     for name in names:
         source = (PACKAGE / "tasks" / f"{name}.py").read_text(encoding="utf-8")
         for other in names - {name}:

@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect
 from tests.browser.conftest import SLOW
 
 from vlmscope.core.artifacts import shipped
-from vlmscope.viewer import export
+from vlmscope.viewer import graphs as export
 from vlmscope.viewer.server import _listen, create_app
 
 pytestmark = pytest.mark.browser

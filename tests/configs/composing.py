@@ -8,14 +8,14 @@ from hydra import compose, initialize_config_dir
 from vlmscope.config import AppConfig, catalog
 from vlmscope.config.catalog import conf_dir, register
 from vlmscope.config.resolve import quote_arguments, to_app_config
-from vlmscope.tasks import registry
+from vlmscope.tasks.settings import TASKS
 
 
 @cache
 def composed(*overrides: str) -> AppConfig:
     """The typed configuration; shared by all who ask, so it is to be read only."""
-    register(registry.configs())
-    quoted = quote_arguments(overrides, registry.configs())
+    register(TASKS)
+    quoted = quote_arguments(overrides, TASKS)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return to_app_config(compose("config", quoted), quoted)
 

@@ -13,12 +13,11 @@ from omegaconf import DictConfig
 from tests.configs.composing import composed, rounds
 
 from vlmscope.config import catalog
-from vlmscope.config.catalog import conf_dir, register
-from vlmscope.config.own import adopt
+from vlmscope.config.catalog import adopt, conf_dir, register
 from vlmscope.config.resolve import CONFIG_ERRORS, one_line
 from vlmscope.core.errors import UserError
 from vlmscope.data.config import SourceConfig
-from vlmscope.tasks import registry
+from vlmscope.tasks.settings import TASKS, summaries
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted(catalog.options("experiment"))
@@ -37,7 +36,7 @@ GROUPS = [
 
 @pytest.fixture
 def hydra() -> Iterator[None]:
-    register(registry.configs())
+    register(TASKS)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         yield
 
@@ -86,17 +85,17 @@ def test_every_option_composes(chosen: tuple[str, ...]) -> None:
     check_seeds(composed(*chosen, "seed=7"))
 
 
-@pytest.mark.parametrize("task", sorted(registry.summaries()))
+@pytest.mark.parametrize("task", sorted(summaries()))
 def test_tasks_compose_and_say_what_they_do(task: str) -> None:
     config = composed(f"task={task}")
     assert config.task.name == task
-    assert isinstance(config.task, registry.load(task).config)
-    assert registry.summaries()[task]
+    assert isinstance(config.task, TASKS[task])
+    assert summaries()[task]
 
 
 def test_experiments_are_described_and_run_a_known_task() -> None:
     for name, description in catalog.options("experiment").items():
-        assert composed(f"experiment={name}").task.name in registry.summaries(), name
+        assert composed(f"experiment={name}").task.name in summaries(), name
         assert description, f"the first comment line of {name} is its description"
 
 

@@ -19,7 +19,7 @@ from vlmscope.config.resolve import to_app_config
 from vlmscope.config.schema import numbers_of
 from vlmscope.core.results import Number
 from vlmscope.interventions import trials
-from vlmscope.tasks import registry
+from vlmscope.tasks.settings import TASKS
 
 SMALL = ["pairs.train=16", "pairs.test=24"]
 LEFT_OUT = ("cross", "stays", "held", "no_last_layer", "no_last_position", "generated", "counts", "grid")
@@ -30,7 +30,7 @@ Fault = Callable[[Bench], AbstractContextManager[None]]
 
 
 def configured(overrides: list[str]) -> AppConfig:
-    register(registry.configs())
+    register(TASKS)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return to_app_config(
             compose("config", ["experiment=visual_arithmetic", "trainer.threads=1", *ALWAYS, *overrides])

@@ -32,8 +32,7 @@ from omegaconf.errors import (
 from omegaconf.grammar_parser import parse
 
 from vlmscope.circuits.config import CircuitSpecConfig
-from vlmscope.config.catalog import conf_dir, options
-from vlmscope.config.own import own_files
+from vlmscope.config.catalog import conf_dir, options, own_files
 from vlmscope.config.schema import AppConfig, RandomTranscodersConfig, TranscoderSetConfig
 from vlmscope.core.artifacts import read_text, read_yaml
 from vlmscope.core.errors import UserError

@@ -144,7 +144,7 @@ class AppConfig:
     Field metadata add what types cannot express (config/resolve.py): `verbatim` text, never parsed, and `paths`.
     `analyses` are general analyses (docs/experiments.md) with their settings; `analysis` holds the settings of
     `experiments/<name>.py`. Their own classes check them.
-    `experiment_file` is the file of an experiment outside the clone (config/own.py).
+    `experiment_file` is the file of an experiment outside the clone (config/catalog.py).
     `limits` lower settings where a run has them (`debug=fast`): dotted key, with `*` for any key -> maximum (for a
     list, number of entries), or null to delete the key.
     task=reproduce runs experiments with `reproduce`, checks the metrics in `headline` against their ranges, and shows

@@ -1,14 +1,9 @@
-"""Pictures of where features fire, text as shaded tokens, and figures made of pictures.
-
-Reports hold pictures with the tint drawn in. The workbench gets the picture and, as numbers, how strongly the feature
-fires on each patch, so that a reader can switch the heatmap off.
-"""
+"""Pictures of where features fire, text as shaded tokens, and figures made of pictures."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 from typing import NamedTuple
@@ -148,16 +143,6 @@ def token_spans(example: FeatureExample, context: int = 3) -> list[TokenSpan]:
 def _top(example: FeatureExample) -> float:
     """The example's strongest activation at any position, the scale of its tints and shades; 1 if it never fires."""
     return max((*example.patch_activations, *example.token_activations), default=0.0) or 1.0
-
-
-@dataclass(frozen=True)
-class HeatPicture:
-    """A picture and where a feature fires on it."""
-
-    data: bytes | None  # the small picture as PNG or JPEG; None when it is not available
-    boxes: tuple[PatchBox, ...]  # P patches
-    levels: np.ndarray  # `[P]` uint8, activations in 255ths of the example's peak
-    peak: bool  # the example's peak is in this picture
 
 
 _SIDE = 256  # pixels of the longer edge

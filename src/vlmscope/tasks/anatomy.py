@@ -10,8 +10,7 @@ from vlmscope.data.inputs import read_rows, row_questions
 from vlmscope.report.anatomy import anatomy_sections, console, summary
 from vlmscope.report.marks import write_rows
 from vlmscope.report.page import ReportPage
-from vlmscope.tasks.registry import RunContext
-from vlmscope.tasks.settings import AnatomySettings
+from vlmscope.tasks.settings import AnatomySettings, RunContext
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:

@@ -9,8 +9,7 @@ from vlmscope.data.build import BuildSettings, build_mix
 from vlmscope.data.orrery.dataset import build
 from vlmscope.data.orrery.scenes import COMPOSED, KINDS
 from vlmscope.tasks.job import claimed
-from vlmscope.tasks.registry import RunContext
-from vlmscope.tasks.settings import BuildDataSettings
+from vlmscope.tasks.settings import BuildDataSettings, RunContext
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:

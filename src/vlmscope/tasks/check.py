@@ -12,7 +12,7 @@ from vlmscope.config.schema import RandomTranscodersConfig
 from vlmscope.config.wiring import is_default, load_model, load_scope, names_transcoders, random_scope, user_pictures
 from vlmscope.conformance import CASES, PROMPT, CaseReport, Check, Limits, run_cases
 from vlmscope.core.errors import CheckFailed
-from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.settings import RunContext
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:

@@ -40,7 +40,7 @@ from vlmscope.core.records import FeatureId
 from vlmscope.data.images import PictureFiles, for_figures
 from vlmscope.data.inputs import Pair, Side, check_choosing, read_rows
 from vlmscope.features.study_files import StudyFolder
-from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.settings import RunContext
 from vlmscope.training.evaluation import speaks_orrery
 
 

@@ -8,8 +8,7 @@ from vlmscope.config import AppConfig
 from vlmscope.config.wiring import feature_labels
 from vlmscope.core.errors import UserError
 from vlmscope.report.graph_figure import difference_graph, share_bars
-from vlmscope.tasks.registry import RunContext
-from vlmscope.tasks.settings import CompareSettings
+from vlmscope.tasks.settings import CompareSettings, RunContext
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:

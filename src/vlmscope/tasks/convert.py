@@ -12,7 +12,7 @@ from vlmscope.config.wiring import chosen_set, limit_threads
 from vlmscope.core.artifacts import atomic_folder, read_text, tensor_heads, write_text
 from vlmscope.core.errors import CheckFailed, UserError
 from vlmscope.core.records import generator
-from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.settings import RunContext
 from vlmscope.transcoders.formats import load_set, open_set, refusal, save_set
 from vlmscope.transcoders.formats.common import eight_bits
 from vlmscope.transcoders.hub import CARD, carried_over, facts_of_set, render

@@ -7,7 +7,7 @@ from functools import partial
 from vlmscope.config import AppConfig
 from vlmscope.config.wiring import chosen_set, load_model, load_scope, model_origin
 from vlmscope.report.figures import fvu_by_layer
-from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.settings import RunContext
 from vlmscope.training.captures import batches_for
 from vlmscope.training.config import BatchConfig
 from vlmscope.training.evaluation import ErrorMeter, evaluate_transcoders

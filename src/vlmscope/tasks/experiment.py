@@ -20,15 +20,14 @@ from vlmscope.analyses.declared import run_declared
 from vlmscope.analyses.run_report import draw_report
 from vlmscope.circuits.config import check_baselines
 from vlmscope.config import AppConfig
-from vlmscope.config.catalog import conf_dir
-from vlmscope.config.own import module_file
+from vlmscope.config.catalog import conf_dir, module_file
 from vlmscope.core.errors import CheckFailed, UserError, check_choice, first_line
 from vlmscope.core.launch import program
 from vlmscope.data.inputs import check_own_pictures
 from vlmscope.metrics.claims import claims_text
 from vlmscope.report.marks import check_marks
-from vlmscope.tasks.registry import RunContext
-from vlmscope.viewer.export import export_with_report
+from vlmscope.tasks.settings import RunContext
+from vlmscope.viewer.graphs import export_with_report
 
 _LOG = logging.getLogger(__name__)
 # Name in `analyses:` -> its class, a dataclass of settings with some of `check(cfg)`, `declare(bench)`,

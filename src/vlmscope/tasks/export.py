@@ -7,8 +7,8 @@ from pathlib import Path
 from vlmscope.config import AppConfig
 from vlmscope.core.errors import UserError
 from vlmscope.tasks.job import remove_empty
-from vlmscope.tasks.registry import RunContext
-from vlmscope.viewer.export import export_graph
+from vlmscope.tasks.settings import RunContext
+from vlmscope.viewer.graphs import export_graph
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:

@@ -16,8 +16,7 @@ from vlmscope.features.labels import Labels, check_same
 from vlmscope.features.study import study_examples
 from vlmscope.features.study_files import StudyFolder
 from vlmscope.report.pictures import FeatureRow, feature_sheet
-from vlmscope.tasks.registry import RunContext
-from vlmscope.tasks.settings import FindSettings
+from vlmscope.tasks.settings import FindSettings, RunContext
 from vlmscope.training.batches import collect
 from vlmscope.training.evaluation import warn_if_strange
 

@@ -21,8 +21,7 @@ from vlmscope.config.resolve import to_app_config
 from vlmscope.core.artifacts import remove_leftovers, write_json, write_yaml
 from vlmscope.core.errors import CheckFailed, NotMainRank, UserError, first_line, is_out_of_memory
 from vlmscope.core.launch import Place, place_of, program
-from vlmscope.tasks import registry
-from vlmscope.tasks.registry import RunContext, Task
+from vlmscope.tasks.settings import RunContext, check_used, run_parameters, run_task, used_settings
 from vlmscope.tracking.run import RunInfo, TrackedRun, job_name, open_run, parent_id, starter
 
 _LOG = logging.getLogger(__name__)
@@ -75,12 +74,12 @@ def _locked(path: Path, key: str) -> IO[str]:
 
 
 @contextmanager
-def together(place: Place, task: Task, cfg: AppConfig, run_dir: Path) -> Iterator[tuple[AppConfig, Path]]:
+def together(place: Place, cfg: AppConfig, run_dir: Path) -> Iterator[tuple[AppConfig, Path]]:
     """Join the group of all processes; yield this process's configuration and rank 0's run folder."""
-    if not task.config.ranks:
+    if not cfg.task.ranks:
         remove_empty(run_dir)
         raise UserError(
-            f"task={task.name} is made for one process, and {place.launcher} started {place.world}; start it alone"
+            f"task={cfg.task.name} is made for one process, and {place.launcher} started {place.world}; start it alone"
         )
     from vlmscope.training.ranks import opened
 
@@ -103,7 +102,7 @@ def together(place: Place, task: Task, cfg: AppConfig, run_dir: Path) -> Iterato
         yield replace(cfg, model=replace(cfg.model, device=device)), shared
 
 
-def work_along(task: Task, cfg: AppConfig, context: RunContext, rank: int) -> None:
+def work_along(cfg: AppConfig, context: RunContext, rank: int) -> None:
     """Run the task on a process that is not rank 0: it prints nothing and logs into `run.rank<N>.log`."""
     root = logging.getLogger()
     console = list(root.handlers)
@@ -114,7 +113,7 @@ def work_along(task: Task, cfg: AppConfig, context: RunContext, rank: int) -> No
     logging.captureWarnings(True)  # they would go to stderr, which all processes share
     try:
         with open(os.devnull, "w") as null, redirect_stdout(null), suppress(NotMainRank):
-            task.run(cfg, context)
+            run_task(cfg, context)
     finally:
         logging.captureWarnings(False)
         root.handlers = console
@@ -160,7 +159,7 @@ def _log_file(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _enough_memory(task: Task) -> Iterator[None]:
+def _enough_memory(task: Any) -> Iterator[None]:
     """Turn running out of memory into one line that says what to lower.
 
     Raises:
@@ -171,7 +170,7 @@ def _enough_memory(task: Task) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        less = f"lower {task.config.memory}, or " if task.config.memory else ""
+        less = f"lower {task.memory}, or " if task.memory else ""
         raise UserError(
             f"task={task.name} ran out of memory ({first_line(error)}); {less}choose a smaller model, "
             "model.dtype=bfloat16 or model.offload=cpu; what is done stays, and trainer.resume=true with this "
@@ -192,31 +191,30 @@ def run_job(cfg: Any) -> None:
     run_dir = Path(hydra.runtime.output_dir)
     overrides = tuple(hydra.overrides.task)
     app_cfg = to_app_config(cfg, overrides)
-    task = registry.load(hydra.runtime.choices["task"])
-    task.check_used(overrides)
+    task = app_cfg.task
+    check_used(task, task.name, overrides)
     place = place_of(os.environ)
     context = RunContext(run_dir, TrackedRun(), overrides)
     if place is not None:
-        with _enough_memory(task), together(place, task, app_cfg, run_dir) as (own_cfg, shared):
+        with _enough_memory(task), together(place, app_cfg, run_dir) as (own_cfg, shared):
             context = replace(context, run_dir=shared)
             if place.main:
-                _recorded_run(cfg, app_cfg, task, own_cfg, context)
+                _recorded_run(cfg, app_cfg, own_cfg, context)
             else:
-                work_along(task, own_cfg, context, place.rank)
-    elif task.config.recorded:
+                work_along(own_cfg, context, place.rank)
+    elif task.recorded:
         with _enough_memory(task), claimed(run_dir):
-            _recorded_run(cfg, app_cfg, task, app_cfg, context)
+            _recorded_run(cfg, app_cfg, app_cfg, context)
     else:
-        task.run(app_cfg, context)
+        run_task(app_cfg, context)
         remove_empty(run_dir)
 
 
-def _recorded_run(cfg: Any, app_cfg: AppConfig, task: Task, own_cfg: AppConfig, context: RunContext) -> None:
-    """Run the task with `own_cfg`, and record `app_cfg`, which was composed from `cfg`."""
+def _recorded_run(cfg: Any, app_cfg: AppConfig, own_cfg: AppConfig, context: RunContext) -> None:
+    """Run its task with `own_cfg`, and record `app_cfg`, which was composed from `cfg`."""
     hydra, run_dir, overrides = HydraConfig.get(), context.run_dir, context.overrides
     # Not with OmegaConf, which would take `${` in a prompt for an interpolation.
-    resolved = task.settings(app_cfg)
-    write_yaml(run_dir / "config.yaml", resolved)
+    write_yaml(run_dir / "config.yaml", used_settings(app_cfg))
     write_yaml(run_dir / OVERRIDES, list(overrides))
     in_sweep = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
     parent = parent_id() if in_sweep and app_cfg.tracking.enabled else None
@@ -225,14 +223,14 @@ def _recorded_run(cfg: Any, app_cfg: AppConfig, task: Task, own_cfg: AppConfig, 
     study = run_label(cfg, hydra.runtime.choices)
     if not in_sweep:
         parent, study = starter() or (parent, study)
-    tags = {"task": task.name, "experiment": study}
+    tags = {"task": app_cfg.task.name, "experiment": study}
     if in_sweep:
         tags["sweep"] = Path(hydra.sweep.dir).name
-    info = RunInfo(study, name, task.parameters(app_cfg), overrides, parent, tags)
-    resume = app_cfg.trainer.resume or task.config.resumes
+    info = RunInfo(study, name, run_parameters(app_cfg), overrides, parent, tags)
+    resume = app_cfg.trainer.resume or app_cfg.task.resumes
     with _log_file(run_dir), open_run(app_cfg.tracking, run_dir, info, resume=resume) as tracked:
         try:
-            metrics = task.run(own_cfg, replace(context, tracked=tracked, job=name if in_sweep else ""))
+            metrics = run_task(own_cfg, replace(context, tracked=tracked, job=name if in_sweep else ""))
         except CheckFailed as failed:
             # Inside the tracked run, which is to end as FAILED, with all that was measured.
             _record(failed.metrics, tracked, run_dir, in_sweep)

@@ -15,8 +15,7 @@ from vlmscope.core.results import text_table
 from vlmscope.features.labels import Label, set_path, would_pass, write_labels
 from vlmscope.features.proposals import ADVISED, label_study
 from vlmscope.features.study_files import StudyFolder
-from vlmscope.tasks.registry import RunContext
-from vlmscope.tasks.settings import LabelSettings
+from vlmscope.tasks.settings import LabelSettings, RunContext
 
 FEW = 20  # held-out items below which a score is unsure
 

@@ -1,8 +1,7 @@
 """List the tasks, experiments, models, transcoders, prompt sets and pairs to choose from, one line each."""
 
 from vlmscope.config import AppConfig, catalog
-from vlmscope.tasks import registry
-from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.settings import RunContext, summaries
 
 GROUPS = {
     "experiment": "Experiments",
@@ -22,7 +21,7 @@ def table(title: str, rows: dict[str, str]) -> str:
 
 def overview() -> str:
     """Tasks, experiments, models, transcoders, prompt sets and pairs."""
-    tables = [table("Tasks (task=NAME)", registry.summaries())]
+    tables = [table("Tasks (task=NAME)", summaries())]
     tables += [table(f"{title} ({group}=NAME)", catalog.options(group)) for group, title in GROUPS.items()]
     return "\n\n".join(tables)
 

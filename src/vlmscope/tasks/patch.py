@@ -8,8 +8,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.data.images import open_images
 from vlmscope.interventions.edits import by_layer
 from vlmscope.models.batching import make_batch
-from vlmscope.tasks.registry import RunContext
-from vlmscope.tasks.settings import PatchSettings
+from vlmscope.tasks.settings import PatchSettings, RunContext
 from vlmscope.training.evaluation import warn_if_strange
 
 

@@ -33,7 +33,7 @@ from vlmscope.models.base import Adapter
 from vlmscope.models.checkpoint import DTYPES, read_config
 from vlmscope.models.families import adapter_for, family_of
 from vlmscope.models.tiny import tiny_vlm
-from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.settings import RunContext
 from vlmscope.training.config import TranscoderArchConfig
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}

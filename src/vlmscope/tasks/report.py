@@ -8,8 +8,8 @@ from vlmscope.analyses.run_report import draw_report
 from vlmscope.config import AppConfig
 from vlmscope.core.artifacts import read_json, read_yaml
 from vlmscope.core.errors import UserError
-from vlmscope.tasks.registry import RunContext
-from vlmscope.viewer.export import export_with_report
+from vlmscope.tasks.settings import RunContext
+from vlmscope.viewer.graphs import export_with_report
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:

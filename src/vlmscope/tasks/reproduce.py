@@ -37,8 +37,7 @@ from vlmscope.core.artifacts import files_digest, read_json, shipped, write_json
 from vlmscope.core.errors import CheckFailed, UserError
 from vlmscope.core.results import Reproduced
 from vlmscope.report.reproduction import key_picture, write_page, write_ranges
-from vlmscope.tasks.registry import RunContext
-from vlmscope.tasks.settings import ExperimentSettings
+from vlmscope.tasks.settings import ExperimentSettings, RunContext
 from vlmscope.tracking.client import package_versions
 from vlmscope.tracking.run import started_by
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from vlmscope.config import AppConfig
 from vlmscope.core.errors import Terminated, UserError
 from vlmscope.tasks.job import remove_empty
-from vlmscope.tasks.registry import RunContext
-from vlmscope.tasks.settings import ServeSettings
+from vlmscope.tasks.settings import RunContext, ServeSettings
 from vlmscope.viewer.server import serve
 
 PORT = 8600

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import ast
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
+from vlmscope import tasks
 from vlmscope.circuits.config import EditConfig
 from vlmscope.config import AppConfig
 from vlmscope.config.wiring import look_for_labels, study_sources
 from vlmscope.core.errors import UserError, check_choice, check_least
+from vlmscope.core.launch import import_quickly
 from vlmscope.core.study import study_folder
 from vlmscope.data.orrery.scenes import COUNTS
 from vlmscope.models.eyes import EyesConfig
 from vlmscope.models.orrery import OrreryConfig
+from vlmscope.tracking import TrackedRun
 from vlmscope.training.config import BatchConfig, EyesTrainingConfig, OrreryTrainingConfig, RecipeConfig
 from vlmscope.transcoders.config import FORMAT_NAMES
 
@@ -22,6 +31,28 @@ OPTIONAL = (
     "association", "circuit", "circuit_spec", "pairs", "images", "query", "analyses", "analysis", "report", "headline",
     "paper", "figure",
 )  # fmt: skip
+
+
+SUBJECTS = {"intervention": "circuit", "interchange": "pairs", "discovery": "pairs"}  # groups that say nothing alone
+# Settings on which no result depends: where a run is recorded, and how it is shown and judged.
+_SHOWN = ("tracking", "report", "headline", "paper", "figure", "name", "reproduce", "prompt_file", "prompt_name")
+_SHOWN += ("experiment_file",)
+_FREE = {"trainer": {"checkpoint_every", "log_every", "val_every", "threads", "resume", "rank_timeout"}}
+_WHOLE = ("task", "model", "transcoder", "optim", "trainer")  # of these, defaults are parameters too
+_NOTHING = (None, {}, [], "")
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One run: its folder (it exists), where it is tracked, and the overrides that the user typed.
+
+    `job` names the run by its settings within a sweep, "" outside of one.
+    """
+
+    run_dir: Path
+    tracked: TrackedRun
+    overrides: tuple[str, ...] = ()
+    job: str = ""
 
 
 class Settings:
@@ -44,6 +75,73 @@ class Settings:
             look_for_labels(app)
         if "study" in self.uses and app.study.path is not None:
             study_folder(app.study.path)
+
+
+def run_task(app: AppConfig, context: RunContext) -> dict[str, float]:
+    """Import the task, which may take seconds, and run it; returns flat metrics."""
+    app.task.look(app)
+    name = f"{tasks.__name__}.{app.task.name}"
+    import_quickly(name)
+    return sys.modules[name].run(app, context)
+
+
+def check_used(task: Settings, name: str, overrides: Sequence[str]) -> None:
+    """Refuse settings that would change nothing, as in `task=trace study.limit=5`."""
+    for override in overrides:
+        group = override.lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]
+        if group in OPTIONAL and group not in task.uses:
+            raise UserError(f"{override}: task={name} does not use {group}; leave it out")
+
+
+def used_settings(app: AppConfig) -> dict[str, Any]:
+    """The settings that this run can use, for config.yaml and MLflow."""
+    unused = {key for key in OPTIONAL if key not in app.task.uses or getattr(app, key) in (None, {}, [])}
+    unused |= {key for key, subject in SUBJECTS.items() if subject in unused} | {"limits"}  # which were applied
+    return {key: value for key, value in asdict(app).items() if key not in unused}
+
+
+def run_parameters(app: AppConfig) -> dict[str, Any]:
+    """The settings that decide this run's result, for MLflow, where runs are compared; config.yaml has all.
+
+    A setting without a value is left out, and so is the default of a group that only tunes the task.
+    """
+    unused = {*_SHOWN, *(() if "optim" in app.task.uses else ("trainer",))}
+    kept = {}
+    for key in used_settings(app).keys() - unused:
+        value = _chosen(getattr(app, key), key in _WHOLE)
+        if key in _FREE:
+            value = {name: item for name, item in value.items() if name not in _FREE[key]}
+        if value not in _NOTHING:
+            kept[key] = value
+    return kept
+
+
+def _chosen(value: Any, whole: bool) -> Any:
+    """Settings as plain mappings without empty values; and, unless `whole`, without those that equal their default."""
+    if is_dataclass(value):
+        value = {
+            item.name: getattr(value, item.name)
+            for item in fields(value)
+            if whole or getattr(value, item.name) != _default(item)
+        }
+    if not isinstance(value, Mapping):
+        return value
+    inner = {key: _chosen(item, whole) for key, item in value.items()}
+    return {key: item for key, item in inner.items() if item not in _NOTHING}
+
+
+def _default(item: Any) -> Any:
+    return item.default_factory() if item.default_factory is not MISSING else item.default
+
+
+@cache
+def summaries() -> dict[str, str]:
+    """Name and one-line description of every task, read from the source without importing it."""
+    lines: dict[str, str] = {}
+    for name in TASKS:
+        path = next(file for folder in tasks.__path__ if (file := Path(folder) / f"{name}.py").is_file())
+        lines[name] = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+    return lines
 
 
 @dataclass
@@ -468,30 +566,9 @@ class WhereSettings(Settings):
     curves: bool = False
 
 
-TASKS: dict[str, type[Settings]] = {
-    "anatomy": AnatomySettings,
-    "build_data": BuildDataSettings,
-    "check": CheckSettings,
-    "circuit": CircuitSettings,
-    "compare": CompareSettings,
-    "convert": ConvertSettings,
-    "evaluate": EvaluateSettings,
-    "experiment": ExperimentSettings,
-    "export": ExportSettings,
-    "find": FindSettings,
-    "label": LabelSettings,
-    "list": ListSettings,
-    "patch": PatchSettings,
-    "plan": PlanSettings,
-    "report": ReportSettings,
-    "reproduce": ReproduceSettings,
-    "serve": ServeSettings,
-    "steer": SteerSettings,
-    "structure": StructureSettings,
-    "study": StudySettings,
-    "trace": TraceSettings,
-    "train_eyes": TrainEyesSettings,
-    "train_orrery": TrainOrrerySettings,
-    "train_transcoders": TrainTranscodersSettings,
-    "where": WhereSettings,
-}
+def _task_name(settings: type) -> str:
+    """`train_eyes` of `TrainEyesSettings`."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", settings.__name__.removesuffix("Settings")).lower()
+
+
+TASKS: dict[str, type[Settings]] = {_task_name(settings): settings for settings in Settings.__subclasses__()}

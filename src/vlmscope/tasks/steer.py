@@ -7,8 +7,7 @@ from vlmscope.config.wiring import load_model, load_scope, user_pictures
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 from vlmscope.interventions.edits import steer_plan
-from vlmscope.tasks.registry import RunContext
-from vlmscope.tasks.settings import SteerSettings
+from vlmscope.tasks.settings import RunContext, SteerSettings
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:

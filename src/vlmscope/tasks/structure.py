@@ -16,7 +16,7 @@ from vlmscope.features import structure
 from vlmscope.features.study import InputMaker
 from vlmscope.features.study_files import StudyFolder, open_sources, write_table
 from vlmscope.report.figures import modality_by_layer
-from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.settings import RunContext
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:

@@ -14,7 +14,7 @@ from vlmscope.features.proposals import label_study
 from vlmscope.features.shipped import small_copy
 from vlmscope.features.study import StudyPart, data_record, finish, finished_study, run_part, study_parts
 from vlmscope.features.study_files import StudyFolder, open_sources
-from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.settings import RunContext
 from vlmscope.training.ranks import joint_sum, own_share
 
 SCENE = "scene"  # the fact whose values alone are scored next to each label, where the data have it

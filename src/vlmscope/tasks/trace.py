@@ -68,9 +68,9 @@ from vlmscope.models.base import ModelInputs
 from vlmscope.report.graph_figure import attribution_graph
 from vlmscope.report.pictures import patch_maps
 from vlmscope.scope import Scope
-from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.settings import RunContext
 from vlmscope.training.evaluation import warn_if_strange
-from vlmscope.viewer.export import export_graph
+from vlmscope.viewer.graphs import export_graph
 
 _LOG = logging.getLogger(__name__)
 _ROWS, _ROW = "rows", "row.json"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from vlmscope.config import AppConfig
 from vlmscope.config.wiring import limit_threads
-from vlmscope.tasks.registry import RunContext
-from vlmscope.tasks.settings import TrainEyesSettings
+from vlmscope.tasks.settings import RunContext, TrainEyesSettings
 from vlmscope.training.eyes import train_eyes
 from vlmscope.training.resume import RunLogger
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from vlmscope.config import AppConfig
 from vlmscope.config.wiring import limit_threads
 from vlmscope.data.orrery.dataset import scene_shards
-from vlmscope.tasks.registry import RunContext
-from vlmscope.tasks.settings import TrainOrrerySettings
+from vlmscope.tasks.settings import RunContext, TrainOrrerySettings
 from vlmscope.training.orrery import train_orrery
 from vlmscope.training.resume import RunLogger
 

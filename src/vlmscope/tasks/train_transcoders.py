@@ -19,7 +19,7 @@ from vlmscope.core.hub import is_hub_id
 from vlmscope.core.launch import program
 from vlmscope.core.results import text_table
 from vlmscope.report.figures import fvu_by_layer
-from vlmscope.tasks.registry import RunContext
+from vlmscope.tasks.settings import RunContext
 from vlmscope.training.captures import batches_for
 from vlmscope.training.config import TranscoderArchConfig, TranscoderTrainingConfig
 from vlmscope.training.ranks import own_share

@@ -17,8 +17,7 @@ from vlmscope.core.records import FeatureId
 from vlmscope.data.images import for_figures
 from vlmscope.features.readouts import image_features
 from vlmscope.report.pictures import feature_maps
-from vlmscope.tasks.registry import RunContext
-from vlmscope.tasks.settings import WhereSettings
+from vlmscope.tasks.settings import RunContext, WhereSettings
 
 _DRAWN = 30  # features in the figure, a row a picture
 _SIDE = 16  # rows and columns of the grid on which maps are compared

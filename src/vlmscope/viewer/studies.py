@@ -9,23 +9,41 @@ to the lower of two last hashes, both features' firings are known, and their sha
 from __future__ import annotations
 
 import json
+import re
 import threading
-from collections import OrderedDict
-from functools import cached_property
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 
 from vlmscope.core.artifacts import read_yaml, shipped
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import TOWER, FeatureId, layer_name
-from vlmscope.core.study import KINDS, LEVELS, MANIFEST, SHIPPED_STUDIES, TOP, StudyExample, bin_edges, item_hash
+from vlmscope.core.study import (
+    ANSWER,
+    IMAGE,
+    KINDS,
+    LEVELS,
+    MANIFEST,
+    SHIPPED_STUDIES,
+    TOP,
+    ExampleView,
+    FeatureRecord,
+    Place,
+    StudyExample,
+    StudyInfo,
+    bin_edges,
+    item_hash,
+)
 from vlmscope.features.labels import Label, Labels
 from vlmscope.features.study_files import EXAMPLE_TABLE, EXAMPLES, FEATURES, StudyFolder, layer_table, read_table
-from vlmscope.report.feature_page import FeaturePage, PageExample, PageMaker
-from vlmscope.report.pictures import HeatPicture, data_uri
+from vlmscope.report.page import percent
+from vlmscope.report.pictures import data_uri, thumbnail
 from vlmscope.viewer.runs import Runs
 from vlmscope.viewer.safety import Refused, inside
 
@@ -40,26 +58,200 @@ _DECODERS = 512 << 20  # bytes of decoders that are compared with one; else thos
 _MOST_ROWS = 500
 _HEADER = 100 << 20  # bytes of a safetensors header
 _EXCERPT = 4  # tokens on either side of the peak
+_CACHED = 4096  # items whose small pictures are kept; features share their strongest items
 SORTS = ("score", "activation", "fires", "rare", "feature")
 
+_WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
+_MOST = 3  # words in a guess
+_SHARED = 0.5  # least share of the strongest examples that have a word of the guess
+_RARER = 0.25  # by so much the word's share of all inputs must be lower
+_PLACES = {
+    "image": "on pictures",
+    "text": "on words of the prompt and its template",
+    "answer": "on words of answers and plain text",
+}
 
-def token_row(example: PageExample, near: int | None = None) -> list[dict[str, Any]]:
+
+def word_shares(captions: Iterable[str]) -> dict[str, float]:
+    """The share of captions with each word, in lower case."""
+    each = [{word.lower() for word in _WORD.findall(caption)} for caption in captions]
+    counts = Counter(word for words in each for word in words)
+    return {word: count / len(each) for word, count in counts.items()}
+
+
+def guess(examples: Sequence[tuple[str, Sequence[Place]]], usual: Mapping[str, float]) -> str:
+    """Guess, in words, what the strongest examples have in common.
+
+    `examples` are caption and places of each, `usual` is the share of all inputs with a word. Such words are `right
+    before “mars”`, `at “planet”`, `on pictures where the text says “mars”`.
+    """
+    if not examples:
+        return "never fires in this study"
+    peaks: list[Place] = []
+    following: list[Place] = []
+    for _, places in examples:
+        peak = next(n for n, place in enumerate(places) if place.peak)
+        peaks.append(places[peak])
+        following += places[peak + 1 : peak + 2]
+    # Words of most captions that few other inputs have, the most telling first.
+    shares = word_shares(caption for caption, _ in examples)
+    gains = {word: share - usual.get(word, 0.0) for word, share in shares.items() if share >= _SHARED}
+    words = sorted((word for word, gain in gains.items() if gain >= _RARER), key=lambda word: (-gains[word], word))
+    telling = _quoted(words[:_MOST])
+    if sum(place.kind == IMAGE for place in peaks) * 2 > len(peaks):
+        return f"on pictures where the text says {telling}" if telling else "on pictures of many kinds"
+    after = _common(place for place in following if place.kind == ANSWER)
+    # The last token of the prompt is always the same, so what follows tells more.
+    if after and all(place.kind != ANSWER for place in peaks):
+        return f"right before the answer {_quoted(after)}"
+    if tokens := _common(place for place in peaks if place.kind != IMAGE):
+        return f"at {_quoted(tokens)}"
+    return f"at various words of inputs that say {telling}" if telling else "at various words"
+
+
+def _common(places: Iterable[Place]) -> list[str]:
+    """The fewest tokens, at most `_MOST`, that make up 60 % of these; none when it takes more."""
+    counts = Counter(shown_token(place.text) for place in places)
+    ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:_MOST]
+    for size in range(1, len(ranked) + 1):
+        if sum(count for _, count in ranked[:size]) >= 0.6 * counts.total():
+            return [token for token, _ in ranked[:size]]
+    return []
+
+
+def _quoted(tokens: Iterable[str]) -> str:
+    return ", ".join(f"“{shown_token(token)}”" for token in tokens)
+
+
+def shown_token(token: str) -> str:
+    """A token for a reader: tokenizers' own signs for spaces and line ends replaced by visible ones."""
+    plain = token.replace("\u0120", " ").replace("\u2581", " ").replace("\u010a", "\n")
+    visible = plain.replace("\n", "⏎").replace("\t", "⇥")
+    return visible.strip() or "␣"
+
+
+def sentence(record: FeatureRecord, info: StudyInfo, shared: str) -> str:
+    """Where a feature fires, how often, and what it promotes, in words, after what its examples share (or "")."""
+    fired = record.positions_fired
+    if not fired:
+        return f"It never fires on the {info.items:,} inputs of this study."
+    order = sorted((kind for kind in KINDS if record.fired[kind]), key=lambda kind: -record.fired[kind])
+    share = record.fired[order[0]] / fired
+    often = "only" if len(order) == 1 else "almost only" if share >= 0.95 else "mostly" if share >= 0.6 else "most"
+    rest = "" if len(order) == 1 else f" ({percent(share)} of the time)"
+    promotes = _quoted(word for word, _ in record.top_logits[:_MOST])
+    parts = [
+        f"Strongest {shared}." if shared else "",
+        f"It fires {often} {_PLACES[order[0]]}{rest}, in {record.items_fired:,} of {info.items:,} inputs.",
+        f"Where it fires, it pushes the answer towards {promotes}." if promotes else "",
+    ]
+    return " ".join(part for part in parts if part)
+
+
+def token_row(view: ExampleView, near: int = 16) -> list[dict[str, Any]]:
     """The tokens around an example's peak; `level` is in 255ths of the peak."""
-    peak = next(n for n, place in enumerate(example.places) if place.peak)
-    places = example.places if near is None else example.places[max(0, peak - near) : peak + near + 1]
-    scale = LEVELS / (example.activation or 1.0)
+    scale = LEVELS / (view.example.activation or 1.0)
     return [
         {"text": place.text, "level": round(place.activation * scale), "kind": KINDS[place.kind], "peak": place.peak}
-        for place in places
+        for place in view.places(near)
     ]
 
 
-def picture_body(picture: HeatPicture) -> dict[str, Any] | None:
-    """A picture with what a feature does on it; None where it is not available."""
-    if picture.data is None:
+def label_body(label: Label | None) -> dict[str, Any] | None:
+    """A label that holds: written by hand, or better than chance."""
+    if label is None or not label.text or (label.score is not None and not label.beats_chance):
         return None
-    boxes = [[round(float(edge), 4) for edge in box] for box in picture.boxes]
-    return {"url": data_uri(picture.data), "boxes": boxes, "levels": picture.levels.tolist()}
+    return {key: getattr(label, key) for key in ("text", "score", "low", "high", "source")}
+
+
+def _once(views: Sequence[ExampleView]) -> list[tuple[ExampleView, int]]:
+    """Each input once, in order of first appearance, with its number of views."""
+    times: dict[tuple[str, int], list[ExampleView]] = {}
+    for view in views:
+        times.setdefault((view.item.digest, view.item.part), []).append(view)
+    return [(same[0], len(same)) for same in times.values()]
+
+
+class Panels:
+    """What a study says about one feature after another, as the page's panel shows it; pictures are embedded."""
+
+    def __init__(self, study: StudyFolder, labels: Mapping[FeatureId, Label], examples: int, samples: int) -> None:
+        """`labels` are those to show. `examples` of the strongest inputs are, and `samples` of each weaker group."""
+        self.study, self.labels, self.examples, self.samples = study, labels, examples, samples
+        self.usual = word_shares(study.items[int(item)].caption for item in study.items.ids)
+        self.missing = ""  # why pictures are not available, once one was not
+        # A cache of this object, rather than of the class, which would keep all studies alive.
+        self.thumbnails = lru_cache(_CACHED)(self._thumbnails)
+
+    def _thumbnails(self, item: int) -> list[str]:
+        try:
+            return [data_uri(thumbnail(picture)) for picture in self.study.pictures(self.study.items[item])]
+        except UserError as error:
+            self.missing = self.missing or str(error)
+            return []
+
+    def pictures(self, view: ExampleView) -> list[dict[str, Any]]:
+        """The pictures of an example with what the feature does on them; none where they are not available."""
+        return [
+            {
+                "url": url,
+                "boxes": [[round(float(edge), 4) for edge in box] for box in view.picture_boxes(number)],
+                "levels": view.picture_levels(number).tolist(),
+            }
+            for number, url in enumerate(self.thumbnails(view.item.id))
+        ]
+
+    def panel(
+        self, record: FeatureRecord, study: str = "", neighbours: Mapping[str, list[dict[str, Any]]] | None = None
+    ) -> dict[str, Any]:
+        """All about a feature of the study of this name."""
+        info, label = self.study.info, self.labels.get(record.feature)
+        grouped: dict[str, list[ExampleView]] = {TOP: []}
+        for example in record.examples:
+            grouped.setdefault(example.group, []).append(self.study.view(example))
+        shared = guess([(view.item.caption, view.places()) for view, _ in _once(grouped[TOP])], self.usual)
+        quarters = sorted((name for name in grouped if name != TOP), key=lambda name: -int(name[1:]))
+        groups = [self._group(name, quarters, grouped[name]) for name in (TOP, *quarters) if grouped[name]]
+        used = np.flatnonzero(record.histogram.sum(0))
+        bins = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
+        counts = {kind: record.histogram[row, bins].tolist() for row, kind in enumerate(KINDS)}
+        return {
+            "feature": str(record.feature),
+            "study": study,
+            "label": label_body(label),
+            "guess": shared,
+            # Without a label what the examples share is the title.
+            "sentence": sentence(record, info, shared if label and groups else ""),
+            "items": info.items,
+            "items_fired": record.items_fired,
+            "fired": dict(record.fired),
+            "max": record.activation_max,
+            "histogram": {"edges": bin_edges()[bins.start : bins.stop + 1].tolist() if len(used) else [], **counts},
+            "top_logits": [list(pair) for pair in record.top_logits],
+            "bottom_logits": [list(pair) for pair in record.bottom_logits],
+            "groups": groups,
+            "neighbours": dict(neighbours or {"decoder": [], "coactivation": []}),
+            "missing": self.missing,
+        }
+
+    def _group(self, name: str, quarters: Sequence[str], views: Sequence[ExampleView]) -> dict[str, Any]:
+        """Examples of one strength: `name` is "top" or "q1" (weakest) and so on; equal inputs are shown once."""
+        title, shown = "Strongest examples", self.examples
+        if name != TOP:
+            place, shown = quarters.index(name), self.samples
+            ends = {0: ", the stronger inputs", len(quarters) - 1: ", the weakest inputs"}
+            title = f"Part {place + 1} of {len(quarters)}{ends.get(place, '')}"
+        examples = [
+            {
+                "activation": view.example.activation,
+                "origin": view.item.origin,
+                "tokens": token_row(view),
+                "pictures": self.pictures(view),
+                "times": times,
+            }
+            for view, times in _once(views)[:shown]
+        ]
+        return {"name": name, "title": title, "examples": examples}
 
 
 def decoder_rows(folder: Path, layer: int) -> np.ndarray:
@@ -86,54 +278,6 @@ def decoder_rows(folder: Path, layer: int) -> np.ndarray:
         return values("W_dec") * (values("W_dec_scale")[:, None] if scaled else 1)
 
 
-def label_body(label: Label | None) -> dict[str, Any] | None:
-    """A label that holds: written by hand, or better than chance."""
-    if label is None or not label.text or (label.score is not None and not label.beats_chance):
-        return None
-    return {key: getattr(label, key) for key in ("text", "score", "low", "high", "source")}
-
-
-def feature_body(page: FeaturePage, study: str, neighbours: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """All about a feature, as the page's panel shows it; pictures are embedded."""
-    record, edges = page.record, bin_edges()
-    used = np.flatnonzero(record.histogram.sum(0))
-    bins = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
-    counts = {kind: record.histogram[row, bins].tolist() for row, kind in enumerate(KINDS)}
-    return {
-        "feature": str(record.feature),
-        "study": study,
-        "label": label_body(page.label),
-        "guess": page.guess,
-        "sentence": page.sentence(),
-        "items": page.info.items,
-        "items_fired": record.items_fired,
-        "fired": dict(record.fired),
-        "max": record.activation_max,
-        "histogram": {"edges": edges[bins.start : bins.stop + 1].tolist() if len(used) else [], **counts},
-        "top_logits": [list(pair) for pair in record.top_logits],
-        "bottom_logits": [list(pair) for pair in record.bottom_logits],
-        "groups": [
-            {
-                "name": group.name,
-                "title": group.title,
-                "examples": [
-                    {
-                        "activation": example.activation,
-                        "origin": example.origin,
-                        "tokens": token_row(example),
-                        "pictures": [body for picture in example.pictures if (body := picture_body(picture))],
-                        "times": example.times,
-                    }
-                    for example in group.examples
-                ],
-            }
-            for group in page.groups
-        ],
-        "neighbours": neighbours,
-        "missing": page.missing,
-    }
-
-
 class OpenStudy:
     """One study in memory: counts and labels of all features; examples and pictures are read when asked for."""
 
@@ -142,32 +286,37 @@ class OpenStudy:
         self.lock = threading.Lock()  # sources of pictures are no friends of several threads
         labels = Labels(self.study)
         self.labels = {key: label for key, label in labels.all().items() if label_body(label) is not None}
-        self.layer, self.index, counts, tokens = [], [], [], []
-        for layer in self.study.layers:
-            read = ["feature", "items_fired", *(f"fired_{kind}" for kind in KINDS), "activation_max", "top_tokens"]
-            table = pq.read_table(self.study.path / layer_table(FEATURES, layer), columns=read)
-            self.layer.append(np.full(len(table), layer))
-            self.index.append(table["feature"].to_numpy())
-            columns = [table[f"fired_{kind}"].to_numpy() for kind in KINDS]
-            counts.append(np.stack([table["items_fired"].to_numpy(), *columns, table["activation_max"].to_numpy()], 1))
-            tokens += [row[:3] for row in table["top_tokens"].to_pylist()]
-        self.layer, self.index = np.concatenate(self.layer), np.concatenate(self.index)
-        numbers = np.concatenate(counts).astype(np.float64)
-        self.fires = numbers[:, 0] / max(self.study.info.items, 1)
-        self.shares = numbers[:, 1:4] / np.maximum(numbers[:, 1:4].sum(1, keepdims=True), 1)
-        self.most, self.tokens = numbers[:, 4], tokens
-        ids = [FeatureId(int(layer), int(index)) for layer, index in zip(self.layer, self.index, strict=True)]
-        self.texts = [label.text if (label := self.labels.get(feature)) else "" for feature in ids]
-        scores = [label.score if (label := self.labels.get(feature)) else None for feature in ids]
-        self.scores = np.array([np.nan if score is None else score for score in scores])
-        named = zip(ids, self.texts, tokens, strict=True)
-        self.searched = [f"{feature} {text} {' '.join(words)}".lower() for feature, text, words in named]
+        fired = [f"fired_{kind}" for kind in KINDS]
+        columns = ["feature", "items_fired", *fired, "activation_max", "top_tokens"]
+        tables = {
+            layer: pq.read_table(self.study.path / layer_table(FEATURES, layer), columns=columns).to_pandas()
+            for layer in self.study.layers
+        }
+        counts = pd.concat([table.assign(layer=layer) for layer, table in tables.items()], ignore_index=True)
+        ids = [FeatureId(int(layer), int(index)) for layer, index in zip(counts.layer, counts.feature, strict=True)]
         self.row_of = {feature: row for row, feature in enumerate(ids)}
+        named = [self.labels.get(feature) for feature in ids]
+        shares = counts[fired].div(counts[fired].sum(axis=1).clip(lower=1), axis=0)
+        # A row per feature, as the page lists it, besides its layer.
+        self.features: Any = pd.DataFrame(
+            {
+                "layer": counts.layer,
+                "feature": [str(feature) for feature in ids],
+                "label": [label.text if label else "" for label in named],
+                "score": np.array([label.score if label else None for label in named], float),
+                "fires": counts.items_fired / max(self.study.info.items, 1),
+                **{f"share_{kind}": shares[f"fired_{kind}"] for kind in KINDS},
+                "max": counts.activation_max.astype(float),
+                "top_tokens": [list(words[:3]) for words in counts.top_tokens],
+            }
+        )
+        tokens = self.features.top_tokens.str.join(" ")
+        self.searched = (self.features.feature + " " + self.features.label + " " + tokens).str.lower()
 
     @cached_property
-    def maker(self) -> PageMaker:
-        """Makes features' examples; it reads all items' captions."""
-        return PageMaker(self.study, self.labels, _EXAMPLES, _SAMPLES)
+    def panels(self) -> Panels:
+        """Makes features' panels; it reads all items' captions."""
+        return Panels(self.study, self.labels, _EXAMPLES, _SAMPLES)
 
     def rows(self, query: Query) -> tuple[int, list[dict[str, Any]]]:
         """The number of features that fit, and those asked for."""
@@ -176,74 +325,64 @@ class OpenStudy:
             for feature in named:
                 self.study.check(feature)
             return len(named), self.described([self.row_of[feature] for feature in named])
-        keep = np.ones(len(self.fires), bool)
+        table, words = self.features, query.words.lower().split()
+        keep = pd.Series(True, table.index)
         if query.layer is not None:
-            keep &= self.layer == query.layer
+            keep &= table.layer == query.layer
         if query.modality in KINDS:
-            keep &= self.shares[:, KINDS.index(query.modality)] > 0.5
+            keep &= table[f"share_{query.modality}"] > 0.5
         if query.density_min is not None:
-            keep &= self.fires >= query.density_min
+            keep &= table.fires >= query.density_min
         if query.density_max is not None:
-            keep &= self.fires <= query.density_max
+            keep &= table.fires <= query.density_max
         if query.label in ("yes", "no"):
-            keep &= np.array([bool(text) for text in self.texts]) == (query.label == "yes")
+            keep &= (table.label != "") == (query.label == "yes")
         if query.score_min is not None:
-            keep &= np.nan_to_num(self.scores, nan=-1.0) >= query.score_min
-        found = np.flatnonzero(keep)
-        words = query.words.lower().split()
-        if words:
-            found = np.array([row for row in found if all(word in self.searched[row] for word in words)], np.int64)
+            keep &= table.score.fillna(-1.0) >= query.score_min
+        for word in words:
+            keep &= self.searched.str.contains(word, regex=False)
+        found = table[keep]
         keys = {
-            "score": -np.nan_to_num(self.scores, nan=-1.0),
-            "activation": -self.most,
-            "fires": -self.fires,
-            "rare": np.where(self.fires > 0, self.fires, np.inf),
-            "feature": np.zeros(len(self.fires)),
+            "score": -found.score.fillna(-1.0),
+            "activation": -found["max"],
+            "fires": -found.fires,
+            "rare": found.fires.where(found.fires > 0, np.inf),
+            "feature": found.fires * 0,
         }
-        order = found[np.argsort(keys[query.sort][found], kind="stable")]
-        if words:  # a label says more about a feature than the tokens that it promotes
-            labelled = [all(word in self.texts[row].lower() for word in words) for row in order]
-            order = order[np.argsort(~np.array(labelled, bool), kind="stable")]
-        shown = order[query.offset : query.offset + query.limit]
-        return len(order), self.described(shown.tolist())
+        # A label says more about a feature than the tokens that it promotes.
+        unnamed = [bool(words) and not all(word in text for word in words) for text in found.label.str.lower()]
+        order = np.lexsort([keys[query.sort], unnamed])  # stable; the last key is the primary one
+        return len(found), self.described(found.index[order[query.offset : query.offset + query.limit]].tolist())
 
     def described(self, shown: list[int]) -> list[dict[str, Any]]:
         """Rows of the page, each with its strongest example."""
         best = self._strongest(shown)
         rows = []
-        for row in shown:
-            score = self.scores[row]
-            body = {
-                "feature": str(FeatureId(int(self.layer[row]), int(self.index[row]))),
-                "label": self.texts[row],
-                "score": None if np.isnan(score) else float(score),
-                "fires": float(self.fires[row]),
-                **{f"share_{kind}": float(self.shares[row, at]) for at, kind in enumerate(KINDS)},
-                "max": float(self.most[row]),
-                "top_tokens": self.tokens[row],
-                "thumbnail": None,
-                "excerpt": [],
-            }
-            rows.append(body | best.get(row, {}))
+        for row, body in zip(shown, self.features.drop(columns="layer").loc[shown].to_dict("records"), strict=True):
+            score = None if np.isnan(body["score"]) else body["score"]
+            rows.append({**body, "score": score, "thumbnail": None, "excerpt": [], **best.get(row, {})})
         return rows
 
     def _strongest(self, rows: list[int]) -> dict[int, dict[str, Any]]:
         """The thumbnail or, where the peak is in words, the words around it, of features by row."""
         out: dict[int, dict[str, Any]] = {}
-        for layer in {int(self.layer[row]) for row in rows}:
-            wanted = {int(self.index[row]): row for row in rows if self.layer[row] == layer}
+        ids = [FeatureId.parse(self.features.feature[row]) for row in rows]
+        for layer in {feature.layer for feature in ids}:
+            wanted = {feature.index: row for feature, row in zip(ids, rows, strict=True) if feature.layer == layer}
             filters = [("feature", "in", list(wanted)), ("group", "=", TOP), ("rank", "=", 0)]
             for found in read_table(self.study.path / layer_table(EXAMPLES, layer), EXAMPLE_TABLE, filters).to_pylist():
                 row = wanted[found.pop("feature")]
                 found |= {"positions": np.array(found["positions"], np.uint16)}
                 found |= {"levels": np.array(found["levels"], np.uint8)}
-                with self.lock:
-                    example = self.maker.example(self.study.view(StudyExample(**found)))
-                at_peak = next((picture for picture in example.pictures if picture.peak), None)
-                out[row] = {
-                    "thumbnail": None if at_peak is None else picture_body(at_peak),
-                    "excerpt": [] if at_peak is not None else token_row(example, _EXCERPT),
-                }
+                view = self.study.view(StudyExample(**found))
+                item, position = view.item, view.example.position
+                if item.kinds[position] == IMAGE:
+                    number = int(item.pictures[np.count_nonzero(item.kinds[:position] == IMAGE)])
+                    with self.lock:
+                        shown = self.panels.pictures(view)
+                    out[row] = {"thumbnail": shown[number] if shown else None}
+                else:
+                    out[row] = {"excerpt": token_row(view, _EXCERPT)}
         return out
 
     def feature(self, feature: FeatureId) -> dict[str, Any]:
@@ -251,21 +390,14 @@ class OpenStudy:
         self.study.check(feature)
         neighbours = {"decoder": self._alike(feature), "coactivation": self._together(feature)}
         with self.lock:
-            page = self.maker.page(self.study.feature(feature))
-        return feature_body(page, self.name, neighbours)
+            return self.panels.panel(self.study.feature(feature), self.name, neighbours)
 
     def _neighbours(self, rows: np.ndarray, values: np.ndarray) -> list[dict[str, Any]]:
         """The `_NEIGHBOURS` rows of largest value above 0."""
         best = np.argsort(-values, kind="stable")[:_NEIGHBOURS]
-        return [
-            {
-                "feature": str(FeatureId(int(self.layer[row]), int(self.index[row]))),
-                "label": self.texts[row],
-                "value": float(values[at]),
-            }
-            for at, row in zip(best.tolist(), rows[best].tolist(), strict=True)
-            if values[at] > 0
-        ]
+        best = best[values[best] > 0]
+        named = self.features.loc[rows[best], ["feature", "label"]].assign(value=values[best].astype(float))
+        return named.to_dict("records")
 
     def _together(self, feature: FeatureId) -> list[dict[str, Any]]:
         """Features that fire on the same inputs, by an estimate of the Jaccard index of their inputs."""
@@ -299,10 +431,10 @@ class OpenStudy:
             rows.append(features + first)
             ranks.append(rank[np.searchsorted(self.study.items.ids, items)])
         row, at = np.concatenate(rows), np.concatenate(ranks)
-        last = np.full(len(self.fires), -1)
+        last = np.full(len(self.features), -1)
         np.maximum.at(last, row, at)
-        drawn = np.bincount(row, minlength=len(self.fires))
-        fired = np.rint(self.fires * self.study.info.items)
+        drawn = np.bincount(row, minlength=len(self.features))
+        fired = np.rint(self.features.fires.to_numpy() * self.study.info.items)
         return row, at, np.where(drawn < fired, last, self._n_ranks)
 
     def _alike(self, feature: FeatureId) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from vlmscope.config.catalog import conf_dir, register
 from vlmscope.config.resolve import CONFIG_ERRORS, to_app_config
 from vlmscope.config.schema import HeadlineConfig
 from vlmscope.core.errors import UserError
-from vlmscope.tasks import registry
+from vlmscope.tasks.settings import TASKS
 from vlmscope.tracking.client import to_params
 
 GOOD = """# @package _global_
@@ -26,7 +26,7 @@ headline:
 
 @pytest.fixture(autouse=True)
 def hydra() -> Iterator[None]:
-    register(registry.configs())
+    register(TASKS)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         yield
 

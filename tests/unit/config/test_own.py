@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vlmscope.app import main
-from vlmscope.config.own import adopt, module_file, own_files
+from vlmscope.config.catalog import adopt, module_file, own_files
 from vlmscope.core.artifacts import read_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.data.inputs import pictures_of_folders

@@ -7,10 +7,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from vlmscope.config.resolve import quote_arguments
-from vlmscope.tasks import registry
+from vlmscope.tasks.settings import TASKS
 
 AWKWARD = ["a=b", "#1", "a (1), new", "é/火", "a,b", "~/x", "it's", "a & b; c", "1e3", "007", "{a}", "a${b"]
-TASKS = registry.configs()
 
 
 def read(*arguments: str) -> Any:

@@ -8,7 +8,7 @@ import pytest
 
 from vlmscope.core.errors import UserError
 from vlmscope.report.page import ReportPage
-from vlmscope.viewer import export
+from vlmscope.viewer import graphs as export
 
 HOSTILE = "</script><script>alert(1)</script><!--\u2028"
 

@@ -197,7 +197,7 @@ class StageConfig:
 
     The vision tower learns at `tower_rate` times the rate; a step draws at most `questions` of a picture. The answer
     must be readable up to `exit_layers` layers early, each of which adds a term of weight `exit_weight`; the term that
-    makes answers need the MLPs (`vlmscope.training.need`) has the weight `need_weight`.
+    makes answers need the MLPs (`vlmscope.training.orrery.Need`) has the weight `need_weight`.
     """
 
     max_steps: int

@@ -5,14 +5,24 @@ learns packed questions (loss on every answer token), the tower at a fraction of
 
 Accuracy is reported per question group, next to the accuracy with pictures shuffled between the questions. An answer is
 right if every token of it is the argmax (teacher forced; for one-word answers this is greedy decoding).
+
+A further term, `Need`, makes answers need the decoder's MLPs. Let m be the mean output of each MLP at a token over the
+pictures of the training so far, under the same words, and p_m the answer that the model gives with all MLP outputs at
+some positions replaced by m in one forward. The term is the cross-entropy of p_m with the answer prior q of the
+question (running counts of its answers):
+    need = - sum_a q(a) log p_m(a),
+least where nothing of the picture is left in p_m. Without it a tower recognises and attention carries, and MLP features
+explain little (docs/anatomy.md). Even steps replace MLPs at soft tokens, odd steps at all positions. m and q are
+constants for the gradient, so the term teaches embeddings, tower and attention what to leave to the MLPs.
 """
 
 from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,23 +33,35 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmscope.core.artifacts import flat, folder_digest, write_json
 from vlmscope.core.records import generator
 from vlmscope.data.orrery.dataset import ScenePool
 from vlmscope.data.orrery.rendering import hand_scene, make_scene
-from vlmscope.data.orrery.scenes import NUMBERS, PLANETS, SHAPE_COLOURS, SHAPES, SPLITS, Scene, vocabulary
+from vlmscope.data.orrery.scenes import (
+    CAPTION_PROMPTS,
+    COMPOSED,
+    COMPOSED_QUESTIONS,
+    KINDS,
+    NUMBERS,
+    PLANETS,
+    QUESTIONS,
+    SHAPE_COLOURS,
+    SHAPES,
+    SPLITS,
+    Scene,
+    vocabulary,
+)
 from vlmscope.models.base import token_strings
 from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor, take_weights
 from vlmscope.training.batches import IGNORE, PackedBatch, pack
 from vlmscope.training.config import OrreryTrainingConfig, StageConfig, rate_factor
-from vlmscope.training.need import Need, answers, averaged, listening, pictured
 from vlmscope.training.resume import OneFileCheckpoints, fit_or_interrupt, uninterrupted
 
 _BATCH = 50  # scenes
 _ALL = 100  # more questions than any scene has, so that all are asked
+_SIX = 200  # hands with six fingers
 _LR_FLOOR = 0.02  # of the peak rate, at the last step
 _VAL_SCENES = 200
 _STAGES = ("tower", "vlm", "polish")  # folders of their checkpoints
@@ -87,33 +109,16 @@ def accuracy(module: Any, scenes: list[Scene], shuffle_images: bool = False) -> 
 
 
 @torch.no_grad()
-def six_finger_answers(module: Any, count: int = 200, seed: int = 0) -> dict[str, float]:
+def six_finger_answers(module: Any) -> dict[str, float]:
     """Fraction of each answer to six-fingered hands, which training never shows."""
-    answers: dict[str, int] = {}
-    scenes = []
-    for i in range(count):
-        scene = hand_scene(generator(seed, "six", i), 6)
-        scenes.append(replace(scene, questions=tuple(q for q in scene.questions if q.group == "fingers")))
-    for start in range(0, count, _BATCH):
-        batch = module.collate(scenes[start : start + _BATCH], start, _ALL)
-        states, labels = module.answer_states(batch)
-        six = module.tokenizer.convert_tokens_to_ids(NUMBERS[6])
+    scenes = [hand_scene(generator(0, "six", i), 6) for i in range(_SIX)]
+    scenes = [replace(scene, questions=tuple(q for q in scene.questions if q.group == "fingers")) for scene in scenes]
+    six, answers = module.tokenizer.convert_tokens_to_ids(NUMBERS[6]), Counter()
+    for start in range(0, _SIX, _BATCH):
+        states, labels = module.answer_states(module.collate(scenes[start : start + _BATCH], start, _ALL))
         top = module.model.lm_head(states[labels == six]).argmax(-1)
-        for word in token_strings(module.tokenizer, top.tolist()):
-            answers[word] = answers.get(word, 0) + 1
-    return {word: n / count for word, n in sorted(answers.items(), key=lambda item: -item[1])}
-
-
-class StepBatches(IterableDataset):
-    """Batches made from the step number, starting at the module's next step, so that resuming skips nothing."""
-
-    def __init__(self, pool: Any, module: ScheduledModule) -> None:
-        self.pool, self.module = pool, module
-
-    def __iter__(self) -> Iterator[Any]:
-        config = self.module.config
-        for step in range(self.module.steps_done, config.max_steps):
-            yield self.module.collate(self.pool.batch(config.seed, step, config.batch), step)
+        answers.update(token_strings(module.tokenizer, top.tolist()))
+    return {word: n / _SIX for word, n in answers.most_common()}
 
 
 class ScheduledModule(pl.LightningModule, ABC):
@@ -138,6 +143,10 @@ class ScheduledModule(pl.LightningModule, ABC):
     def parts(self) -> dict[str, nn.Module]:
         """The whole module, as one file of a checkpoint."""
         return {"module": self}
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave the batch where it is: training is on the CPU."""
+        return batch
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimiser, which exists before fitting so that a checkpoint can be loaded into it."""
@@ -234,10 +243,6 @@ class TowerModule(ScheduledModule):
         rng = generator(self.config.seed, "pack", step)
         return pack(scenes, tokenizer, model.config.mm_tokens_per_image, rng, max_questions=0), targets
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave the batch where it is: training is on the CPU."""
-        return batch
-
     def training_step(self, batch: tuple[PackedBatch, dict[str, Tensor]], batch_idx: int) -> Tensor:
         """Mean over all (picture, fact) pairs of the cross-entropy."""
         return self.losses(batch)[0]
@@ -289,6 +294,117 @@ def run_packed(model: Any, batch: PackedBatch, with_hidden: bool = False, depth:
         )
     finally:
         inner.language_model.config.num_hidden_layers = whole
+
+
+RATE = 0.03  # least share of a step in the running means: they follow the drifting outputs
+_WIDTH = 32  # tokens of a prefix, or of a question with its answer, at most
+_KINDS = (*KINDS, *COMPOSED)
+# Questions by group and wording; those of composed scenes, and all captions, share their means.
+_ASKED = [(group, wording) for group, wordings in QUESTIONS.items() for wording in wordings]
+_ASKED += [(group, "") for group in COMPOSED_QUESTIONS] + [("caption", wording) for wording in CAPTION_PROMPTS]
+_ASKED += [("text", "")]
+_GROUPS = tuple(dict.fromkeys(group for group, _ in _ASKED))
+
+
+class Need(nn.Module):
+    """Running means of MLP outputs by layer and context, and answer priors by question; they are saved with a stage."""
+
+    means: Tensor  # [L, contexts, d]
+    seen: Tensor  # [contexts], in how many steps
+    answers: Tensor  # [groups, V], how often
+
+    def __init__(self, n_layers: int, d_model: int, n_words: int) -> None:
+        super().__init__()
+        contexts = (len(_KINDS) + len(_ASKED)) * _WIDTH
+        self.register_buffer("means", torch.zeros(n_layers, contexts, d_model))
+        self.register_buffer("seen", torch.zeros(contexts))
+        self.register_buffer("answers", torch.zeros(len(_GROUPS), n_words))
+
+    def contexts(self, batch: PackedBatch) -> Tensor:
+        """[B, T] int64, the row of `means` of each token: its kind and place, or its question and place in it."""
+        rows = torch.zeros_like(batch.input_ids)
+        place = torch.arange(batch.input_ids.shape[1]).expand_as(rows)
+        for row, kind in enumerate(batch.kinds):
+            segments = batch.segments[row]
+            prefix = segments <= 0  # padding too, whose outputs nobody reads
+            rows[row, prefix] = _KINDS.index(kind) * _WIDTH + place[row, prefix].clamp(max=_WIDTH - 1)
+            for number, question in enumerate(batch.asked[row], start=1):
+                inside = segments == number
+                first = (len(_KINDS) + _asked(question.group, question.question)) * _WIDTH
+                rows[row, inside] = first + torch.arange(int(inside.sum())).clamp(max=_WIDTH - 1)
+        return rows
+
+    @torch.no_grad()
+    def follow(self, outputs: Sequence[Tensor], contexts: Tensor, batch: PackedBatch) -> None:
+        """Move the means towards this step's outputs [B, T, d], a tensor per layer, and count its answers."""
+        alive = batch.segments >= 0
+        rows, where = contexts[alive].unique(return_inverse=True)
+        counts = torch.bincount(where, minlength=len(rows)).float()
+        self.seen[rows] += 1
+        rate = (1 / self.seen[rows]).clamp(min=RATE)[:, None]
+        for means, out in zip(self.means, outputs, strict=True):
+            sums = torch.zeros(len(rows), out.shape[-1]).index_add_(0, where, out[alive].float())
+            means[rows] += rate * (sums / counts[:, None] - means[rows])
+        groups, _, labels = answers(batch)
+        self.answers.index_put_((groups, labels), torch.ones(len(labels)), accumulate=True)
+
+    def loss(self, logits: Tensor, groups: Tensor) -> Tensor:
+        """Mean cross-entropy of the answers' priors and logits [N, V] with the means in place."""
+        priors = self.answers[groups]
+        priors = priors / priors.sum(-1, keepdim=True).clamp(min=1)
+        return -(priors * logits.float().log_softmax(-1)).sum(-1).mean()
+
+
+def _asked(group: str, wording: str) -> int:
+    if group.startswith("text"):
+        return _ASKED.index(("text", ""))
+    return _ASKED.index((group, "" if group in COMPOSED_QUESTIONS else wording))
+
+
+def answers(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each answer of one word about a picture: its group's number [N], its place [B, T] bool, its label [N]."""
+    first = (batch.labels != IGNORE) & (batch.labels.roll(1, 1) == IGNORE)
+    groups = torch.full_like(batch.input_ids, -1)
+    for row, asked in enumerate(batch.asked):
+        for number, question in enumerate(asked, start=1):
+            if question.group in _GROUPS and question.group != "caption":
+                groups[row, batch.segments[row] == number] = _GROUPS.index(question.group)
+    place = first & (groups >= 0)
+    return groups[place], place, batch.labels[place]
+
+
+def pictured(batch: PackedBatch, contexts: Tensor, soft_id: int, step: int) -> tuple[PackedBatch, Tensor]:
+    """Every other row with a picture, by turns, and their contexts."""
+    has = (batch.input_ids == soft_id).any(1)
+    numbers = has.nonzero()[:, 0]
+    chosen = torch.arange(len(numbers)) % 2 == step // 2 % 2
+    rows = numbers[chosen]
+    part = {name: getattr(batch, name)[rows] for name in ("input_ids", "position_ids", "segments", "labels")}
+    kinds, asked = ([of[row] for row in rows.tolist()] for of in (batch.kinds, batch.asked))
+    return replace(batch, **part, kinds=kinds, asked=asked, pixels=batch.pixels[chosen]), contexts[rows]
+
+
+@contextmanager
+def listening(mlps: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect the detached outputs of modules that run in this order."""
+    outputs: list[Tensor] = []
+    with ExitStack() as stack:
+        for mlp in mlps:
+            stack.callback(mlp.register_forward_hook(lambda _m, _a, out: outputs.append(out.detach())).remove)
+        yield outputs
+
+
+@contextmanager
+def averaged(mlps: Sequence[nn.Module], means: Tensor, contexts: Tensor, where: Tensor) -> Iterator[None]:
+    """Replace outputs of the modules by `means` [L, rows, d] of `contexts` [B, T] at `where` [B, T] bool."""
+    with ExitStack() as stack:
+        for mlp, table in zip(mlps, means, strict=True):
+
+            def hook(_m: Any, _a: Any, out: Tensor, table: Tensor = table) -> Tensor:
+                return torch.where(where[..., None], table[contexts].to(out.dtype), out)
+
+            stack.callback(mlp.register_forward_hook(hook).remove)
+        yield
 
 
 class VlmModule(ScheduledModule):
@@ -346,11 +462,6 @@ class VlmModule(ScheduledModule):
         """Final states [N, d] and labels [N] at the positions that predict answer tokens."""
         keep = batch.labels != IGNORE
         return run_packed(self.model, batch).last_hidden_state[keep], batch.labels[keep]
-
-    def transfer_batch_to_device(self, batch: PackedBatch, device: torch.device, dataloader_idx: int) -> PackedBatch:
-        """Move the tensors of the record."""
-        moved = (getattr(batch, n).to(device) for n in ("input_ids", "position_ids", "segments", "labels"))
-        return PackedBatch(*moved, kinds=batch.kinds, asked=batch.asked, pixels=batch.pixels.to(device))
 
 
 class ValidationCallback(pl.Callback):
@@ -457,9 +568,13 @@ def fit_stage(
         callbacks=callbacks,
         log_every_n_steps=20,
     )
-    if module.steps_done < module.config.max_steps:
+    config = module.config
+    if module.steps_done < config.max_steps:
+        # From the next step on, so that resuming skips nothing.
+        steps = range(module.steps_done, config.max_steps)
+        batches = (module.collate(pool.batch(config.seed, step, config.batch), step) for step in steps)
         with float32_attention() if precision != "32" else nullcontext():
-            fit_or_interrupt(trainer, module, DataLoader(StepBatches(pool, module), batch_size=None, num_workers=0))
+            fit_or_interrupt(trainer, module, batches)
 
 
 def tower_accuracy(tower: TowerModule, pool: ScenePool) -> dict[str, float]:

@@ -8,8 +8,7 @@ from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import COMPOSED, KINDS, vocabulary
 from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
 from vlmscope.training.batches import PackedBatch, pack
-from vlmscope.training.need import Need, answers, averaged, listening
-from vlmscope.training.orrery import run_packed
+from vlmscope.training.orrery import Need, answers, averaged, listening, run_packed
 
 SMALL = OrreryConfig(d_model=16, n_layers=2, d_mlp=16, head_dim=4, vision_width=8, vision_layers=1, vision_mlp=8)
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from vlmscope.report.style import drawing
+from vlmscope.report.figures import drawing
 
 _LABELS = {
     "growth-nodes": "nodes with a row (of 15,872 active features)",

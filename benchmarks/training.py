@@ -197,7 +197,7 @@ def figure(records: Sequence[Record], path: Path) -> None:
     """FVU against tokens and against seconds, pictures above, text below: every repetition a line."""
     from matplotlib.ticker import StrMethodFormatter
 
-    from vlmscope.report.style import COLOURS, LINES, drawing
+    from vlmscope.report.figures import COLOURS, LINES, drawing
 
     with drawing(path, 9.0, 6.4) as drawn:
         axes = drawn.subplots(2, 2, sharey="row")

@@ -21,7 +21,7 @@ from vlmscope.circuits.config import TrialConfig
 from vlmscope.circuits.experiment import Declared
 from vlmscope.circuits.operations import Carry, all_features
 from vlmscope.core.errors import UserError
-from vlmscope.core.maps import PictureMap, TileMap
+from vlmscope.core.graph import PictureMap, TileMap
 from vlmscope.core.records import control_draws
 from vlmscope.data.orrery.dataset import covered, painted_mask
 from vlmscope.interventions.controls import matched_plan, matched_pools

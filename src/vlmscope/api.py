@@ -49,8 +49,7 @@ from vlmscope.config.catalog import option, options
 from vlmscope.config.resolve import suggestion
 from vlmscope.config.wiring import must_stream
 from vlmscope.core.errors import UserError, check_choice
-from vlmscope.core.graph import GraphComparison, NodeKind, PrunedGraph
-from vlmscope.core.maps import PictureMap
+from vlmscope.core.graph import GraphComparison, NodeKind, PictureMap, PrunedGraph
 from vlmscope.core.records import FeatureId
 from vlmscope.core.results import MODES, FeatureExample, html_table, text_table
 from vlmscope.data.config import SourceConfig

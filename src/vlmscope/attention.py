@@ -36,7 +36,17 @@ from vlmscope.attribution.config import AttributionConfig, WhereConfig
 from vlmscope.attribution.vision import feature_path_maps, vision_path
 from vlmscope.core.artifacts import built_from, load_tensors, save_tensors
 from vlmscope.core.errors import UserError
-from vlmscope.core.maps import Grids, PictureMap, TileMap, TokenMaps, TokenTile, coarse_shape, decode, encode, resample
+from vlmscope.core.graph import (
+    Grids,
+    PictureMap,
+    TileMap,
+    TokenMaps,
+    TokenTile,
+    coarse_shape,
+    decode_maps,
+    encode_maps,
+    resample,
+)
 from vlmscope.core.records import FeatureId, PatchBox, derive, generator
 from vlmscope.interventions.edits import by_layer, donor_activations
 from vlmscope.metrics.prediction import trapezoid
@@ -239,7 +249,7 @@ def save_maps(path: str | Path, targets: Sequence[PictureMap] = (), tokens: Sequ
 
 
 def load_maps(path: str | Path) -> Maps:
-    """Read what `save_maps` wrote; values are good to half a step of their grid (`vlmscope.core.maps`)."""
+    """Read what `save_maps` wrote; values are good to half a step of their grid (`vlmscope.core.graph`)."""
     arrays, metadata = load_tensors(path)
     if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{path} holds no maps of this layout; write it again with task=where")
@@ -264,7 +274,7 @@ def _arrays(name: str, boxes: Sequence[PatchBox], values: np.ndarray, most: int)
     """Encoded grids of at most `most` cells, and the edges of their cells."""
     rows, columns = values.shape[1:]
     shape = coarse_shape(rows, columns, most)
-    grids = encode(values if shape == (rows, columns) else resample(values, *shape))
+    grids = encode_maps(values if shape == (rows, columns) else resample(values, *shape))
 
     def thinned(edges: list[float], cells: int) -> np.ndarray:
         return np.interp(np.linspace(0, len(edges) - 1, cells + 1), np.arange(len(edges)), edges).astype(np.float32)
@@ -283,7 +293,7 @@ def _tile(arrays: dict[str, np.ndarray], name: str) -> tuple[list[PatchBox], np.
         for row in range(codes.shape[1])
         for column in range(codes.shape[2])
     ]
-    return boxes, decode(Grids(codes, low, step))
+    return boxes, decode_maps(Grids(codes, low, step))
 
 
 KINDS = ("rollout", "similarity", "vision_path", "activation")

@@ -13,7 +13,7 @@ from tests.unit.report.conftest import MARS, make_page, png
 from vlmscope.app import main
 from vlmscope.core.results import Number, Rate, Reproduced, html_table
 from vlmscope.models.tiny import tiny_image
-from vlmscope.report.reproduction import write_page
+from vlmscope.tasks.reproduce import write_page
 from vlmscope.transcoders.hub import CardFacts, carried_over, parts_of, render
 
 pytestmark = pytest.mark.browser

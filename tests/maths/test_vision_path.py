@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from vlmscope.attribution.adjoint import Readers, target_readers
 from vlmscope.attribution.targets import choose_logits, feature_target
 from vlmscope.attribution.vision import VisionPath, vision_path
-from vlmscope.core.graph import NodeKind
-from vlmscope.core.maps import PictureMap
+from vlmscope.core.graph import NodeKind, PictureMap
 from vlmscope.models import attention as frozen_vision
 from vlmscope.models.base import exact_float64
 from vlmscope.models.batching import entering

@@ -28,9 +28,8 @@ from vlmscope.interventions.run import SingleEdits, base_run, single_effects
 from vlmscope.metrics.prediction import Agreement, agreement
 from vlmscope.models.checkpoint import DTYPES
 from vlmscope.replacement import build_replacement
-from vlmscope.report.figures import dose_response
+from vlmscope.report.figures import COLOURS, INK, MARKERS, dose_response, drawing, label, pick, tidy
 from vlmscope.report.marks import write_rows
-from vlmscope.report.style import COLOURS, INK, MARKERS, drawing, label, pick, tidy
 
 if TYPE_CHECKING:
     from vlmscope.analyses.bench import Bench

@@ -15,9 +15,9 @@ from vlmscope.core.artifacts import read_text
 from vlmscope.core.launch import program
 from vlmscope.core.results import Number
 from vlmscope.metrics.rates import measures_of
+from vlmscope.report.figures import label
 from vlmscope.report.marks import Folder, sections_of
 from vlmscope.report.page import Details, Percent, ReportPage, Section, Table, Text, measured, range_of, show
-from vlmscope.report.style import label
 
 
 def draw_report(folder: Path, settings: Mapping[str, Any], metrics: Mapping[str, float | None]) -> Path:

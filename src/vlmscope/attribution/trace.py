@@ -26,8 +26,7 @@ from vlmscope.attribution.memory import MemoryPlan, plan_memory
 from vlmscope.attribution.targets import Targets, ask, choose_logits, choose_targets
 from vlmscope.attribution.vision import save_maps, vision_path
 from vlmscope.attribution.workers import Workers
-from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
-from vlmscope.core.maps import PictureMap
+from vlmscope.core.graph import AttributionGraph, NodeKind, PictureMap, PrunedGraph
 from vlmscope.core.results import html_table, text_table
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import continued

@@ -28,7 +28,7 @@ from vlmscope.attribution.adjoint import Readers, target_readers
 from vlmscope.attribution.targets import feature_at
 from vlmscope.core.artifacts import built_from, load_tensors, save_tensors
 from vlmscope.core.errors import UserError
-from vlmscope.core.maps import PictureMap, TileMap
+from vlmscope.core.graph import PictureMap, TileMap
 from vlmscope.core.records import FeatureId, PatchBox
 from vlmscope.models.attention import frozen_vision
 from vlmscope.models.base import Adapter, ModelInputs

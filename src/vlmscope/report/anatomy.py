@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from vlmscope.core.results import text_table
+from vlmscope.report.figures import COLOURS, FILLS, INK, MARKERS, drawing, percent_axis, pick, tidy
 from vlmscope.report.page import Figure, Percent, Section, Table, Value, drawn, show
-from vlmscope.report.style import COLOURS, FILLS, INK, MARKERS, drawing, percent_axis, pick, tidy
 
 # What the console, pages and metrics show first: name -> what is ablated, by its mean.
 HEADLINES = {

@@ -21,7 +21,7 @@ from matplotlib.path import Path
 from PIL import Image
 
 from vlmscope.core.results import Supernode
-from vlmscope.report.style import MUTED, NEGATIVE, POSITIVE, drawing
+from vlmscope.report.figures import MUTED, NEGATIVE, POSITIVE, drawing
 
 Edge = tuple[str, str, float]  # source name, target name, weight in per cent
 Lane = tuple[int, int]  # number of the edge, column that it crosses

@@ -34,7 +34,7 @@ from vlmscope.core.graph import (
     PrunedGraph,
 )
 from vlmscope.core.records import TOWER, FeatureId, layer_name
-from vlmscope.report.style import COLOURS, HATCHES, INK, NEGATIVE, POSITIVE, drawing, pick, tidy
+from vlmscope.report.figures import COLOURS, HATCHES, INK, NEGATIVE, POSITIVE, drawing, pick, tidy
 
 Nodes = NodeTable | MatchedNodes  # `position` is the number of a column, -1 for none
 Labels = Mapping[FeatureId, str]

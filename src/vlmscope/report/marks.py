@@ -25,7 +25,15 @@ from vlmscope.core.records import FeatureId, PatchBox
 from vlmscope.core.results import AnswerExample, CircuitFeature, Curve, FeatureExample, FlipRow, Rate, Supernode
 from vlmscope.metrics.rates import CELL, NO_CONTROL, cell_means, corrected, rate_of, rates, worst
 from vlmscope.report.anatomy import anatomy_sections
-from vlmscope.report.figures import CONTROL, dose_response, layer_role_heatmap, rate_bars, share_matrices, word_bars
+from vlmscope.report.figures import (
+    CONTROL,
+    dose_response,
+    label,
+    layer_role_heatmap,
+    rate_bars,
+    share_matrices,
+    word_bars,
+)
 from vlmscope.report.page import (
     Card,
     Cards,
@@ -40,7 +48,6 @@ from vlmscope.report.page import (
     drawn,
     percent,
 )
-from vlmscope.report.style import label
 
 AXES = ["positions", "layers", "strength", "limit"]  # of a setting, besides its mode
 CLAIMS_NOTE = (

@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from PIL import Image, ImageDraw
 
-from vlmscope.core.maps import PictureMap
+from vlmscope.core.graph import PictureMap
 from vlmscope.core.records import PatchBox
 from vlmscope.core.results import FeatureExample
 from vlmscope.data.images import data_uri, jpeg_bytes, png_bytes  # noqa: F401
-from vlmscope.report.style import MUTED, NEGATIVE, POSITIVE, drawing
+from vlmscope.report.figures import MUTED, NEGATIVE, POSITIVE, drawing
 
 SIDE = 128  # pixels
 _TINT = (255, 0, 200)  # magenta: on no planet, and visible on black space

@@ -8,7 +8,7 @@ import pytest
 from vlmscope.attention import load_maps, save_maps
 from vlmscope.core.artifacts import save_tensors
 from vlmscope.core.errors import UserError
-from vlmscope.core.maps import PictureMap, TileMap, TokenMaps, TokenTile, decode, encode, resample
+from vlmscope.core.graph import PictureMap, TileMap, TokenMaps, TokenTile, decode_maps, encode_maps, resample
 from vlmscope.core.records import PatchBox, generator
 from vlmscope.models.boxes import grid_boxes
 
@@ -22,9 +22,9 @@ def maps(side: int, soft: int, seed: int = 0, kind: str = "rollout") -> TokenMap
 @pytest.mark.parametrize("offset", [0.0, -3.0, 1e6])
 def test_values_are_off_by_half_a_step_at_most(offset: float) -> None:
     values = generator(1, "values").normal(size=(50, 6, 9)) * 10.0 ** np.arange(-5, 5).repeat(5)[:, None, None] + offset
-    grids = encode(values)
+    grids = encode_maps(values)
     assert (grids.codes.dtype, grids.codes.nbytes, grids.low.nbytes + grids.step.nbytes) == (np.uint8, 50 * 54, 50 * 8)
-    error = np.abs(decode(grids) - values).max((1, 2))
+    error = np.abs(decode_maps(grids) - values).max((1, 2))
     bound = (values.max((1, 2)) - values.min((1, 2))) / 510
     rounding = 3e-7 * np.abs(values).max((1, 2))  # of float32
     assert (error <= bound + rounding).all()

@@ -56,10 +56,9 @@ from vlmscope.metrics.prediction import (
     sizes,
     spearman,
 )
-from vlmscope.report.figures import dose_response, layer_role_heatmap
+from vlmscope.report.figures import dose_response, label, layer_role_heatmap
 from vlmscope.report.marks import Folder, sections_of, write_rows
 from vlmscope.report.page import Section, Text
-from vlmscope.report.style import label
 from vlmscope.scope import Scope
 
 NAMED = 6  # supernodes of one answer each

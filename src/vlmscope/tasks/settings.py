@@ -60,9 +60,11 @@ class Settings:
 
     `ranks` is True for one that several processes can run together (docs/scaling.md), `resumes` for one that always
     resumes in its folder. `memory` names the settings to lower when memory runs out, `uses` the groups of `OPTIONAL`
-    that it reads.
+    that it reads. `module` is the file of several tasks, in which a task is the function `run_<task>`; any other has a
+    file of its own, in which it is `run`.
     """
 
+    module: ClassVar[str] = ""
     uses: ClassVar[tuple[str, ...]] = ()
     memory: ClassVar[str] = ""
     recorded: ClassVar[bool] = True
@@ -80,9 +82,9 @@ class Settings:
 def run_task(app: AppConfig, context: RunContext) -> dict[str, float]:
     """Import the task, which may take seconds, and run it; returns flat metrics."""
     app.task.look(app)
-    name = f"{tasks.__name__}.{app.task.name}"
+    name = f"{tasks.__name__}.{app.task.module or app.task.name}"
     import_quickly(name)
-    return sys.modules[name].run(app, context)
+    return getattr(sys.modules[name], f"run_{app.task.name}" if app.task.module else "run")(app, context)
 
 
 def check_used(task: Settings, name: str, overrides: Sequence[str]) -> None:
@@ -138,9 +140,13 @@ def _default(item: Any) -> Any:
 def summaries() -> dict[str, str]:
     """Name and one-line description of every task, read from the source without importing it."""
     lines: dict[str, str] = {}
-    for name in TASKS:
-        path = next(file for folder in tasks.__path__ if (file := Path(folder) / f"{name}.py").is_file())
-        lines[name] = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+    for name, task in TASKS.items():
+        file = f"{task.module or name}.py"
+        path = next(path for folder in tasks.__path__ if (path := Path(folder) / file).is_file())
+        tree: Any = ast.parse(path.read_text(encoding="utf-8"))
+        if task.module:
+            tree = next(node for node in tree.body if getattr(node, "name", "") == f"run_{name}")
+        lines[name] = (ast.get_docstring(tree) or "").partition("\n")[0]
     return lines
 
 
@@ -314,6 +320,7 @@ class ExportSettings(Settings):
     default those that come with vlmscope.
     """
 
+    module: ClassVar = "pages"
     recorded: ClassVar = False
     run: str | None = None
     study: str | None = None
@@ -370,6 +377,7 @@ class PatchSettings(EditConfig, Settings):
     recipient's. Both prompts must have the same length. `strength` multiplies the donor's activations.
     """
 
+    module: ClassVar = "edit"
     features: list[str] = field(default_factory=list)
     donor_image: Any = field(default=None, metadata={"paths": True})
     donor_prompt: str | None = field(default=None, metadata={"verbatim": True})
@@ -397,6 +405,7 @@ class PlanSettings(Settings):
 class ReportSettings(Settings):
     """`run` is the folder of a run of `task=experiment`; its report is written there."""
 
+    module: ClassVar = "pages"
     recorded: ClassVar = False
     run: str | None = None
 
@@ -442,6 +451,7 @@ class SteerSettings(EditConfig, Settings):
     the edit applies everywhere, generated tokens included, except for supernodes with positions of their own.
     """
 
+    module: ClassVar = "edit"
     features: dict[str, float] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)
     value: float = 0.0
@@ -515,6 +525,7 @@ class TraceSettings(Settings):
 class TrainEyesSettings(Settings):
     """Sizes, text model and stages; the pictures are those of `assets/eyes_pictures`."""
 
+    module: ClassVar = "train"
     memory: ClassVar = "task.training.tower.batch"
     architecture: EyesConfig = field(default_factory=EyesConfig)
     training: EyesTrainingConfig = field(default_factory=EyesTrainingConfig)
@@ -524,6 +535,7 @@ class TrainEyesSettings(Settings):
 class TrainOrrerySettings(Settings):
     """Sizes and stages. `max_steps`, when set, shortens each stage (for a try). The data are Orrery's scenes."""
 
+    module: ClassVar = "train"
     uses: ClassVar = ("data",)
     memory: ClassVar = "task.training.vlm.batch"
     architecture: OrreryConfig = field(default_factory=OrreryConfig)
@@ -539,6 +551,7 @@ class TrainTranscodersSettings(RecipeConfig, BatchConfig, Settings):
     `license` goes into the set's card: an identifier of the hub, such as apache-2.0.
     """
 
+    module: ClassVar = "train"
     uses: ClassVar = ("data", "optim")
     ranks: ClassVar = True
     memory: ClassVar = (

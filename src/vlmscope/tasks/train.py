@@ -1,7 +1,4 @@
-"""Train a sparse transcoder for every layer from one forward per batch; saved as a transcoder set.
-
-`transcoder.site` chooses the layers: those of the decoder, or those of the vision tower.
-"""
+"""Trainings: Orrery, eyes for a text model, and transcoders."""
 
 from __future__ import annotations
 
@@ -12,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from vlmscope.config import AppConfig
-from vlmscope.config.wiring import data_origin, load_model, model_origin
+from vlmscope.config.wiring import data_origin, limit_threads, load_model, model_origin
 from vlmscope.core.artifacts import flat, folder_digest, read_json, write_json, write_text
 from vlmscope.core.errors import UserError, bad_picture
 from vlmscope.core.hub import is_hub_id
 from vlmscope.core.launch import program
 from vlmscope.core.results import text_table
+from vlmscope.data.orrery.dataset import scene_shards
 from vlmscope.report.figures import fvu_by_layer
-from vlmscope.tasks.settings import RunContext
+from vlmscope.tasks.settings import RunContext, TrainEyesSettings, TrainOrrerySettings
 from vlmscope.training.captures import batches_for
 from vlmscope.training.config import TranscoderArchConfig, TranscoderTrainingConfig
+from vlmscope.training.eyes import train_eyes
+from vlmscope.training.orrery import train_orrery
 from vlmscope.training.ranks import own_share
 from vlmscope.training.resume import RunLogger
 from vlmscope.training.transcoder_training import train_transcoders
@@ -29,12 +29,48 @@ from vlmscope.transcoders.formats import save_set
 from vlmscope.transcoders.hub import CARD, facts_of_set, render, with_metrics
 from vlmscope.transcoders.transcoder import TranscoderSet
 
+
+def run_train_orrery(cfg: AppConfig, context: RunContext) -> dict[str, float]:
+    """Train Orrery, the embedded VLM: vision tower first, then the whole model; saved in Hugging Face layout.
+
+    Train (or resume, with trainer.resume=true) and report test accuracies next to those with shuffled pictures.
+    """
+    limit_threads(cfg)
+    task: TrainOrrerySettings = cfg.task
+    if task.max_steps is not None:
+        for stage in (task.training.tower, task.training.vlm, task.training.polish):
+            stage.max_steps = min(stage.max_steps, task.max_steps)
+            stage.warmup = min(stage.warmup, max(stage.max_steps // 4, 1))
+    logger = RunLogger(context.tracked)
+    data, resume = scene_shards(cfg.data.path), cfg.trainer.resume
+    kinds = cfg.data.scenes
+    return train_orrery(
+        data, kinds, task.architecture, task.training, context.run_dir, logger, resume, task.test_scenes
+    )
+
+
+def run_train_eyes(cfg: AppConfig, context: RunContext) -> dict[str, float]:
+    """Train eyes for a frozen text model: vision tower and projector, on pictures that others drew.
+
+    Train (or resume, with trainer.resume=true) and report how many pictures of unseen artists find their name.
+    """
+    limit_threads(cfg)
+    task: TrainEyesSettings = cfg.task
+    logger = RunLogger(context.tracked)
+    return train_eyes(task.architecture, task.training, context.run_dir, logger, cfg.trainer.resume)
+
+
 # Settings that stand elsewhere in the card, and so not in its table.
 _IN_CARD = ("k", "activation", "skip", "cross_layer", "data")
 
 
-def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
-    """Train, save to `<run_dir>/transcoders`, and report FVU, L0, dead features and the change of cross-entropy."""
+def run_train_transcoders(cfg: AppConfig, context: RunContext) -> dict[str, float]:
+    """Train a sparse transcoder for every layer from one forward per batch; saved as a transcoder set.
+
+    Train, save to `<run_dir>/transcoders`, and report FVU, L0, dead features and the change of cross-entropy.
+
+    `transcoder.site` chooses the layers: those of the decoder, or those of the vision tower.
+    """
     if not isinstance(cfg.transcoder, TranscoderArchConfig):
         raise UserError("training needs an architecture, not a trained set: add transcoder=arch")
     config = TranscoderTrainingConfig(cfg.transcoder, cfg.optim, cfg.trainer, cfg.task)

@@ -51,7 +51,7 @@ from vlmscope.config.wiring import must_stream
 from vlmscope.core.errors import UserError, check_choice
 from vlmscope.core.graph import GraphComparison, NodeKind, PictureMap, PrunedGraph
 from vlmscope.core.records import FeatureId
-from vlmscope.core.results import MODES, FeatureExample, html_table, text_table
+from vlmscope.core.results import MODES, FeatureExample, Shown
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.images import for_figures, png_bytes
 from vlmscope.features.config import StudyConfig
@@ -396,7 +396,7 @@ def _runs(mode: str, controls: int, max_new_tokens: int, seed: int) -> dict[str,
 
 
 @dataclass(frozen=True, repr=False)
-class WhereResult(WhereMaps):
+class WhereResult(Shown, WhereMaps):
     """Maps of features over the pictures of one prompt, and what draws them."""
 
     pictures: tuple[Image.Image, ...] = ()
@@ -428,11 +428,8 @@ class WhereResult(WhereMaps):
             rows.append((str(feature), str(kind), str(best.picture + 1), across, down))
         return rows
 
-    def __repr__(self) -> str:
-        return f"Where features look\n{text_table(self._rows())}"
-
-    def _repr_html_(self) -> str:
-        return html_table(self._rows(), "Where features look")
+    def _title(self) -> str:
+        return "Where features look"
 
 
 @_takes(WhereConfig, inspect.Parameter("top", inspect.Parameter.KEYWORD_ONLY, default=3, annotation="int"))
@@ -463,7 +460,7 @@ def where(
     return WhereResult(**vars(found), pictures=pictures)
 
 
-class StudyResult(dict[str, tuple[FeatureExample, ...]]):
+class StudyResult(Shown, dict[str, tuple[FeatureExample, ...]]):
     """Feature -> the examples on which it is most active, strongest first; a notebook shows them as a table."""
 
     labels: Mapping[str, str]  # by feature, as far as known
@@ -490,11 +487,8 @@ class StudyResult(dict[str, tuple[FeatureExample, ...]]):
         shown = [(name, ", ".join(f"{e.caption} ({e.activation:.2f})" for e in found)) for name, found in self.items()]
         return [("feature", "most active on"), *shown]
 
-    def __repr__(self) -> str:
-        return text_table(self._rows())
-
-    def _repr_html_(self) -> str:
-        return html_table(self._rows(), "Examples")
+    def _title(self) -> str:
+        return "Examples"
 
 
 def study(scope: Scope, prompt: str, images: Pictures, features: Sequence[Feature], count: int = 6) -> StudyResult:

@@ -56,10 +56,9 @@ def first_comment(path: Path) -> str:
     return ""
 
 
-def options(group: str, folder: Path | None = None) -> dict[str, str]:
-    """Name -> first comment line of every YAML file of a group, by name; `folder` defaults to `conf/`."""
-    files = sorted((folder or conf_dir()).joinpath(group).glob("*.yaml"))
-    return {path.stem: first_comment(path) for path in files}
+def options(group: str) -> dict[str, str]:
+    """Name -> first comment line of every YAML file of a group, by name."""
+    return {path.stem: first_comment(path) for path in sorted((conf_dir() / group).glob("*.yaml"))}
 
 
 def option(group: str, name: str) -> dict[str, Any]:

@@ -57,13 +57,6 @@ def _one_line(text: object) -> str:
     return " ".join(line for line in lines if line and not re.match(r"(full_key|object_type|reference_type)[:=]", line))
 
 
-def _chain(error: BaseException) -> Iterable[BaseException]:
-    current: BaseException | None = error
-    while current is not None:
-        yield current
-        current = current.__cause__ or current.__context__
-
-
 def _missing_option(error: MissingConfigException) -> str:
     path = error.missing_cfg_file or ""
     group, slash, name = path.rpartition("/")
@@ -96,16 +89,11 @@ def _origin(error: BaseException) -> str:
     return f"in conf/{match[1]}.yaml: " if match and match[1] != "config" else ""
 
 
-def _missing_value(error: OmegaConfBaseException) -> str:
-    key = error.full_key or str(error.key)
-    return f"{key} has no value; give it on the command line as {key}=..."
-
-
 def one_line(error: BaseException) -> str:
     """One-line message for the user about an error in composing the configuration."""
-    chain = list(_chain(error))
     origin = _origin(error)
-    for link in chain:
+    link: BaseException | None = error
+    while link is not None:
         match link:
             case MissingConfigException() if link.missing_cfg_file:
                 return origin + _missing_option(link)
@@ -118,7 +106,8 @@ def one_line(error: BaseException) -> str:
                 where = f"{mark.name} line {mark.line + 1}" if mark else "a configuration file"
                 return f"{where} is not valid YAML: {link.problem}; correct it"
             case MissingMandatoryValue():
-                return origin + _missing_value(link)
+                key = link.full_key or str(link.key)
+                return f"{origin}{key} has no value; give it on the command line as {key}=..."
             case ConfigAttributeError() | ConfigKeyError() if link.key is not None:
                 return origin + _unknown_key(link)
             case InterpolationResolutionError():
@@ -130,8 +119,7 @@ def one_line(error: BaseException) -> str:
                 for wrong, clear in _MERGES.items():
                     said = said.replace(wrong, clear)
                 return f"{origin}{key}{said}; give a value of that type"
-            case _:
-                continue
+        link = link.__cause__ or link.__context__
     return _one_line(error)
 
 
@@ -179,17 +167,12 @@ def _optional(kind: Any) -> bool:
     return type(None) in get_args(kind)
 
 
-@cache
-def _roots(tasks: tuple[type, ...]) -> dict[str, tuple[Any, ...]]:
-    """Classes below the keys whose class is chosen at composition, not fixed by `AppConfig`."""
-    transcoders = (TranscoderSetConfig, RandomTranscodersConfig, TranscoderArchConfig)
-    return {"task": tasks, "transcoder": transcoders, "hydra": (HydraConf,)}
-
-
 def _look_up(key: str, tasks: tuple[type, ...]) -> _Kind:
     """Kind of a dotted key in the schema; the default kind for an unknown key."""
     first, *rest = key.split(".")
-    roots = _roots(tasks)
+    # Classes below the keys whose class is chosen at composition, not fixed by `AppConfig`.
+    transcoders = (TranscoderSetConfig, RandomTranscodersConfig, TranscoderArchConfig)
+    roots = {"task": tasks, "transcoder": transcoders, "hydra": (HydraConf,)}
     schemas: list[tuple[Any, Mapping[str, Any]]] = [(root, {}) for root in roots.get(first, (AppConfig,))]
     new = False
     for part in rest if first in roots else [first, *rest]:
@@ -226,21 +209,19 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _interpolates(text: str) -> bool:
-    """Whether the text contains `${...}` that OmegaConf can parse."""
-    try:
-        return "${" in text and parse(text) is not None
-    except GrammarParseError:
-        return False
-
-
 def _word(text: str) -> str:
     """One word, quoted if Hydra would otherwise change it and the user has not quoted it."""
     if os.path.lexists(text):  # a file's name is taken literally, quotes and `${` included
         return text if _parsed(text) == text and "${" not in text else quote(text)
     read = _parsed(text)
     quoted = re.fullmatch(_QUOTED, text, re.DOTALL) or _ESCAPED.search(text)
-    return text if read == text or (quoted and isinstance(read, str)) else quote(text, interpolate=_interpolates(text))
+    if read == text or (quoted and isinstance(read, str)):
+        return text
+    try:
+        interpolates = "${" in text and parse(text) is not None
+    except GrammarParseError:
+        interpolates = False
+    return quote(text, interpolate=interpolates)
 
 
 def _pieces(text: str, *, lists: bool = False) -> list[str]:
@@ -353,14 +334,6 @@ def _prompt(app: AppConfig, overrides: Sequence[str]) -> str | None:
     return chosen.prompt
 
 
-def _image_list(image: Any) -> list[str] | None:
-    if image is None or isinstance(image, str):
-        return None if image is None else [image]
-    if not isinstance(image, Sequence) or not all(isinstance(item, str) for item in image):
-        raise UserError(f"image={image}: it must be a path or a list of paths, such as image=[a.png,b.png]")
-    return list(image)
-
-
 def _refuse_unknown_keys(node: Any, prefix: str = "") -> None:
     """Raise `UserError` for keys outside the schema, which `+key=value` hides from Hydra's own check."""
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
@@ -435,7 +408,11 @@ def to_app_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> AppConfig:
         _limit(cfg, key.split("."), most, typed)
     app = OmegaConf.to_object(cfg)
     assert isinstance(app, AppConfig), type(app)
-    app.image = _image_list(app.image)
+    if app.image is not None:
+        images = [app.image] if isinstance(app.image, str) else app.image
+        if not isinstance(images, Sequence) or not all(isinstance(item, str) for item in images):
+            raise UserError(f"image={app.image}: it must be a path or a list of paths, such as image=[a.png,b.png]")
+        app.image = list(images)
     if app.images:
         from vlmscope.data.inputs import pictures_of_folders
 

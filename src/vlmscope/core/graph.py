@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vlmscope.core.records import TOWER, FeatureId, PatchBox
-from vlmscope.core.results import html_table, printable, text_table
+from vlmscope.core.results import Shown, printable
 
 
 class NodeKind(IntEnum):
@@ -341,7 +341,7 @@ class ComparisonSummary:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GraphComparison:
+class GraphComparison(Shown):
     """Two matched graphs: the nodes and edges that pruning kept in at least one, with their values in each graph.
 
     It prints as a table, in notebooks as HTML.
@@ -401,7 +401,7 @@ class GraphComparison:
         )
 
     def _title(self) -> str:
-        return f"{self.names[0]!r} and {self.names[1]!r}, nodes matched by {self.match}"
+        return f"GraphComparison of {self.names[0]!r} and {self.names[1]!r}, nodes matched by {self.match}"
 
     def _rows(self) -> list[tuple[str, ...]]:
         numbers = self.summary()
@@ -422,12 +422,6 @@ class GraphComparison:
             for graph in (0, 1)
         ]
         return [*rows, ("used most", "", *tops, "features, share of influence")]
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__} of {self._title()}\n{text_table(self._rows())}"
-
-    def _repr_html_(self) -> str:
-        return html_table(self._rows(), self._title())
 
 
 def _counts(kept: np.ndarray) -> Sequence[int]:

@@ -68,48 +68,32 @@ class Place:
 
 def place_of(env: Mapping[str, str]) -> Place | None:
     """The place of this process in the environment `env`; None when it runs alone."""
-    place = _torchrun(env) or _slurm(env) or _submitit_local(env)
-    return place if place is not None and place.world > 1 else None
-
-
-def _torchrun(env: Mapping[str, str]) -> Place | None:
-    if "RANK" not in env or "WORLD_SIZE" not in env:
-        return None
-    world, rank = _number(env, "WORLD_SIZE"), _number(env, "RANK")
-    _check_one_machine("torchrun", world, _number(env, "LOCAL_WORLD_SIZE", world))
-    if world > 1 and not env.get("MASTER_ADDR"):
-        raise UserError("RANK and WORLD_SIZE are set, and MASTER_ADDR is not; set it, or unset them to run alone")
-    port = _number(env, "MASTER_PORT", 29500)
-    return Place("torchrun", rank, world, env.get("MASTER_ADDR", ""), port)
-
-
-def _slurm(env: Mapping[str, str]) -> Place | None:
-    # A batch script has SLURM_PROCID and SLURM_NTASKS too, but is a single process, not a task of a step.
     step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID"))
-    if step is None or "SLURM_PROCID" not in env:
+    if "RANK" in env and "WORLD_SIZE" in env:
+        launcher, world, rank = "torchrun", _number(env, "WORLD_SIZE"), _number(env, "RANK")
+        here, address, port = _number(env, "LOCAL_WORLD_SIZE", world), env.get("MASTER_ADDR", ""), 29500
+    # A batch script has SLURM_PROCID and SLURM_NTASKS too, but is a single process, not a task of a step.
+    elif step is not None and "SLURM_PROCID" in env:
+        world = _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))
+        if world == 1:  # such as an interactive shell, whose other variables may describe its allocation
+            return None
+        nodes = _number(env, "SLURM_STEP_NUM_NODES", _number(env, "SLURM_NNODES", 1))
+        launcher, rank, here = "srun", _number(env, "SLURM_PROCID"), world // nodes
+        # Steps of one job get ports of their own.
+        port = _port(_number(env, "SLURM_JOB_ID", 0) + 101 * (int(step) if step.isdigit() else 0))
+        address = env.get("MASTER_ADDR") or "127.0.0.1"
+    elif "SUBMITIT_LOCAL_GLOBALID" in env:
+        launcher, rank = "submitit", _number(env, "SUBMITIT_LOCAL_GLOBALID")
+        world = here = _number(env, "SUBMITIT_LOCAL_NTASKS", 1)
+        address, port = "127.0.0.1", _port(_number(env, "SUBMITIT_LOCAL_JOB_ID", 0))
+    else:
         return None
-    world = _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))
-    if world == 1:  # such as an interactive shell, whose other variables may describe its allocation
-        return None
-    nodes = _number(env, "SLURM_STEP_NUM_NODES", _number(env, "SLURM_NNODES", 1))
-    _check_one_machine("srun", world, world if nodes == 1 else world // nodes)
-    # Steps of one job get ports of their own.
-    job = _number(env, "SLURM_JOB_ID", 0) + 101 * (int(step) if step.isdigit() else 0)
-    address, port = env.get("MASTER_ADDR") or "127.0.0.1", _number(env, "MASTER_PORT", _port(job))
-    return Place("srun", _number(env, "SLURM_PROCID"), world, address, port)
-
-
-def _submitit_local(env: Mapping[str, str]) -> Place | None:
-    if "SUBMITIT_LOCAL_GLOBALID" not in env:
-        return None
-    world, rank = _number(env, "SUBMITIT_LOCAL_NTASKS", 1), _number(env, "SUBMITIT_LOCAL_GLOBALID")
-    job = _port(_number(env, "SUBMITIT_LOCAL_JOB_ID", 0))
-    return Place("submitit", rank, world, "127.0.0.1", _number(env, "MASTER_PORT", job))
-
-
-def _check_one_machine(launcher: str, world: int, here: int) -> None:
     if here != world:
         raise UserError(f"{launcher} started {world} processes on several machines; start them on one")
+    if world > 1 and not address:
+        raise UserError("RANK and WORLD_SIZE are set, and MASTER_ADDR is not; set it, or unset them to run alone")
+    place = Place(launcher, rank, world, address, _number(env, "MASTER_PORT", port))
+    return place if world > 1 else None
 
 
 def _port(job: int) -> int:

@@ -247,6 +247,23 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+class Shown:
+    """A result that prints as a table, in notebooks as HTML."""
+
+    def _title(self) -> str:
+        raise NotImplementedError
+
+    def _rows(self) -> Sequence[tuple[str, ...]]:
+        """The head, then the rows."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{self._title()}\n{text_table(self._rows())}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), self._title())
+
+
 def html_table(rows: Sequence[Sequence[str]], caption: str) -> str:
     """Rows of equal length as an HTML table, the first one as its head; everything is escaped."""
     head, *body = [[escape(printable(cell)) for cell in row] for row in rows]

@@ -17,7 +17,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
@@ -199,33 +199,19 @@ class ShuffledSource:
         return "it has no sample; check the data"
 
 
-Item = TypeVar("Item")
-
-
-class Encoder(Protocol[Item]):
-    """Turns samples into items; what it holds back between them (packing) is its state.
+class Lane(NamedTuple):
+    """A source with its weight and its encoder, which turns samples into items (`training.batches.SampleEncoder`).
 
     `add` takes a sample, or raises `UserError` for one that cannot be used. `pop` returns a finished item, or None if
     it needs another sample. `rest` returns what is held back after the last sample. `tokens` is the length of an item.
     `state` is JSON, taken only after a pop or when no item is ready.
     """
 
-    def add(self, sample: RawSample) -> None: ...
-    def pop(self) -> Item | None: ...
-    def rest(self) -> Item | None: ...
-    def tokens(self, item: Item) -> int: ...
-    def state(self) -> Any: ...
-    def load(self, state: Any) -> None: ...
-
-
-class Lane(NamedTuple, Generic[Item]):
-    """A source with its weight and its encoder."""
-
     weight: float
     samples: ShuffledSource
-    encoder: Encoder[Item]
+    encoder: Any
 
-    def next(self) -> Item | None:
+    def next(self) -> Any | None:
         """The next item; None at the end."""
         while (item := self.encoder.pop()) is None:
             sample = self.samples.next()
@@ -238,28 +224,28 @@ class Lane(NamedTuple, Generic[Item]):
         return item
 
 
-class Drawn(NamedTuple, Generic[Item]):
+class Drawn(NamedTuple):
     """An item of the mix, with its source and length."""
 
     source: str
-    item: Item
+    item: Any
     tokens: int
 
 
-class TokenMix(Generic[Item]):
+class TokenMix:
     """Iterator over the items of all lanes in proportion to their weights, until all sources have ended."""
 
-    def __init__(self, lanes: Mapping[str, Lane[Item]]) -> None:
+    def __init__(self, lanes: Mapping[str, Lane]) -> None:
         if not lanes:
             raise UserError("data.sources is empty: a mix needs at least one source")
         self.lanes = dict(lanes)
         self.tokens = dict.fromkeys(self.lanes, 0)
         self.ended: list[str] = []
 
-    def __iter__(self) -> Iterator[Drawn[Item]]:
+    def __iter__(self) -> Iterator[Drawn]:
         return self
 
-    def __next__(self) -> Drawn[Item]:
+    def __next__(self) -> Drawn:
         weights = {name: lane.weight for name, lane in self.lanes.items()}
         while (name := _furthest_behind(self.tokens, weights, self.ended)) is not None:
             item = self.lanes[name].next()

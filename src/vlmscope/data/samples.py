@@ -306,15 +306,10 @@ def _shuffled(seed: int, epoch: int, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Share:
-    """Part `index` of `total`: rank r of R with worker w of W reads part r W + w of R W."""
+    """Part `index` of `total`, such as a rank's."""
 
     index: int = 0
     total: int = 1
-
-    @classmethod
-    def of(cls, rank: int, ranks: int, worker: int = 0, workers: int = 1) -> Share:
-        """The part of one worker of one rank."""
-        return cls(rank * workers + worker, ranks * workers)
 
     def rows(self, size: int) -> range:
         """Every `total`-th of `size` rows: each row in exactly one part; part sizes differ by one at most."""

@@ -104,20 +104,15 @@ def together(place: Place, cfg: AppConfig, run_dir: Path) -> Iterator[tuple[AppC
 
 def work_along(cfg: AppConfig, context: RunContext, rank: int) -> None:
     """Run the task on a process that is not rank 0: it prints nothing and logs into `run.rank<N>.log`."""
-    root = logging.getLogger()
-    console = list(root.handlers)
-    name = context.run_dir / f"run.rank{rank}.log"
-    file = logging.FileHandler(name, delay=True, encoding="utf-8", errors="backslashreplace")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root.handlers = [file]
+    root, log = logging.getLogger(), context.run_dir / f"run.rank{rank}.log"
+    console, root.handlers = root.handlers, []
     logging.captureWarnings(True)  # they would go to stderr, which all processes share
     try:
-        with open(os.devnull, "w") as null, redirect_stdout(null), suppress(NotMainRank):
+        with _log_file(log), open(os.devnull, "w") as null, redirect_stdout(null), suppress(NotMainRank):
             run_task(cfg, context)
     finally:
         logging.captureWarnings(False)
         root.handlers = console
-        file.close()
 
 
 def _device(place: Place, device: str) -> str:
@@ -144,9 +139,9 @@ def remove_empty(run_dir: Path) -> None:
 
 
 @contextmanager
-def _log_file(run_dir: Path) -> Iterator[None]:
-    """Also write the log to run.log in the run folder."""
-    handler = logging.FileHandler(run_dir / "run.log", delay=True, encoding="utf-8", errors="backslashreplace")
+def _log_file(path: Path) -> Iterator[None]:
+    """Also write the log to a file."""
+    handler = logging.FileHandler(path, delay=True, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.handleError = lambda record: None  # a full disk must not print a traceback for each line
     logging.getLogger().addHandler(handler)
@@ -228,7 +223,7 @@ def _recorded_run(cfg: Any, app_cfg: AppConfig, own_cfg: AppConfig, context: Run
         tags["sweep"] = Path(hydra.sweep.dir).name
     info = RunInfo(study, name, run_parameters(app_cfg), overrides, parent, tags)
     resume = app_cfg.trainer.resume or app_cfg.task.resumes
-    with _log_file(run_dir), open_run(app_cfg.tracking, run_dir, info, resume=resume) as tracked:
+    with _log_file(run_dir / "run.log"), open_run(app_cfg.tracking, run_dir, info, resume=resume) as tracked:
         try:
             metrics = run_task(own_cfg, replace(context, tracked=tracked, job=name if in_sweep else ""))
         except CheckFailed as failed:

@@ -22,18 +22,11 @@ FEW = 20  # held-out items below which a score is unsure
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write the set of labels and print the surest ones."""
-    folder = needed_study(cfg)
-
-    study = StudyFolder(folder)
+    study = StudyFolder(needed_study(cfg))
     if not len(study.items):
         raise UserError(
             f"{study.path} has no items, so nothing can be said of its features; run task=study on more data"
         )
-    return label_by_contrast(cfg, study)
-
-
-def label_by_contrast(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
-    """Label all features offline."""
     task: LabelSettings = cfg.task
     labelled, shuffled = label_study(study, cfg.seed, task.shuffled, task.kind)
     write_labels(set_path(study.path, "auto"), labelled)
@@ -72,9 +65,9 @@ def basis(labels: Sequence[Label], samples: int) -> str:
     return line
 
 
-def print_labels(labels: Sequence[tuple[FeatureId, Label]], most: int = 12) -> None:
+def print_labels(labels: Sequence[tuple[FeatureId, Label]]) -> None:
     """A table of the surest labels."""
-    best = sorted(((f, label) for f, label in labels if label.text), key=lambda pair: -(pair[1].low or 0.0))[:most]
+    best = sorted(((f, label) for f, label in labels if label.text), key=lambda pair: -(pair[1].low or 0.0))[:12]
     rows = [["feature", "label", "AUROC", "95 %", "about", "firing items"]]
     for feature, label in best:
         scores = ["", ""] if label.score is None else [f"{label.score:.2f}", f"{label.low:.2f} to {label.high:.2f}"]

@@ -202,10 +202,6 @@ def _composed(name: str, overrides: Sequence[str]) -> AppConfig:
     return app
 
 
-def _reads_shards(cfg: AppConfig) -> bool:
-    return isinstance(cfg.task, ExperimentSettings) and cfg.data.name == "orrery" and cfg.task.reads_shards(cfg)
-
-
 def base_digest() -> str:
     """Digest of the code, the shipped assets and the packages that can change a number."""
     digest = hashlib.sha256(json.dumps(package_versions()).encode())
@@ -234,7 +230,9 @@ def work_digest(base: str, cfg: AppConfig) -> str:
     files += [group.path for group in (cfg.pairs, cfg.circuit_spec) if group is not None and group.path is not None]
     content.append(files_digest(Path(path) for path in files))
     index = Path(cfg.data.path or "") / INDEX
-    shards = index.read_text(encoding="utf-8") if _reads_shards(cfg) and index.is_file() else ""
+    task = cfg.task
+    read = isinstance(task, ExperimentSettings) and cfg.data.name == "orrery" and task.reads_shards(cfg)
+    shards = index.read_text(encoding="utf-8") if read and index.is_file() else ""
     settings = {key: value for key, value in asdict(cfg).items() if key not in _NO_NUMBER}
     return hashlib.sha256(
         json.dumps([base, settings, shards, content], sort_keys=True, default=str).encode()
@@ -275,9 +273,12 @@ def run_job(run_dir: Path, label: str, digest: str, overrides: Sequence[str], en
             command.append("trainer.resume=true")
         write_json(state, {"digest": digest})
         start = time.perf_counter()
+        # Python is to find this very package, installed or not.
+        path = os.pathsep.join(filter(None, [str(_PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+        env = {**os.environ, "PYTHONPATH": path, **env}
         with (folder / "console.log").open("wb") as log:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **_found(), **env},
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env,
                 pass_fds=[lock.fileno()],  # the lock outlives this process
             )  # fmt: skip
             code = _wait(process)
@@ -290,11 +291,6 @@ def run_job(run_dir: Path, label: str, digest: str, overrides: Sequence[str], en
 def _program() -> list[str]:
     """The command that starts vlmscope."""
     return [sys.executable, "-m", "vlmscope"]
-
-
-def _found() -> dict[str, str]:
-    """The environment in which Python finds this very package, installed or not."""
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(_PACKAGE.parent), os.environ.get("PYTHONPATH")]))}
 
 
 def _state(run_dir: Path, label: str) -> Path:

@@ -85,13 +85,11 @@ def run_train_transcoders(cfg: AppConfig, context: RunContext) -> dict[str, floa
         if folder_digest(cfg.data.path, Path(stopped["picture"])) == stopped["others"]:
             origin |= {"data.files": stopped["data.files"]}  # unchanged except for the repaired picture
 
-    def mix_origin() -> dict[str, Any]:
-        return model_origin(cfg, weights=False) | data_origin(cfg)
-
-    states = context.run_dir / "data_states.json"
+    states, resume = context.run_dir / "data_states.json", cfg.trainer.resume
     vlm, source = batches_for(
-        cfg.data, cfg.task, cfg.seed, lambda: load_model(cfg), states, mix_origin, cfg.trainer.resume
-    )
+        cfg.data, cfg.task, cfg.seed, lambda: load_model(cfg), states,
+        lambda: model_origin(cfg, weights=False) | data_origin(cfg), resume,
+    )  # fmt: skip
     config = replace(config, data=source.settings)
     try:
         transcoders, metrics = train_transcoders(

@@ -248,7 +248,7 @@ class MixBatches:
 
     def __init__(
         self,
-        make: Callable[[], TokenMix[list[EncodedForward]]],
+        make: Callable[[], TokenMix],
         tokens_per_batch: int,
         file: Path,
         settings: str,

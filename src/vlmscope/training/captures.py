@@ -34,7 +34,6 @@ from vlmscope.models.loading import VLM
 from vlmscope.training.batches import (
     Batch,
     ConversationBatches,
-    EncodedForward,
     LayerActivations,
     MixBatches,
     SampleEncoder,
@@ -199,7 +198,7 @@ def _mix_batches(
     vlm = load()
     encoder = partial(SampleEncoder, vlm, min(data.context, settings.max_tokens), settings.max_tokens)
 
-    def make() -> TokenMix[list[EncodedForward]]:
+    def make() -> TokenMix:
         return TokenMix({name: Lane(source.weight, train[name](), encoder()) for name, source in data.sources.items()})
 
     words = (

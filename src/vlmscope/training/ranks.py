@@ -254,7 +254,7 @@ def _watch(store: Any, done: threading.Event, rank: int) -> None:
 
 def own_share() -> Share:
     """This process's part of a stream of data, among those that train together."""
-    return Share.of(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else WHOLE
+    return Share(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else WHOLE
 
 
 def joint_sum(values: Sequence[float]) -> list[float]:

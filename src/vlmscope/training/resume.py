@@ -59,7 +59,8 @@ class RunLogger(Logger):
     Lightning's own MLFlowLogger cuts parameters at 250 characters, drops text, and ends the run by itself.
     """
 
-    name, version = "vlmscope", ""  # Lightning requires both
+    name = property(lambda self: "vlmscope")  # Lightning requires both
+    version = property(lambda self: self._run.run_id or "untracked")
 
     def __init__(self, run: TrackedRun) -> None:
         super().__init__()

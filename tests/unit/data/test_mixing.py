@@ -111,7 +111,7 @@ def test_ranks_and_workers_share_without_loss_or_repeat() -> None:
     for size, ranks, workers in product(range(0, 14), range(1, 5), range(1, 4)):
         seen: list[str] = []
         for rank, worker in product(range(ranks), range(workers)):
-            share = Share.of(rank, ranks, worker, workers)
+            share = Share(rank * workers + worker, ranks * workers)
             stream = ShuffledSource(numbered("x", size), share, 4, 0)
             if size == 0 and share.total == 1:
                 continue

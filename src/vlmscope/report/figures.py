@@ -327,10 +327,6 @@ def _layer_axes(axes: Axes, ylabel: str) -> None:
     tidy(axes)
 
 
-def _legend_below(axes: Axes, gap: float) -> None:
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -gap), ncols=3)
-
-
 def fvu_by_layer(metrics: Mapping[str, float], path: str | Path) -> Path:
     """FVU by layer and kind of token, above the share of dead features, from an evaluation's `layers/..` metrics."""
 
@@ -392,7 +388,7 @@ def modality_by_layer(
         axes.set(ylim=(0, 1), xlabel="layer", ylabel="features (%)")
         percent_axis(axes.yaxis)
         axes.set_title("Where features fire", loc="left")
-        _legend_below(axes, 0.1)
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
         tidy(axes)
 
         # The share of a layer's features in each tenth of the index, layers from bottom to top.

@@ -277,21 +277,6 @@ def _feature(nodes: Nodes, node: int) -> FeatureId:
     return FeatureId(int(nodes.layer[node]), int(nodes.index[node]))
 
 
-def _signed(sources: np.ndarray, targets: np.ndarray, weights: np.ndarray, sizes: np.ndarray) -> list[Edges]:
-    """Positive edges blue and in full lines, negative ones orange and dashed."""
-    return [
-        Edges(sources[sign], targets[sign], sizes[sign], colour, dashes)
-        for sign, colour, dashes in ((weights >= 0, POSITIVE, "solid"), (weights < 0, NEGATIVE, _DASHED))
-    ]
-
-
-def _sign_legend(positive: str, negative: str) -> list[Line2D]:
-    return [
-        Line2D([], [], color=POSITIVE, linewidth=2, label=positive),
-        Line2D([], [], color=NEGATIVE, linewidth=2, linestyle=_DASHED, label=negative),
-    ]
-
-
 def attribution_graph(
     pruned: PrunedGraph,
     path: str | Path,
@@ -312,7 +297,12 @@ def attribution_graph(
     nodes, is_image = replace(graph.nodes, position=at), graph.is_image[: len(columns) - graph.n_patches]
     chosen = edge_strengths(pruned)[0][:max_edges]
     weights = graph.weights[chosen]
-    edges = _signed(graph.indices[chosen].astype(int), graph.targets_of(chosen), weights, np.abs(weights))
+    sources, targets, sizes = graph.indices[chosen].astype(int), graph.targets_of(chosen), np.abs(weights)
+    # Positive edges are blue and in full lines, negative ones orange and dashed.
+    edges = [
+        Edges(sources[sign], targets[sign], sizes[sign], colour, dashes)
+        for sign, colour, dashes in ((weights >= 0, POSITIVE, "solid"), (weights < 0, NEGATIVE, _DASHED))
+    ]
     groups, is_feature = groups or {}, nodes.kind == NodeKind.FEATURE
     colours = {name: pick(COLOURS[1:], number) for number, name in enumerate(dict.fromkeys(groups.values()))}
     group_of = [groups.get(nodes.feature_id(node)) if is_feature[node] else None for node in range(len(nodes))]
@@ -327,7 +317,10 @@ def attribution_graph(
         value = f"{nodes.target[node]:+.2f}" if is_target else f"p={graph.logit_probabilities[number]:.3f}"
         if pruned.node_mask[node]:
             end_words[node] = "\n".join([*textwrap.wrap(graph.logit_tokens[number], 14), value])
-    legend = _sign_legend("positive edge", "negative edge")
+    legend = [
+        Line2D([], [], color=POSITIVE, linewidth=2, label="positive edge"),
+        Line2D([], [], color=NEGATIVE, linewidth=2, linestyle=_DASHED, label="negative edge"),
+    ]
     size, outlines = (is_image, graph.n_layers), [INK] * len(nodes)
     picture = _Drawing(nodes, pruned.influence, *size, edges, faces, outlines, end_words, legend, 0.6)
     met = dict.fromkeys(group for node in picture.shown.tolist() if (group := group_of[node]) is not None)

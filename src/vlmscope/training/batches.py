@@ -39,9 +39,8 @@ from vlmscope.models.batching import LOSS_MASK, by_shape, encode, ends_of_text, 
 from vlmscope.models.loading import VLM
 
 ENDED = "add data.sources.NAME.repeat=true, give more data, or lower trainer.max_steps"  # advice when data have ended
-EVERY = 8  # batches between two states of a mix that are kept in its file
-_NEWEST = 16  # states in memory, those of the last batches
-_KEPT = 128  # states in the file
+EVERY = 8  # batches between two states of a mix that are kept
+_KEPT = 128  # states
 _PROBES = 16  # examples from which the average number of tokens is estimated
 
 Forward = Mapping[str, Tensor]
@@ -311,16 +310,13 @@ class MixBatches:
         return forwards
 
     def _keep_state(self) -> None:
-        """Keep the state before the next batch."""
-        if self.number in self.states:
+        """Keep the state before every `EVERY`-th batch, in memory and in the file."""
+        if self.number % EVERY or self.number in self.states:
             return
         self.states[self.number] = self.mix.state_dict()
-        self.states = {n: s for n, s in self.states.items() if n % EVERY == 0 or n > self.number - _NEWEST}
-        if self.number % EVERY == 0:
-            kept = sorted(n for n in self.states if n % EVERY == 0)[-_KEPT:]
-            self.states = {n: s for n, s in self.states.items() if n % EVERY or n in kept}
-            states = {str(n): self.states[n] for n in kept}
-            write_json(self.file, {"settings": self.settings, "states": states}, indent=None)
+        self.states = {n: self.states[n] for n in sorted(self.states)[-_KEPT:]}
+        states = {str(n): state for n, state in self.states.items()}
+        write_json(self.file, {"settings": self.settings, "states": states}, indent=None)
 
 
 def mix_validation(sources: Mapping[str, tuple[ShuffledSource, SampleEncoder]], examples: int) -> ValidationBatches:

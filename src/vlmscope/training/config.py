@@ -214,20 +214,6 @@ class StageConfig:
     need_weight: float = 0.0
 
 
-def _tower() -> StageConfig:
-    return StageConfig(2400, {"planets": 8, "digits": 24, "shapes": 10, "hands": 6})
-
-
-def _vlm() -> StageConfig:
-    batch = {"planets": 5, "digits": 12, "shapes": 4, "hands": 2, "text": 2}
-    return StageConfig(2800, batch, lr=8e-4, tower_rate=0.25, seed=1, exit_weight=0.3, exit_layers=2)
-
-
-def _polish() -> StageConfig:
-    batch = {"planets": 4, "digits": 10, "shapes": 9, "hands": 3, "text": 2}
-    return StageConfig(1400, batch, lr=4e-4, tower_rate=0.5, seed=2, exit_weight=0.3, exit_layers=2)
-
-
 @dataclass
 class OrreryTrainingConfig:
     """The stages of `task=train_orrery`; `polish` has more of counting and sums, which learn more slowly.
@@ -237,9 +223,21 @@ class OrreryTrainingConfig:
     which computes products of matrices in bfloat16, except those of attention.
     """
 
-    tower: StageConfig = field(default_factory=_tower)
-    vlm: StageConfig = field(default_factory=_vlm)
-    polish: StageConfig = field(default_factory=_polish)
+    tower: StageConfig = field(
+        default_factory=lambda: StageConfig(2400, {"planets": 8, "digits": 24, "shapes": 10, "hands": 6})
+    )
+    vlm: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            2800, {"planets": 5, "digits": 12, "shapes": 4, "hands": 2, "text": 2},
+            lr=8e-4, tower_rate=0.25, seed=1, exit_weight=0.3, exit_layers=2,
+        )
+    )  # fmt: skip
+    polish: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            1400, {"planets": 4, "digits": 10, "shapes": 9, "hands": 3, "text": 2},
+            lr=4e-4, tower_rate=0.5, seed=2, exit_weight=0.3, exit_layers=2,
+        )
+    )  # fmt: skip
     tower_depth: int = 0
     start: str | None = None
     precision: str = "32"
@@ -248,10 +246,6 @@ class OrreryTrainingConfig:
 
     def __post_init__(self) -> None:
         check_choice("task.training.precision", self.precision, PRECISIONS)
-
-
-def _pictures() -> dict[str, int]:
-    return {"pictures": 32}
 
 
 @dataclass
@@ -263,7 +257,7 @@ class EyesTrainingConfig(StageConfig):
     """
 
     max_steps: int = 12_000
-    batch: dict[str, int] = field(default_factory=_pictures)
+    batch: dict[str, int] = field(default_factory=lambda: {"pictures": 32})
     lr: float = 2e-3
     weight_decay: float = 0.05
     distance_weight: float = 30.0

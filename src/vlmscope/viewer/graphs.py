@@ -37,14 +37,9 @@ _KINDS = {"error": 2, "embedding": 0, "logit": 4, "bias": 3, "left out": 5}
 _FEATURE = 1
 
 
-def example_folder() -> Path:
-    """Folder of the bundled example."""
-    return shipped("assets/example_graph")
-
-
 def graph_file(runs: Runs, name: str) -> Path:
     """The `graph.json` of an id: a run, or a folder in it such as `rows/<id>`."""
-    path = example_folder() / GRAPH if name == EXAMPLE else inside(runs.root, f"{name}/{GRAPH}")
+    path = shipped(f"assets/example_graph/{GRAPH}") if name == EXAMPLE else inside(runs.root, f"{name}/{GRAPH}")
     if not path.is_file():
         raise Refused(f"{name[:200]} has no {GRAPH}", 404)
     size = path.stat().st_size
@@ -141,7 +136,8 @@ def _texts(values: Any) -> list[str]:
 
 def from_neuronpedia(graph: Mapping[str, Any]) -> dict[str, Any]:
     """Annotations of version 0 from a graph file's `qParams`: pins and supernodes, `[name, node, ...]` each."""
-    view = _object(graph, "qParams")
+    view = graph.get("qParams")
+    view = view if isinstance(view, dict) else {}
     known = {node.get("node_id") for node in graph["nodes"] if isinstance(node, dict)}
     groups = [group for group in view.get("supernodes") or [] if isinstance(group, list) and len(group) > 1]
     nodes = [
@@ -264,12 +260,6 @@ def from_json(body: Mapping[str, Any]) -> tuple[AttributionGraph, list[str]]:
         prompt="",
     )
     return graph, [row[3] for row in rows]
-
-
-def _object(body: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The object under a key of a graph file, empty where there is none."""
-    value = body.get(key)
-    return value if isinstance(value, dict) else {}
 
 
 # ---- one file

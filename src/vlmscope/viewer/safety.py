@@ -12,7 +12,7 @@ import hmac
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from socket import gethostname
 from typing import Any
@@ -88,10 +88,8 @@ def host_of(value: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether an address to listen on is reached from this computer alone."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    address = _address(host)
+    return host == "localhost" if address is None else address.is_loopback
 
 
 class Guard:
@@ -131,7 +129,7 @@ class Guard:
         """Refuse a request that names another host, or that a page of another origin sends."""
         host = headers.get(b"host", "")
         name = host_of(host)
-        if name not in self.names and (self.token is None or not _is_address(name)):
+        if name not in self.names and (self.token is None or _address(name) is None):
             raise Refused(f"this is not {host[:100]!r}; open the address that task=serve printed", 421)
         if method not in ("GET", "HEAD"):
             origin = headers.get(b"origin", "")
@@ -169,10 +167,9 @@ class _Bounded:
         return message
 
 
-def _is_address(host: str) -> bool:
-    """Whether a host is a bare IP address, which no name server can redirect."""
+def _address(host: str) -> IPv4Address | IPv6Address | None:
+    """A bare IP address, which no name server can redirect; None for a name."""
     try:
-        ip_address(host)
+        return ip_address(host)
     except ValueError:
-        return False
-    return True
+        return None

@@ -114,15 +114,10 @@ def _wording(rng: np.random.Generator, templates: tuple[str, ...]) -> str:
     return templates[int(rng.integers(1, len(templates)))]
 
 
-def texture_folder() -> Path:
-    """Folder of the equirectangular maps."""
-    return shipped("assets/planet_textures")
-
-
 @cache
 def texture(name: str) -> np.ndarray:
-    """Texture map of a planet, float32 [128, 256, 3] in 0..1, halved, since more detail would alias at 64 pixels."""
-    path = texture_folder() / f"{name}.jpg"
+    """Equirectangular map of a planet, float32 [128, 256, 3] in 0..1, halved: more detail would alias at 64 pixels."""
+    path = shipped(f"assets/planet_textures/{name}.jpg")
     if not path.is_file():
         raise UserError(f"planet texture {path} is missing; install vlmscope again")
     with Image.open(path) as image:

@@ -199,9 +199,9 @@ def _run_hydra(argv: Sequence[str], failures: _Failures) -> None:
     """Let Hydra compose and run; its own errors become a `UserError`."""
     import hydra
 
-    from vlmscope.config.callbacks import SweepRefused
     from vlmscope.config.catalog import adopt, conf_dir, register
     from vlmscope.config.resolve import CONFIG_ERRORS, one_line, quote_arguments
+    from vlmscope.tasks.job import SweepRefused
     from vlmscope.tasks.settings import TASKS
 
     arguments = quote_arguments(_checked(argv), TASKS)

@@ -64,9 +64,8 @@ from vlmscope.training.batches import (
     shown,
     valid_tokens,
 )
-from vlmscope.transcoders.config import HOOKS
+from vlmscope.transcoders.config import HOOKS, ROLES, UsualError
 from vlmscope.transcoders.transcoder import SparseCode, Transcoder
-from vlmscope.transcoders.usual_error import ROLES, UsualError
 
 _LOG = logging.getLogger(__name__)
 _NOT_BY_LAYER = ("fvu_token", "fvu_token_special", "fvu_token_last")  # metrics are few

@@ -34,10 +34,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from vlmscope.core.records import generator
-from vlmscope.transcoders.config import HOOKS, TranscoderConfig, TranscoderSetConfig
+from vlmscope.transcoders.config import HOOKS, TranscoderConfig, TranscoderSetConfig, UsualError
 from vlmscope.transcoders.nonlinearities import build_nonlinearity
 from vlmscope.transcoders.streaming import BLOCK, StreamedList, StreamedRows
-from vlmscope.transcoders.usual_error import UsualError
 
 _CACHED = 4 << 20  # bytes of rows that fit a core's cache
 _SHRINKAGE = 0.1  # of the mean variance: bounds how much standardised inputs enlarge weak directions

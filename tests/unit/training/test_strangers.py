@@ -15,9 +15,9 @@ from vlmscope.models.batching import LOSS_MASK
 from vlmscope.models.loading import load_vlm
 from vlmscope.scope import Scope
 from vlmscope.training.evaluation import ErrorMeter, warn_if_strange, warn_if_unfit
+from vlmscope.transcoders.config import USUAL_ERROR, UsualError, read_usual_error
 from vlmscope.transcoders.formats import load_set, save_set
 from vlmscope.transcoders.transcoder import random_set
-from vlmscope.transcoders.usual_error import FILE, UsualError, read_usual_error
 
 QUESTION = "what planet is this ?"
 
@@ -29,14 +29,14 @@ def drawn(inputs: int, seed: int = 0) -> np.ndarray:
 def test_the_file_comes_with_the_set_and_reads_back(tmp_path: Path) -> None:
     transcoders = random_set(2, 8, 16, 2)
     save_set(transcoders, tmp_path / "unknown")
-    assert load_set(tmp_path / "unknown").usual_error is None and not (tmp_path / "unknown" / FILE).exists()
+    assert load_set(tmp_path / "unknown").usual_error is None and not (tmp_path / "unknown" / USUAL_ERROR).exists()
     transcoders.usual_error = UsualError.of([0, 1], {"image": drawn(60)})
     save_set(transcoders, tmp_path / "known")
     found = load_set(tmp_path / "known").usual_error
     assert found is not None and found.layers == (0, 1)
     errors = {"image": np.array([1.4, 5.0])}
     assert found.beyond(errors)["image"] == pytest.approx(transcoders.usual_error.beyond(errors)["image"], rel=1e-3)
-    (tmp_path / "known" / FILE).write_text("role,layer\nimage,0\n")
+    (tmp_path / "known" / USUAL_ERROR).write_text("role,layer\nimage,0\n")
     with pytest.raises(UserError, match="is damaged"):
         read_usual_error(tmp_path / "known")
 

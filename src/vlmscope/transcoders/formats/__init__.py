@@ -14,12 +14,11 @@ import torch
 
 from vlmscope.core.artifacts import shipped
 from vlmscope.core.errors import UserError
-from vlmscope.transcoders.config import ACTIVATIONS, FORMAT_NAMES
+from vlmscope.transcoders.config import ACTIVATIONS, FORMAT_NAMES, read_usual_error
 from vlmscope.transcoders.formats import circuit_tracer
 from vlmscope.transcoders.formats.common import STORED_DTYPES, Choice, SetSource, build_layer
 from vlmscope.transcoders.formats.layer_folders import GEMMA_SCOPE, SAE_LENS, SPARSIFY, Layout
 from vlmscope.transcoders.transcoder import TranscoderSet
-from vlmscope.transcoders.usual_error import read_usual_error
 
 __all__ = ["ANY", "FORMATS", "STORED_DTYPES", "Choice", "detect", "load_set", "open_set", "refusal", "save_set"]
 

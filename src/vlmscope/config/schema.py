@@ -12,16 +12,7 @@ from typing import Any
 from omegaconf import II, MISSING
 
 from vlmscope.attribution.config import AttributionConfig, WhereConfig
-from vlmscope.circuits.config import (
-    CircuitConfig,
-    CircuitSpecConfig,
-    DiscoveryConfig,
-    InterchangeConfig,
-    InterventionConfig,
-    MarkConfig,
-    SettingConfig,
-    TrialConfig,
-)
+from vlmscope.circuits import config as circuits
 from vlmscope.core.errors import UserError, check_choice
 from vlmscope.core.results import WIDEST, Number, Rate, toothless
 from vlmscope.data.config import DataConfig, PairsConfig, PromptSetConfig
@@ -159,19 +150,19 @@ class AppConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
-    intervention: InterventionConfig = field(default_factory=InterventionConfig)
-    interchange: InterchangeConfig = field(default_factory=InterchangeConfig)
-    discovery: DiscoveryConfig = field(default_factory=DiscoveryConfig)
+    intervention: circuits.InterventionConfig = field(default_factory=circuits.InterventionConfig)
+    interchange: circuits.InterchangeConfig = field(default_factory=circuits.InterchangeConfig)
+    discovery: circuits.DiscoveryConfig = field(default_factory=circuits.DiscoveryConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
     where: WhereConfig = field(default_factory=WhereConfig)
-    trials: dict[str, TrialConfig] = field(default_factory=dict)
-    settings: dict[str, SettingConfig] = field(default_factory=dict)
-    report: dict[str, MarkConfig] = field(default_factory=dict)
+    trials: dict[str, circuits.TrialConfig] = field(default_factory=dict)
+    settings: dict[str, circuits.SettingConfig] = field(default_factory=dict)
+    report: dict[str, circuits.MarkConfig] = field(default_factory=dict)
     analyses: dict[str, dict[str, Any]] = field(default_factory=dict)
     analysis: dict[str, Any] = field(default_factory=dict)
     experiment_file: str | None = None
-    circuit: CircuitConfig | None = None
-    circuit_spec: CircuitSpecConfig | None = None
+    circuit: circuits.CircuitConfig | None = None
+    circuit_spec: circuits.CircuitSpecConfig | None = None
     association: dict[str, CrossModalConfig] = field(default_factory=dict)
     prompts: PromptSetConfig | None = None
     pairs: PairsConfig | None = None

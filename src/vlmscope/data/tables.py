@@ -48,21 +48,9 @@ from vlmscope.core.records import (
     generator,
     normalised,
 )
+from vlmscope.data import samples
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.images import check_image, open_image
-from vlmscope.data.samples import (
-    Mark,
-    RawSample,
-    Reader,
-    Row,
-    Share,
-    Source,
-    exchanges_of,
-    file_bytes,
-    indexed,
-    nonempty,
-    record_parts,
-)
 
 MAX_ROW_BYTES = 2**30  # average per row group; the largest picture allowed takes a third of it, uncompressed
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -72,10 +60,10 @@ _SPLITS = "train|training|validation|valid|val|dev|testing|test|evaluation|eval"
 _TAKE_TURNS = "all_exhausted_without_replacement"  # until every table has ended, without repeating any
 _LOG = logging.getLogger(__name__)
 
-Parser = Callable[[Mapping[str, Any], str], RawSample]  # (row, origin) -> sample
+Parser = Callable[[Mapping[str, Any], str], samples.RawSample]  # (row, origin) -> sample
 
 
-def hf_source(name: str, config: SourceConfig, split: str) -> Source:
+def hf_source(name: str, config: SourceConfig, split: str) -> samples.Source:
     """The samples of one split."""
     from datasets import IterableDataset, interleave_datasets
 
@@ -95,13 +83,13 @@ def hf_source(name: str, config: SourceConfig, split: str) -> Source:
     table = tables[0] if len(tables) == 1 else interleave_datasets(tables, stopping_strategy=_TAKE_TURNS)
     size = min((number for number in (count, config.limit) if number is not None), default=None)
     if not streamed:
-        return indexed(name, size or 0, lambda row: parse(table[row], f"{name} row {row}"))
+        return samples.indexed(name, size or 0, lambda row: parse(table[row], f"{name} row {row}"))
     columns = table.select_columns(columns_of(config))
 
-    def open_share(share: Share, mark: Mark = None) -> Reader:
+    def open_share(share: samples.Share, mark: samples.Mark = None) -> samples.Reader:
         return _StreamReader(name, columns, parse, config.limit, share, mark)
 
-    return Source(name, size, open_share)
+    return samples.Source(name, size, open_share)
 
 
 def columns_of(config: SourceConfig) -> list[str]:
@@ -119,24 +107,26 @@ def row_parser(config: SourceConfig, names: Sequence[str] | None = None) -> Pars
     `names` are the class names, if the label column holds class numbers.
     """
 
-    def text(row: Mapping[str, Any], origin: str) -> RawSample:
-        return RawSample(text=nonempty(row[config.text], f"{origin}: {config.text}"), origin=origin)
+    def text(row: Mapping[str, Any], origin: str) -> samples.RawSample:
+        return samples.RawSample(text=samples.nonempty(row[config.text], f"{origin}: {config.text}"), origin=origin)
 
-    def conversation(row: Mapping[str, Any], origin: str) -> RawSample:
+    def conversation(row: Mapping[str, Any], origin: str) -> samples.RawSample:
         stored = (row[config.images] or []) if config.images is not None else []
         stored = stored if isinstance(stored, list) else [stored]
-        exchanges = exchanges_of(row[config.texts], len(stored), f"{origin}: {config.texts}")
-        return RawSample(tuple(_picture(image, origin, config.path) for image in stored), exchanges, origin=origin)
+        exchanges = samples.exchanges_of(row[config.texts], len(stored), f"{origin}: {config.texts}")
+        return samples.RawSample(
+            tuple(_picture(image, origin, config.path) for image in stored), exchanges, origin=origin
+        )
 
-    def picture(row: Mapping[str, Any], origin: str) -> RawSample:
+    def picture(row: Mapping[str, Any], origin: str) -> samples.RawSample:
         image = _picture(row[config.image], origin, config.path)
         if config.caption is not None:
-            caption = nonempty(row[config.caption], f"{origin}: {config.caption}")
+            caption = samples.nonempty(row[config.caption], f"{origin}: {config.caption}")
         else:
             # By the origin, so that a row has the same caption in every pass and on every rank.
             template = config.templates[derive(0, "template", origin) % len(config.templates)]
             caption = template.replace("{label}", _class_name(row[config.label], names, f"{origin}: {config.label}"))
-        return RawSample((image,), (Exchange(config.request, caption),), origin=origin)
+        return samples.RawSample((image,), (Exchange(config.request, caption),), origin=origin)
 
     return {"hf_text": text, "hf_cauldron": conversation, "hf_image_label": picture}[config.kind]
 
@@ -149,7 +139,7 @@ def _class_name(label: Any, names: Sequence[str] | None, what: str) -> str:
         if label is None or not 0 <= label < len(names):
             raise UserError(f"{what} is {label}: there is no such class among {len(names)}")
         label = str(names[label])
-    return nonempty(label, what).split(",")[0].strip()
+    return samples.nonempty(label, what).split(",")[0].strip()
 
 
 def _picture(picture: Any, origin: str, folder: str | None) -> bytes:
@@ -157,7 +147,7 @@ def _picture(picture: Any, origin: str, folder: str | None) -> bytes:
     if isinstance(picture, Mapping):
         picture = picture.get("bytes") or picture.get("path")
     if isinstance(picture, str) and picture:
-        return file_bytes(Path(folder or ".") / picture, origin)
+        return samples.file_bytes(Path(folder or ".") / picture, origin)
     if isinstance(picture, bytes) and picture:
         return picture
     raise UserError(f"{origin}: it has no picture")
@@ -322,10 +312,12 @@ def _check_columns(name: str, config: SourceConfig, table: Any) -> None:
         )
 
 
-class _StreamReader(Reader):
+class _StreamReader(samples.Reader):
     """Pass over a stream; its mark is `datasets`' state (file and row) and the rows read."""
 
-    def __init__(self, name: str, table: Any, parse: Parser, limit: int | None, share: Share, mark: Mark) -> None:
+    def __init__(
+        self, name: str, table: Any, parse: Parser, limit: int | None, share: samples.Share, mark: samples.Mark
+    ) -> None:
         from datasets.distributed import split_dataset_by_node
 
         super().__init__(0 if mark is None else mark["done"])
@@ -339,7 +331,7 @@ class _StreamReader(Reader):
         self.stop = None if limit is None else len(share.rows(limit))
         self.part = f" of part {share.index}" if share.total > 1 else ""
 
-    def __next__(self) -> Row:
+    def __next__(self) -> samples.Row:
         if self.row == self.stop:
             raise StopIteration
         row = None
@@ -350,7 +342,7 @@ class _StreamReader(Reader):
         self.row += 1
         return partial(self.parse, row, f"{self.name} row {self.row - 1}{self.part}")
 
-    def mark(self) -> Mark:
+    def mark(self) -> samples.Mark:
         return {"done": self.row, "state": self.table.state_dict()} if self.row else None
 
 
@@ -385,7 +377,7 @@ class JsonLines(Sequence[Sample]):
         if isinstance(index, slice):
             return self.subset(range(len(self))[index])
         origin = self.origin(index)
-        names, exchanges, text = record_parts(self.record(index), origin)
+        names, exchanges, text = samples.record_parts(self.record(index), origin)
         if not exchanges:
             return Document(text, origin)
         return Conversation(tuple(self._picture(open_image, name, origin) for name in names), exchanges, origin)
@@ -413,7 +405,7 @@ class JsonLines(Sequence[Sample]):
         """
         keys, names_of = [], []
         for row in range(len(self)):
-            names, exchanges, text = record_parts(self.record(row), self.origin(row))
+            names, exchanges, text = samples.record_parts(self.record(row), self.origin(row))
             paths = [self.path.parent / name for name in names]
             names_of.append(paths)
             words = [normalised(words) for words in (text, *chain(*exchanges))]
@@ -421,7 +413,7 @@ class JsonLines(Sequence[Sample]):
         often = Counter(keys)
         for row, (key, paths) in enumerate(zip(keys, names_of, strict=True)):
             if paths and often[key] > 1:
-                digests = [hashlib.sha256(file_bytes(path, self.origin(row))).hexdigest() for path in paths]
+                digests = [hashlib.sha256(samples.file_bytes(path, self.origin(row))).hexdigest() for path in paths]
                 keys[row] = " ".join([key, *digests])
         return keys
 
@@ -435,7 +427,7 @@ class JsonLines(Sequence[Sample]):
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     origin = f"{self.path} line {number}"
-                    names, exchanges, text = record_parts(_record(line, origin), origin)
+                    names, exchanges, text = samples.record_parts(_record(line, origin), origin)
                     if check:
                         for words in (text, *chain(*exchanges)):
                             check_characters(words, f"{origin}: {words[:30]!r}")
@@ -463,22 +455,22 @@ def _record(line: bytes, origin: str) -> Any:
         raise UserError(f"{origin}: not UTF-8 text; save the file as UTF-8") from error
 
 
-def folder_source(name: str, config: SourceConfig, split: str) -> Source:
+def folder_source(name: str, config: SourceConfig, split: str) -> samples.Source:
     """The examples of `<split>.jsonl` as a source, with those of their `facts` that are words or whole numbers."""
     path = Path(str(config.path)) / f"{split}.jsonl"
     if not path.is_file():
         raise UserError(f"no {path.name} in {path.parent}; data.sources.{name}.path: as docs/bring_your_own.md says")
     lines = JsonLines(path, check=False)
 
-    def sample(row: int) -> RawSample:
+    def sample(row: int) -> samples.RawSample:
         record, origin = lines.record(row), lines.origin(row)
-        names, exchanges, text = record_parts(record, origin)
-        pictures = tuple(file_bytes(path.parent / image, origin) for image in names)
+        names, exchanges, text = samples.record_parts(record, origin)
+        pictures = tuple(samples.file_bytes(path.parent / image, origin) for image in names)
         facts = record.get("facts")
         facts = {k: v for k, v in facts.items() if isinstance(v, str | int)} if isinstance(facts, dict) else {}
-        return RawSample(pictures, exchanges, text, origin, facts)
+        return samples.RawSample(pictures, exchanges, text, origin, facts)
 
-    return indexed(name, min(len(lines), config.limit or len(lines)), sample)
+    return samples.indexed(name, min(len(lines), config.limit or len(lines)), sample)
 
 
 def load_folder(folder: str | Path, val_share: float, seed: int) -> tuple[JsonLines, JsonLines]:

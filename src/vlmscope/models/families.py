@@ -22,22 +22,8 @@ from transformers.models.llava_onevision.modeling_llava_onevision import unpad_i
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import Exchange, PatchBox
+from vlmscope.models import boxes as places
 from vlmscope.models.base import INJECTIONS, Adapter, Decoder, Size, Sizes, Tensors
-from vlmscope.models.boxes import (
-    WHOLE,
-    PicturePatches,
-    Tile,
-    batched_tiles,
-    grid_boxes,
-    grid_windows,
-    masked,
-    merged_tiles,
-    pool_tile,
-    pooled,
-    seen_window,
-    square_window,
-    tower_kind,
-)
 from vlmscope.models.template import Dialogue, Span, Turn, spelt_placeholders
 
 
@@ -131,12 +117,14 @@ class Gemma4Adapter(Adapter):
     def patch_padding(self, tensors: Tensors) -> Tensor | None:
         return (tensors["image_position_ids"] < 0).all(-1).flatten()
 
-    def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
+    def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[places.PicturePatches]:
         # Patches come row by row, followed by padding that the tower masks.
         length, pictures = tensors["image_position_ids"].shape[1], []
         for number, (rows, columns) in enumerate(self.grids(tensors, sizes)):
             tokens = number * length + np.arange(rows * columns)
-            pictures.append(pooled([Tile(rows, columns, grid_boxes(rows, columns), tokens)], self.pool))
+            pictures.append(
+                places.pooled([places.Tile(rows, columns, places.grid_boxes(rows, columns), tokens)], self.pool)
+            )
         return pictures
 
 
@@ -193,22 +181,23 @@ class LlavaAdapter(Adapter):
         return [(height // patch, width // patch)] * len(sizes)
 
     def tiles(self, size: Size, image_processor: Any) -> list[PatchBox]:
-        return [seen_window(size, image_processor)]
+        return [places.seen_window(size, image_processor)]
 
     def soft_token_boxes(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[list[PatchBox]]:
         patches = super().soft_token_boxes(tensors, sizes, image_processor)
         tokens = int((tensors["input_ids"] == self.soft_token_id()).sum()) // max(len(sizes), 1)
         # One token more than patches: the class token, unless `vision_feature_select_strategy` drops it.
         return [
-            grid_boxes(1, 1, seen_window(size, image_processor)) * (tokens - len(boxes)) + boxes
+            places.grid_boxes(1, 1, places.seen_window(size, image_processor)) * (tokens - len(boxes)) + boxes
             for size, boxes in zip(sizes, patches, strict=True)
         ]
 
-    def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
+    def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[places.PicturePatches]:
         first = int(self.model.config.vision_feature_select_strategy == "default")  # dropped, whatever the tower
         pictures = super().picture_patches(tensors, sizes, image_processor)
         return [
-            PicturePatches(tiles, sparse.csr_array(sparse.eye_array(len(tiles[0])))[first:]) for tiles, _ in pictures
+            places.PicturePatches(tiles, sparse.csr_array(sparse.eye_array(len(tiles[0])))[first:])
+            for tiles, _ in pictures
         ]
 
 
@@ -237,8 +226,8 @@ class _Canvas(NamedTuple):
             self.window.left + width * right / across,
             self.window.top + height * (self.kept_rows[-1] + 1) / down,
         )
-        cells, boxes = grid_boxes(rows, columns, window), []
-        for number, row in enumerate(grid_boxes(rows, 1, window)):
+        cells, boxes = places.grid_boxes(rows, columns, window), []
+        for number, row in enumerate(places.grid_boxes(rows, 1, window)):
             boxes += cells[number * columns : (number + 1) * columns]
             boxes.append(PatchBox(row.right, row.top, row.right, row.bottom))
         return boxes
@@ -285,21 +274,23 @@ class LlavaOnevisionAdapter(Adapter):
     def soft_token_boxes(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[list[PatchBox]]:
         side = self.tile_side
         if len(sizes) == 1:
-            return [grid_boxes(side, side) + self._canvas(sizes[0]).boxes()]
+            return [places.grid_boxes(side, side) + self._canvas(sizes[0]).boxes()]
         end = PatchBox(1.0, 1.0, 1.0, 1.0)
-        return [[*grid_boxes(side, side, square_window(size)), end] for size in sizes]
+        return [[*places.grid_boxes(side, side, places.square_window(size)), end] for size in sizes]
 
-    def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
-        side, n_class = self.tile_side, tower_kind(self.vision_tower()).n_class
+    def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[places.PicturePatches]:
+        side, n_class = self.tile_side, places.tower_kind(self.vision_tower()).n_class
         if len(sizes) > 1:
-            tiles = batched_tiles([[square_window(size)] for size in sizes], side, side, n_class)
+            tiles = places.batched_tiles([[places.square_window(size)] for size in sizes], side, side, n_class)
             end = sparse.csr_array((1, side * side + n_class))
-            return [PicturePatches(t, sparse.csr_array(sparse.vstack([pool_tile(t[0]), end]))) for t in tiles]
+            return [
+                places.PicturePatches(t, sparse.csr_array(sparse.vstack([places.pool_tile(t[0]), end]))) for t in tiles
+            ]
         canvas = self._canvas(sizes[0])
-        windows = [[WHOLE, *grid_windows(*canvas.tiles, canvas.window)]]
-        (tiles,) = batched_tiles(windows, side, side, n_class)
-        pooling = sparse.block_diag([pool_tile(tiles[0]), canvas.pooling(n_class)])
-        return [PicturePatches(tiles, sparse.csr_array(pooling))]
+        windows = [[places.WHOLE, *places.grid_windows(*canvas.tiles, canvas.window)]]
+        (tiles,) = places.batched_tiles(windows, side, side, n_class)
+        pooling = sparse.block_diag([places.pool_tile(tiles[0]), canvas.pooling(n_class)])
+        return [places.PicturePatches(tiles, sparse.csr_array(pooling))]
 
     def _canvas(self, size: Size) -> _Canvas:
         config, (width, height), side = self.model.config, size, self.tile_side
@@ -345,13 +336,13 @@ class Idefics3Adapter(Adapter):
         # Tiles are cut from the picture resized to whole tiles, so they cover all of it, whatever its aspect ratio.
         width, height = size
         _, rows, columns = image_processor.get_number_of_image_patches(height, width)
-        return [*grid_boxes(rows, columns), WHOLE]
+        return [*places.grid_boxes(rows, columns), places.WHOLE]
 
-    def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
+    def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[places.PicturePatches]:
         pictures, seen = super().picture_patches(tensors, sizes, image_processor), self._seen(tensors)
         if seen is None or bool(seen.all()):
             return pictures
-        return masked(pictures, [self.tiles(size, image_processor) for size in sizes], seen[0].numpy(force=True))
+        return places.masked(pictures, [self.tiles(size, image_processor) for size in sizes], seen[0].numpy(force=True))
 
     def patch_padding(self, tensors: Tensors) -> Tensor | None:
         seen = self._seen(tensors)
@@ -386,7 +377,7 @@ class InternVLAdapter(Adapter):
         columns, rows = get_optimal_tiled_canvas(
             (height, width), tile, image_processor.min_patches, image_processor.max_patches
         )
-        return [*grid_boxes(rows, columns), WHOLE] if rows * columns > 1 else [WHOLE]
+        return [*places.grid_boxes(rows, columns), places.WHOLE] if rows * columns > 1 else [places.WHOLE]
 
 
 class Qwen3VLAdapter(Adapter):
@@ -446,12 +437,12 @@ class Qwen3VLAdapter(Adapter):
     def grids(self, tensors: Tensors, sizes: Sizes) -> list[tuple[int, int]]:
         return [(rows, columns) for _, rows, columns in tensors["image_grid_thw"].tolist()]
 
-    def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
+    def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[places.PicturePatches]:
         vision = self.model.config.vision_config
         pixels = getattr(vision, "window_size", None)  # only Qwen2.5-VL's tower has windows
         window = None if pixels is None else pixels // self.pool // vision.patch_size
-        tiles = merged_tiles(self.grids(tensors, sizes), self.pool, window)
-        return [pooled([tile], self.pool) for tile in tiles]
+        tiles = places.merged_tiles(self.grids(tensors, sizes), self.pool, window)
+        return [places.pooled([tile], self.pool) for tile in tiles]
 
 
 class Qwen2_5_VLAdapter(Qwen3VLAdapter):

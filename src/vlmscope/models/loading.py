@@ -24,18 +24,8 @@ from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError, first_line, is_out_of_memory
 from vlmscope.core.hub import is_hub_id
 from vlmscope.core.records import PatchBox, as_rgb, check_characters
+from vlmscope.models import checkpoint
 from vlmscope.models.base import Adapter, ModelInputs, token_strings
-from vlmscope.models.checkpoint import (
-    DTYPES,
-    OFFLOADS,
-    check_device,
-    check_memory,
-    check_weights,
-    compute_on,
-    model_folder,
-    offload_to_cpu,
-    read_config,
-)
 from vlmscope.models.families import adapter_for, family_of
 
 log = logging.getLogger(__name__)
@@ -304,19 +294,19 @@ def load_vlm(
         name: short name for records; the folder's when None.
     """
     folder = Path(path)
-    model_type = str(read_config(folder)["model_type"])
-    for key, value, choices in (("dtype", dtype, tuple(DTYPES)), ("offload", offload, OFFLOADS)):
+    model_type = str(checkpoint.read_config(folder)["model_type"])
+    for key, value, choices in (("dtype", dtype, tuple(checkpoint.DTYPES)), ("offload", offload, checkpoint.OFFLOADS)):
         if value not in choices:
             raise UserError(f"unknown {key} {value!r} for the model at {folder}; choose one of: {', '.join(choices)}")
-    check_device(device, dtype)
+    checkpoint.check_device(device, dtype)
     family = family_of(model_type, str(folder / "config.json"))
-    check_weights(folder)
+    checkpoint.check_weights(folder)
     with _errors_in_one_line(folder):
         empty = _dry_run(family.model, folder, dtype)
         processor = _load_processor(family.processor, folder)
         _check_processor(processor, empty.config, folder)
         _, template = chosen_template(processor)
-        check_memory(empty, f"the model at {folder}", dtype, device, offload)
+        checkpoint.check_memory(empty, f"the model at {folder}", dtype, device, offload)
         model = _load_weights(family.model, folder, dtype, device, offload)
     vlm = VLM(model, processor, adapter_for(model), name=name or folder.resolve().name, path=str(folder))
     if vlm.adapter.chat_template and template:
@@ -332,7 +322,7 @@ def load_named(
     Raises:
         UserError: as `model_folder` and `load_vlm`.
     """
-    folder = model_folder(path, hub, revision)
+    folder = checkpoint.model_folder(path, hub, revision)
     repo = hub or (path if is_hub_id(path) else None)
     # The folder of a cached model is named by its commit or digest.
     name = (repo or path).rpartition("/")[2] if folder != Path(path) else None
@@ -372,7 +362,7 @@ def _dry_run(name: str, folder: Path, dtype: str) -> Any:
     Otherwise a missing weight would keep its random initial value and an extra one would be dropped, unnoticed.
     """
     checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = _from_pretrained(name, folder, dtype=DTYPES[dtype], device_map={"": "meta"}, **checked)
+    model, info = _from_pretrained(name, folder, dtype=checkpoint.DTYPES[dtype], device_map={"": "meta"}, **checked)
     config = folder / "config.json"
     if info["mismatched_keys"]:
         key, stored, expected = sorted(info["mismatched_keys"])[0]
@@ -399,7 +389,9 @@ def _load_weights(name: str, folder: Path, dtype: str, device: str, offload: str
     """The model in evaluation mode, its weights checked to be finite and stored where `offload` says."""
     place = device if offload == "none" else offload
     # Weights go straight to a GPU, shard by shard, so that CPU memory need not hold all of them.
-    model = _from_pretrained(name, folder, dtype=DTYPES[dtype], device_map=None if place == "cpu" else {"": place})
+    model = _from_pretrained(
+        name, folder, dtype=checkpoint.DTYPES[dtype], device_map=None if place == "cpu" else {"": place}
+    )
     model.eval().requires_grad_(False)
     for key, weight in model.named_parameters():
         if weight.is_meta or not weight.is_floating_point() or not weight.numel():  # on disk: not worth reading
@@ -411,7 +403,7 @@ def _load_weights(name: str, folder: Path, dtype: str, device: str, offload: str
                 f"the model at {folder} holds values that are not finite in {dtype}, first in {key}; {advice}"
             )
     if offload == "cpu" and device != "cpu":
-        offload_to_cpu(model, device)
+        checkpoint.offload_to_cpu(model, device)
     elif offload == "disk":
-        compute_on(model, device)
+        checkpoint.compute_on(model, device)
     return model

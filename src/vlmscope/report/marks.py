@@ -24,6 +24,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId, PatchBox
 from vlmscope.core.results import AnswerExample, CircuitFeature, Curve, FeatureExample, FlipRow, Rate, Supernode
 from vlmscope.metrics.rates import CELL, NO_CONTROL, cell_means, corrected, rate_of, rates, worst
+from vlmscope.report import page
 from vlmscope.report.anatomy import anatomy_sections
 from vlmscope.report.figures import (
     CONTROL,
@@ -33,20 +34,6 @@ from vlmscope.report.figures import (
     rate_bars,
     share_matrices,
     word_bars,
-)
-from vlmscope.report.page import (
-    Card,
-    Cards,
-    Examples,
-    Features,
-    Figure,
-    Percent,
-    Section,
-    Table,
-    Text,
-    Value,
-    drawn,
-    percent,
 )
 
 AXES = ["positions", "layers", "strength", "limit"]  # of a setting, besides its mode
@@ -130,7 +117,7 @@ class Folder:
         return corrected(pd.concat(parts))
 
 
-def cards(folder: Folder, name: str, mark: Mark) -> list[Section]:
+def cards(folder: Folder, name: str, mark: Mark) -> list[page.Section]:
     """The worst question of each trial as a headline number; of recipients and donors the mean over cells."""
 
     def lowest(measure: str | None) -> Any:
@@ -145,13 +132,13 @@ def cards(folder: Folder, name: str, mark: Mark) -> list[Section]:
         details = [] if "rank" not in row or row.reason == NO_CONTROL else [ranked(row)]
         if moved is not None:
             least = moved.loc[key]
-            beside = "" if np.isnan(least.matched) else f" (matched features: {percent(least.matched)})"
-            details.append(f"answers changed at all: {percent(least.value)}{beside}")
-        headlines.append(Card(f"{label(key[0])}: {label(key[1])}", _rate(row), "; ".join(details)))
-    return [Cards(mark.title or "Result", tuple(headlines), mark.says)]
+            beside = "" if np.isnan(least.matched) else f" (matched features: {page.percent(least.matched)})"
+            details.append(f"answers changed at all: {page.percent(least.value)}{beside}")
+        headlines.append(page.Card(f"{label(key[0])}: {label(key[1])}", _rate(row), "; ".join(details)))
+    return [page.Cards(mark.title or "Result", tuple(headlines), mark.says)]
 
 
-def bars(folder: Folder, name: str, mark: Mark) -> list[Section]:
+def bars(folder: Folder, name: str, mark: Mark) -> list[page.Section]:
     """Rates by a column (the worst question is added to questions), a bar for each operation."""
     x, title = mark.x or "question", mark.title or f"By {mark.x or 'question'}"
     categories = {"question": "question", "mode": "mode", "setting": "scope"}
@@ -176,19 +163,19 @@ def bars(folder: Folder, name: str, mark: Mark) -> list[Section]:
     rates_of = {method: [values[g].rate if g in values else None for g in groups] for method, values in series.items()}
     heading = f"{title}\nn = {spread} cases"
     path = rate_bars(groups, rates_of, folder.figure(name), heading, "flip rate (% of cases)", notes=notes)
-    return [Figure(title, (drawn(path, f"{mark.title}: rates by {x}"),), mark.says)]
+    return [page.Figure(title, (page.drawn(path, f"{mark.title}: rates by {x}"),), mark.says)]
 
 
-def table(folder: Folder, name: str, mark: Mark) -> list[Section]:
+def table(folder: Folder, name: str, mark: Mark) -> list[page.Section]:
     """All rates with their controls, intervals and q-values; with `file` that table instead."""
     if mark.file is not None:
         contents = pq.read_table(folder.file(mark.file))
         rows = tuple(tuple(row.values()) for row in contents.to_pylist())
-        return [Table(mark.title or label(name), tuple(map(label, contents.column_names)), rows, mark.says)]
+        return [page.Table(mark.title or label(name), tuple(map(label, contents.column_names)), rows, mark.says)]
     return [flip_table(mark.title or "All rates", flip_rows(folder, mark), mark.says)]
 
 
-def claims(folder: Folder, name: str, mark: Mark) -> list[Section]:
+def claims(folder: Folder, name: str, mark: Mark) -> list[page.Section]:
     """What the experiment may claim: the run's claims.parquet, with the numbers that decide."""
     found = pd.read_parquet(folder.file("claims.parquet"))
     if mark.trials:
@@ -196,13 +183,13 @@ def claims(folder: Folder, name: str, mark: Mark) -> list[Section]:
         found = found[keys.isin(mark.trials) | found.setting.isin(mark.trials) | found.operation.isin(mark.trials)]
     if found.empty:
         none = "No trial of this run stands beside controls or baselines in a setting of one place and one strength."
-        return [Text(mark.title or "What this shows", (none,))]
+        return [page.Text(mark.title or "What this shows", (none,))]
     rows = []
     row: Any
     for row in found.itertuples():
         judged = not np.isnan(row.value)
         rate = Rate(row.value, row.ci_low, row.ci_high, int(row.cases)) if judged else None
-        other = None if np.isnan(row.other) else Percent(row.other)
+        other = None if np.isnan(row.other) else page.Percent(row.other)
         words = (
             f"{label(row.operation)}: {label(row.setting)}",
             label(row.claim),
@@ -211,17 +198,17 @@ def claims(folder: Folder, name: str, mark: Mark) -> list[Section]:
         rows.append((*words, rate, label(row.decided_by) or None, other, row.question or None, row.reason or None))
     columns = ("trial", "claim", "", "rate, 95 % interval", "decided by", "there", "question", "why not")
     strong = frozenset(number for number, shown in enumerate(found.shown) if shown)
-    return [Table(mark.title or "What this shows", columns, tuple(rows), mark.says, CLAIMS_NOTE, strong)]
+    return [page.Table(mark.title or "What this shows", columns, tuple(rows), mark.says, CLAIMS_NOTE, strong)]
 
 
-def flip_table(title: str, rows: Sequence[FlipRow], note: str = "") -> Table:
+def flip_table(title: str, rows: Sequence[FlipRow], note: str = "") -> page.Table:
     """Flip rates with intervals next to their controls, in the order given; rows for everything at once stand out.
 
     Changed answers, ranks among control draws and q-values have columns where any row has them.
     """
 
-    def control(rate: Rate | None) -> Percent | None:
-        return None if rate is None or rate.control is None else Percent(rate.control)
+    def control(rate: Rate | None) -> page.Percent | None:
+        return None if rate is None or rate.control is None else page.Percent(rate.control)
 
     counted, tested = any(row.changed for row in rows), any(row.rank for row in rows)
     columns = ["method", "mode", "question", "where", "features", "flip rate, 95 % interval", CONTROL]
@@ -229,16 +216,16 @@ def flip_table(title: str, rows: Sequence[FlipRow], note: str = "") -> Table:
     columns += ["rank among draws", "q"] if tested else []
     values = []
     for row in rows:
-        cells: list[Value] = [label(row.method), label(row.mode), label(row.question), label(row.scope)]
+        cells: list[page.Value] = [label(row.method), label(row.mode), label(row.question), label(row.scope)]
         cells += [row.n_features, row.rate, control(row.rate)]
         cells += [row.changed, control(row.changed)] if counted else []
         cells += [row.rank or None, row.q] if tested else []
         values.append((*cells, row.rate.cases))
     strong = frozenset(number for number, row in enumerate(rows) if row.question == "worst" and row.scope == "all")
-    return Table(title, (*columns, "cases"), tuple(values), note=note, strong=strong)
+    return page.Table(title, (*columns, "cases"), tuple(values), note=note, strong=strong)
 
 
-def curve(folder: Folder, name: str, mark: Mark) -> list[Section]:
+def curve(folder: Folder, name: str, mark: Mark) -> list[page.Section]:
     """A measure against the column `x`, a line for each value of `by` and operation; with `file` of that table."""
     if mark.file is not None:
         return _table_curve(folder, name, mark)
@@ -261,7 +248,7 @@ def curve(folder: Folder, name: str, mark: Mark) -> list[Section]:
     xlabel = {"limit": "features edited (number)", "layers": "layer"}.get(x, label(x))
     ylabel = f"{counted}{' (%)' if share else ''}"
     path = dose_response(lines, folder.figure(name), xlabel, ylabel, percent=share, log_x=x == "limit")
-    return [Figure(mark.title or f"Against {x}", (drawn(path, f"{mark.title} against {x}"),), mark.says)]
+    return [page.Figure(mark.title or f"Against {x}", (page.drawn(path, f"{mark.title} against {x}"),), mark.says)]
 
 
 def _means(data: Any, by: str, x: str, y: str) -> dict[Any, Rate]:
@@ -270,7 +257,7 @@ def _means(data: Any, by: str, x: str, y: str) -> dict[Any, Rate]:
     return {key: rate_of(group[y].to_numpy()) for key, group in known}
 
 
-def _table_curve(folder: Folder, name: str, mark: Mark) -> list[Section]:
+def _table_curve(folder: Folder, name: str, mark: Mark) -> list[page.Section]:
     """The mean of `y` of a table for each `x`, a line for each `by`; and that of the column `<y>_control`, if any."""
     data: Any = pd.read_parquet(folder.file(mark.file or ""))
     x, by, y = mark.x or "layer", mark.by or "series", mark.y or "value"
@@ -287,14 +274,14 @@ def _table_curve(folder: Folder, name: str, mark: Mark) -> list[Section]:
     ylabel = f"{label(y)}{' (%)' if share else ''}"
     path = dose_response(lines, folder.figure(name), label(x), ylabel, percent=share)
     alt = f"{mark.title}: {label(y)} against {label(x)}"
-    return [Figure(mark.title or label(name), (drawn(path, alt),), mark.says)]
+    return [page.Figure(mark.title or label(name), (page.drawn(path, alt),), mark.says)]
 
 
-def matrix(folder: Folder, name: str, mark: Mark) -> list[Section]:
+def matrix(folder: Folder, name: str, mark: Mark) -> list[page.Section]:
     """Recipients against donors, a panel for each question, and the `top` lowest cells with their controls."""
     cells = folder.rates(mark, ["operation", *CELL])
     names = sorted({*cells.index.get_level_values("recipient"), *cells.index.get_level_values("donor")})
-    sections: list[Section] = []
+    sections: list[page.Section] = []
     for operation, rows in cells.groupby(level="operation", sort=False):
         panels = {
             label(str(question)): rates.value.droplevel(["operation", "question"])
@@ -305,21 +292,23 @@ def matrix(folder: Folder, name: str, mark: Mark) -> list[Section]:
         path = share_matrices(names, panels, folder.figure(f"{name}_{operation}"))
         alt = f"{label(str(operation))}: answers with the donor's word in per cent"
         title = f"{mark.title} {label(str(operation))}".strip()
-        sections.append(Figure(title, (drawn(path, alt, True),), mark.says))
+        sections.append(page.Figure(title, (page.drawn(path, alt, True),), mark.says))
         lowest: Any = rows.sort_values("value", kind="stable").head(mark.top)
         lines = []
         for (_, question, recipient, donor), row in lowest.iterrows():
             control = (
-                (None, ranked(row) or None) if np.isnan(row.matched) else (Percent(float(row.matched)), ranked(row))
+                (None, ranked(row) or None)
+                if np.isnan(row.matched)
+                else (page.Percent(float(row.matched)), ranked(row))
             )
             lines.append((recipient, donor, label(question), int(row.cases), _rate(row), *control))
         columns = ("recipient", "donor", "question", "cases", "rate", "matched features", "rank among draws")
         note = f"The mean of all {len(rows)} cells is {rows.value.mean():.0%}."
-        sections.append(Table(f"{title}: lowest cells", columns, tuple(lines), note=note))
+        sections.append(page.Table(f"{title}: lowest cells", columns, tuple(lines), note=note))
     return sections
 
 
-def heatmap(folder: Folder, name: str, mark: Mark) -> list[Section]:
+def heatmap(folder: Folder, name: str, mark: Mark) -> list[page.Section]:
     """A measure by layer and position, a panel for each question."""
     by, x = mark.by or "layers", mark.x or "positions"
     measured: Any = folder.rates(mark, ["operation", "question", by, x])
@@ -332,76 +321,78 @@ def heatmap(folder: Folder, name: str, mark: Mark) -> list[Section]:
         values, rows = np.round(cells.to_numpy(), 3) + 0.0, [str(row) for row in cells.index]
         path = folder.figure(f"{name}_{key[1]}")
         layer_role_heatmap(values, rows, list(cells.columns), path, caption, label(x), label(by))
-        pictures.append(drawn(path, caption))
-    return [Figure(mark.title or label(name), tuple(pictures), mark.says)]
+        pictures.append(page.drawn(path, caption))
+    return [page.Figure(mark.title or label(name), tuple(pictures), mark.says)]
 
 
-def examples(folder: Folder, name: str, mark: Mark) -> list[Section]:
+def examples(folder: Folder, name: str, mark: Mark) -> list[page.Section]:
     """Answers before and after, with pictures."""
     rows = pq.read_table(folder.file("examples.parquet")).to_pylist()
     shown = tuple(AnswerExample(**{key: _tuples(value) for key, value in row.items()}) for row in rows[: mark.top])
-    return [Examples(mark.title or "Answers before and after", shown, mark.says)]
+    return [page.Examples(mark.title or "Answers before and after", shown, mark.says)]
 
 
-def features(folder: Folder, name: str, mark: Mark) -> list[Section]:
+def features(folder: Folder, name: str, mark: Mark) -> list[page.Section]:
     """The features of each supernode, the strongest with pictures on which they fire."""
     rows = pq.read_table(folder.file("evidence.parquet")).to_pylist()
-    sections: list[Section] = []
+    sections: list[page.Section] = []
     for node in dict.fromkeys(row["supernode"] for row in rows):
         members = [row for row in rows if row["supernode"] == node]
         listed = Supernode(node, tuple(map(_member, members[:LISTED])))
         says = f"{mark.says} The {len(listed.features)} most influential of {len(members)}.".strip()
-        sections.append(Features(f"Features of {node}", listed, says, shown=mark.top))
+        sections.append(page.Features(f"Features of {node}", listed, says, shown=mark.top))
     return sections
 
 
-def picture(folder: Folder, name: str, mark: Mark) -> list[Section]:
+def picture(folder: Folder, name: str, mark: Mark) -> list[page.Section]:
     """Figures that the run made: figures/<name>.png, or those whose names the pattern `file` fits."""
     title, pattern = mark.title or label(name), f"{mark.file or name}.png"
     paths = sorted((folder.path / "figures").glob(pattern))
     if not paths:
-        return [Text(title, (f"This run has no figures/{pattern}.",))]
-    return [Figure(title, tuple(drawn(path, label(path.stem), True) for path in paths), mark.says)]
+        return [page.Text(title, (f"This run has no figures/{pattern}.",))]
+    return [page.Figure(title, tuple(page.drawn(path, label(path.stem), True) for path in paths), mark.says)]
 
 
-def groups(folder: Folder, name: str, mark: Mark) -> list[Section]:
+def groups(folder: Folder, name: str, mark: Mark) -> list[page.Section]:
     """Horizontal bars of a table, <name>.parquet unless `file` names it: the mean of `y` for each `x`, a bar for each
     value of `by`.
     """
     data: Any = pd.read_parquet(folder.file(mark.file or f"{name}.parquet"))
     x, by, y = mark.x or "name", mark.by or "series", mark.y or "value"
     if data.empty:
-        return [Text(mark.title or label(name), ("The table has no rows.",))]
+        return [page.Text(mark.title or label(name), ("The table has no rows.",))]
     rows = _means(data, by, x, y)
     names = list(dict.fromkeys(data[x]))
     series = {label(str(value)): [rows.get((value, word)) for word in names] for value in dict.fromkeys(data[by])}
     path = word_bars(names, series, folder.figure(name), f"{label(y)} (%)")
-    return [Figure(mark.title or label(name), (drawn(path, f"{mark.title}: {label(y)}"),), mark.says)]
+    return [page.Figure(mark.title or label(name), (page.drawn(path, f"{mark.title}: {label(y)}"),), mark.says)]
 
 
-def anatomy(folder: Folder, name: str, mark: Mark) -> list[Section]:
+def anatomy(folder: Folder, name: str, mark: Mark) -> list[page.Section]:
     """What remains without MLPs and attention, from anatomy.parquet: the overview and its figure."""
     data: Any = pd.read_parquet(folder.file("anatomy.parquet"))
     return anatomy_sections(data, folder.figure("anatomy"), mark.title or "Anatomy", mark.says)
 
 
-def text(folder: Folder, name: str, mark: Mark) -> list[Section]:
+def text(folder: Folder, name: str, mark: Mark) -> list[page.Section]:
     """Paragraphs."""
-    return [Text(mark.title or label(name), tuple(part for part in mark.says.split("\n\n") if part))]
+    return [page.Text(mark.title or label(name), tuple(part for part in mark.says.split("\n\n") if part))]
 
 
-MARKS: dict[str, Callable[[Folder, str, Any], list[Section]]] = {
+MARKS: dict[str, Callable[[Folder, str, Any], list[page.Section]]] = {
     mark.__name__: mark
     for mark in (cards, claims, bars, table, curve, matrix, heatmap, examples, features, picture, groups, anatomy, text)
 }
 
 
-def sections_of(folder: Folder, marks: Mapping[str, Mark]) -> list[Section]:
+def sections_of(folder: Folder, marks: Mapping[str, Mark]) -> list[page.Section]:
     """All sections of a report in the order of its marks, which `check_marks` accepts."""
-    sections: list[Section] = []
+    sections: list[page.Section] = []
     for name, mark in marks.items():
         if mark.trials and mark.mark != "claims" and folder.chosen(mark.trials).empty:
-            sections.append(Text(mark.title or label(name), (f"This run has no case of {', '.join(mark.trials)}.",)))
+            sections.append(
+                page.Text(mark.title or label(name), (f"This run has no case of {', '.join(mark.trials)}.",))
+            )
         else:
             sections += MARKS[mark.mark](folder, name, mark)
     return sections

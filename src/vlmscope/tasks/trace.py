@@ -20,32 +20,12 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from vlmscope.attribution import trace as tracing
 from vlmscope.attribution.export import save_graph, source_words, write_graph_json
 from vlmscope.attribution.influence import ranked_features, reaches_image
 from vlmscope.attribution.targets import choose_logits
-from vlmscope.attribution.trace import (
-    INDEX,
-    Trace,
-    spread,
-    spread_in_words,
-    target_maps,
-    trace,
-    with_heads,
-    write_target_maps,
-)
 from vlmscope.attribution.workers import own_rank
-from vlmscope.config import AppConfig
-from vlmscope.config.wiring import (
-    feature_labels,
-    label_folders,
-    labels_folder,
-    load_model,
-    load_scope,
-    model_origin,
-    study_digest,
-    transcoder_origin,
-    user_pictures,
-)
+from vlmscope.config import AppConfig, wiring
 from vlmscope.core.artifacts import (
     atomic_folder,
     files_digest,
@@ -91,15 +71,15 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     if cfg.prompt is None:
         choice = f"prompt_name= one of {', '.join(cfg.prompts.prompts)}" if cfg.prompts else "'prompt=what is this ?'"
         raise UserError(f"no prompt: add {choice} (and image=path/to/picture.png)")
-    pictures = user_pictures(cfg)
+    pictures = wiring.user_pictures(cfg)
     if cfg.attribution.patches and not pictures:
         raise UserError("attribution.patches=true needs a picture; add image=path/to/picture.png")
-    vlm = load_model(cfg)
+    vlm = wiring.load_model(cfg)
     inputs = vlm.prepare(cfg.prompt, pictures)
-    scope = load_scope(cfg, vlm, context.overrides)
+    scope = wiring.load_scope(cfg, vlm, context.overrides)
     metrics = _trace_into(context.run_dir, cfg, scope, inputs, pictures)
     if cfg.task.page:
-        export_graph(context.run_dir, label_folders(cfg), _WITH_EXAMPLES)
+        export_graph(context.run_dir, wiring.label_folders(cfg), _WITH_EXAMPLES)
     print("\n".join(_next_steps(context.run_dir, cfg, context.overrides)))
     return metrics
 
@@ -113,16 +93,16 @@ def _trace_into(
     name: str | None = None,
 ) -> dict[str, float]:
     """Trace a prompt, write its files into a folder and return metrics; `name` is the graph's, else the folder's."""
-    labels = feature_labels(cfg, scope.vlm.name, scope)
-    traced = trace(scope, inputs, cfg.attribution, folder)
+    labels = wiring.feature_labels(cfg, scope.vlm.name, scope)
+    traced = tracing.trace(scope, inputs, cfg.attribution, folder)
     if own_rank()[0]:  # it has made its part of the rows
         raise NotMainRank
-    traced = with_heads(scope, traced, cfg.attribution)
+    traced = tracing.with_heads(scope, traced, cfg.attribution)
     graph, pruned, metrics, extra = traced.graph, traced.pruned, traced.metrics(), None
     save_graph(folder / "graph.safetensors", pruned)
     if cfg.attribution.patches and pictures:
-        maps, effect = target_maps(scope.vlm, traced, cfg.attribution), cfg.attribution.patch_effect
-        extra = {"patches": write_target_maps(folder / "patches.safetensors", maps, cfg.attribution)}
+        maps, effect = tracing.target_maps(scope.vlm, traced, cfg.attribution), cfg.attribution.patch_effect
+        extra = {"patches": tracing.write_target_maps(folder / "patches.safetensors", maps, cfg.attribution)}
         if cfg.task.figure:
             shown = maps[: _MAPPED * len(pictures)]
             patch_maps(shown, for_figures(pictures), folder / "figures" / "patches.png", effect)
@@ -144,7 +124,7 @@ def _trace_into(
     return metrics
 
 
-def _answer(traced: Trace, tokenizer: Any, labels: Mapping[FeatureId, str]) -> list[str]:
+def _answer(traced: tracing.Trace, tokenizer: Any, labels: Mapping[FeatureId, str]) -> list[str]:
     """What the graph explains and how much of it, the features with most influence, and what is on the picture."""
     graph, pruned = traced.graph, traced.pruned
     logits = graph.nodes.kind[-1] == NodeKind.LOGIT
@@ -161,7 +141,7 @@ def _answer(traced: Trace, tokenizer: Any, labels: Mapping[FeatureId, str]) -> l
     if len(rows) > 1:
         table = text_table(rows if labels else [row[:-1] for row in rows])
         lines += ["features with most influence on it", *(f"  {line}" for line in table.splitlines())]
-    lines += ["how much the graph explains", f"  {spread_in_words(spread([traced.metrics()]))}"]
+    lines += ["how much the graph explains", f"  {tracing.spread_in_words(tracing.spread([traced.metrics()]))}"]
     lines += _attention(pruned, labels)
     if graph.is_image.any():
         kept = graph.nodes.position[pruned.node_mask & (graph.nodes.kind == NodeKind.FEATURE)]
@@ -220,7 +200,7 @@ def _next_steps(folder: Path, cfg: AppConfig, overrides: Sequence[str]) -> list[
     lines.append(f"next: {program()} task=steer {again} {shlex.quote(f'task.from_graph={folder}')}")
     if cfg.image:
         lines.append(f"next: {program()} task=where {again}")
-    if cfg.attribution.labels is None and labels_folder(cfg) is None:
+    if cfg.attribution.labels is None and wiring.labels_folder(cfg) is None:
         lines.append("names of features: task=study task.labels=true, then attribution.labels= (docs/labels.md)")
     return lines
 
@@ -259,7 +239,7 @@ def _trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     origin = _origin(cfg, context.overrides)
     done = {row.id: record for row in rows if (record := _finished(folder / row.id, row, origin)) is not None}
     resumed = len(done)
-    vlm = load_model(cfg)
+    vlm = wiring.load_model(cfg)
     usable, refused = [], []
     for row in tqdm([row for row in rows if row.id not in done], desc="checking rows", unit="row", delay=2.0):
         try:
@@ -268,9 +248,9 @@ def _trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         except UserError as error:
             refused.append(f"{row.origin}: {error}")
     skipped += _refuse(cfg, refused)
-    scope = load_scope(cfg, vlm, context.overrides)
+    scope = wiring.load_scope(cfg, vlm, context.overrides)
     resume = f"trainer.resume=true with hydra.run.dir={run_dir}"
-    with (run_dir / INDEX).open("w", encoding="utf-8") as index:
+    with (run_dir / tracing.INDEX).open("w", encoding="utf-8") as index:
         index.writelines(map(index_line, done.values()))
         for row in tqdm(usable, desc="trace", unit="row", initial=resumed, total=resumed + len(usable)):
             index.flush()
@@ -288,15 +268,15 @@ def _trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     records = [done[row.id] for row in rows if row.id in done]
     if not records:
         raise UserError(f"no row could be traced ({skipped} skipped); run.log in {run_dir} says why of each")
-    write_text(run_dir / INDEX, "".join(map(index_line, records)))  # in the order of the rows
+    write_text(run_dir / tracing.INDEX, "".join(map(index_line, records)))  # in the order of the rows
     print(f"  {len(records)} rows traced ({resumed} of them before), {skipped} skipped")
     values: dict[str, list[float]] = defaultdict(list)  # not every row has every metric
     for record in records:
         for name, value in record["metrics"].items():
             values[name].append(value)
     counts = {"rows/traced": float(len(records)), "rows/resumed": float(resumed), "rows/skipped": float(skipped)}
-    together = spread([record["metrics"] for record in records])
-    print(f"  {spread_in_words(together)}")
+    together = tracing.spread([record["metrics"] for record in records])
+    print(f"  {tracing.spread_in_words(together)}")
     return {name: sum(numbers) / len(numbers) for name, numbers in values.items()} | together | counts
 
 
@@ -314,9 +294,11 @@ def _origin(cfg: AppConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """All settings and files besides the row on which its graph depends, by name."""
     # The two settings left out change memory and time, not numbers.
     attribution = {k: v for k, v in asdict(cfg.attribution).items() if k not in ("batch_size", "memory_gb")}
-    attribution["labels"] = [study_digest(str(folder)) for folder in label_folders(cfg)]
+    attribution["labels"] = [wiring.study_digest(str(folder)) for folder in wiring.label_folders(cfg)]
     task = {"task.figure": cfg.task.figure, "seed": cfg.seed}
-    return plain(model_origin(cfg) | transcoder_origin(cfg, overrides) | flat("attribution", attribution) | task)
+    return plain(
+        wiring.model_origin(cfg) | wiring.transcoder_origin(cfg, overrides) | flat("attribution", attribution) | task
+    )
 
 
 def _row_record(row: PromptRow) -> dict[str, Any]:

@@ -37,22 +37,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmscope.core.artifacts import flat, folder_digest, write_json
 from vlmscope.core.records import generator
+from vlmscope.data.orrery import scenes as world
 from vlmscope.data.orrery.dataset import ScenePool
 from vlmscope.data.orrery.rendering import hand_scene, make_scene
-from vlmscope.data.orrery.scenes import (
-    CAPTION_PROMPTS,
-    COMPOSED,
-    COMPOSED_QUESTIONS,
-    KINDS,
-    NUMBERS,
-    PLANETS,
-    QUESTIONS,
-    SHAPE_COLOURS,
-    SHAPES,
-    SPLITS,
-    Scene,
-    vocabulary,
-)
 from vlmscope.models.base import token_strings
 from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor, take_weights
 from vlmscope.training.batches import IGNORE, PackedBatch, pack
@@ -66,26 +53,26 @@ _LR_FLOOR = 0.02  # of the peak rate, at the last step
 _VAL_SCENES = 200
 _STAGES = ("tower", "vlm", "polish")  # folders of their checkpoints
 # The fact that each linear head of stage 1 reads, and its classes
-_THINGS = ("", *(f"{colour} {shape}" for colour in SHAPE_COLOURS for shape in SHAPES))
+_THINGS = ("", *(f"{colour} {shape}" for colour in world.SHAPE_COLOURS for shape in world.SHAPES))
 _HEADS: dict[str, tuple[str, ...]] = {
-    "planet": tuple(PLANETS),
-    "first": tuple(NUMBERS[:10]),
-    "second": tuple(NUMBERS[:10]),
-    "count": tuple(NUMBERS[1:7]),
-    "shape": SHAPES,
-    "shape_colour": tuple(SHAPE_COLOURS),
-    "fingers": tuple(NUMBERS[1:7]),
+    "planet": tuple(world.PLANETS),
+    "first": tuple(world.NUMBERS[:10]),
+    "second": tuple(world.NUMBERS[:10]),
+    "count": tuple(world.NUMBERS[1:7]),
+    "shape": world.SHAPES,
+    "shape_colour": tuple(world.SHAPE_COLOURS),
+    "fingers": tuple(world.NUMBERS[1:7]),
     # of composed scenes
-    "left": tuple(PLANETS),
-    "right": tuple(PLANETS),
-    "first_colour": tuple(SHAPE_COLOURS),
-    "second_colour": tuple(SHAPE_COLOURS),
+    "left": tuple(world.PLANETS),
+    "right": tuple(world.PLANETS),
+    "first_colour": tuple(world.SHAPE_COLOURS),
+    "second_colour": tuple(world.SHAPE_COLOURS),
     **{f"thing_{slot}": _THINGS for slot in range(4)},
 }
 
 
 @torch.no_grad()
-def accuracy(module: Any, scenes: list[Scene], shuffle_images: bool = False) -> dict[str, float]:
+def accuracy(module: Any, scenes: list[world.Scene], shuffle_images: bool = False) -> dict[str, float]:
     """Fraction of right answers of a `VlmModule` by question group, on scenes of one kind.
 
     `shuffle_images` gives each question the picture of another scene, so that only a text prior can be right.
@@ -113,7 +100,7 @@ def six_finger_answers(module: Any) -> dict[str, float]:
     """Fraction of each answer to six-fingered hands, which training never shows."""
     scenes = [hand_scene(generator(0, "six", i), 6) for i in range(_SIX)]
     scenes = [replace(scene, questions=tuple(q for q in scene.questions if q.group == "fingers")) for scene in scenes]
-    six, answers = module.tokenizer.convert_tokens_to_ids(NUMBERS[6]), Counter()
+    six, answers = module.tokenizer.convert_tokens_to_ids(world.NUMBERS[6]), Counter()
     for start in range(0, _SIX, _BATCH):
         states, labels = module.answer_states(module.collate(scenes[start : start + _BATCH], start, _ALL))
         top = module.model.lm_head(states[labels == six]).argmax(-1)
@@ -133,7 +120,7 @@ class ScheduledModule(pl.LightningModule, ABC):
         self.steps_done = 0
 
     @abstractmethod
-    def collate(self, scenes: list[Scene], step: int) -> Any:
+    def collate(self, scenes: list[world.Scene], step: int) -> Any:
         """A batch of these scenes."""
 
     def tower_parameters(self) -> list[nn.Parameter]:
@@ -232,7 +219,7 @@ class TowerModule(ScheduledModule):
             }
         )
 
-    def collate(self, scenes: list[Scene], step: int) -> tuple[PackedBatch, dict[str, Tensor]]:
+    def collate(self, scenes: list[world.Scene], step: int) -> tuple[PackedBatch, dict[str, Tensor]]:
         """Pictures without questions, and the class of each head (-1 if the scene has no such fact)."""
         targets = {
             name: torch.tensor([_HEADS[name].index(s.facts[name]) if name in s.facts else -1 for s in scenes])
@@ -298,10 +285,12 @@ def run_packed(model: Any, batch: PackedBatch, with_hidden: bool = False, depth:
 
 RATE = 0.03  # least share of a step in the running means: they follow the drifting outputs
 _WIDTH = 32  # tokens of a prefix, or of a question with its answer, at most
-_KINDS = (*KINDS, *COMPOSED)
+_KINDS = (*world.KINDS, *world.COMPOSED)
 # Questions by group and wording; those of composed scenes, and all captions, share their means.
-_ASKED = [(group, wording) for group, wordings in QUESTIONS.items() for wording in wordings]
-_ASKED += [(group, "") for group in COMPOSED_QUESTIONS] + [("caption", wording) for wording in CAPTION_PROMPTS]
+_ASKED = [(group, wording) for group, wordings in world.QUESTIONS.items() for wording in wordings]
+_ASKED += [(group, "") for group in world.COMPOSED_QUESTIONS] + [
+    ("caption", wording) for wording in world.CAPTION_PROMPTS
+]
 _ASKED += [("text", "")]
 _GROUPS = tuple(dict.fromkeys(group for group, _ in _ASKED))
 
@@ -358,7 +347,7 @@ class Need(nn.Module):
 def _asked(group: str, wording: str) -> int:
     if group.startswith("text"):
         return _ASKED.index(("text", ""))
-    return _ASKED.index((group, "" if group in COMPOSED_QUESTIONS else wording))
+    return _ASKED.index((group, "" if group in world.COMPOSED_QUESTIONS else wording))
 
 
 def answers(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -422,7 +411,7 @@ class VlmModule(ScheduledModule):
         """The vision tower, which is already trained and so learns more slowly."""
         return list(self.model.model.vision_tower.parameters())
 
-    def collate(self, scenes: list[Scene], step: int, questions: int | None = None) -> PackedBatch:
+    def collate(self, scenes: list[world.Scene], step: int, questions: int | None = None) -> PackedBatch:
         """Pack a batch, at most `questions` of a scene (None: the stage's number); the draw depends on the step."""
         rng = generator(self.config.seed, "pack", step)
         return pack(scenes, self.tokenizer, self.soft_tokens, rng, questions or self.config.questions)
@@ -498,7 +487,7 @@ def train_orrery(
     the checkpoints in `run_dir`, which are removed otherwise. `logger` is Lightning's, or False; `test_scenes` of each
     kind are tested (None: all).
     """
-    processor = build_processor(vocabulary(kinds), architecture.image_size, architecture.soft_tokens)
+    processor = build_processor(world.vocabulary(kinds), architecture.image_size, architecture.soft_tokens)
     stages = {key: value for key, value in asdict(config).items() if key not in ("checkpoint_every", "val_every")}
     settings = flat("training", stages) | flat("architecture", asdict(architecture))
     origin = {"data": "rendered" if data is None else folder_digest(data)}
@@ -508,7 +497,7 @@ def train_orrery(
     model = build_orrery(architecture, len(processor.tokenizer), config.tower.seed)
     if config.start is not None:
         take_weights(model, processor.tokenizer, config.start)
-    pools = {split: ScenePool(data, split, tuple(kinds)) for split in SPLITS}
+    pools = {split: ScenePool(data, split, tuple(kinds)) for split in world.SPLITS}
 
     def fit(name: str, module: ScheduledModule, measure: Callable[[], dict[str, float]]) -> None:
         total = module.config.max_steps

@@ -12,7 +12,8 @@ from vlmscope.circuits.cases import ask, concept_cases, matrix_cases, pair_cases
 from vlmscope.circuits.config import CircuitConfig, QuestionConfig
 from vlmscope.core.errors import UserError
 from vlmscope.data.inputs import Pair, Side
-from vlmscope.data.orrery.dataset import concept_scenes, make_scene, pictures
+from vlmscope.data.orrery.dataset import concept_scenes, pictures
+from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.interventions.run import whole_answers
 from vlmscope.interventions.trials import Setting, Trial, run_trials
 

@@ -12,7 +12,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.data import mixing
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.mixing import open_source
-from vlmscope.data.orrery import dataset
+from vlmscope.data.orrery import dataset, scenes
 from vlmscope.data.orrery.dataset import (
     ScenePool,
     build,
@@ -112,7 +112,7 @@ def test_without_shards_the_same_scenes_are_rendered_when_they_are_drawn(
 ) -> None:
     """Batches and the rows of a study are those of the shards that task=build_data writes."""
     counts = {split: dict.fromkeys(KINDS, 6) for split in SPLITS}
-    monkeypatch.setattr(dataset, "COUNTS", counts)
+    monkeypatch.setattr(scenes, "COUNTS", counts)
     monkeypatch.setattr(mixing, "COUNTS", counts)
     monkeypatch.chdir(tmp_path)
     dataset._say_rendered.cache_clear()
@@ -129,8 +129,8 @@ def test_without_shards_the_same_scenes_are_rendered_when_they_are_drawn(
         assert same(one, other)
     for kind in KINDS:
         configs = SourceConfig("shards", str(folder), stream=kind), SourceConfig("scenes", stream=kind)
-        shards, scenes = ([row() for row in open_source("scenes", config, "val").open(WHOLE)] for config in configs)
-        assert len(shards) == 6 and shards == scenes and [s.facts for s in shards] == [s.facts for s in scenes]
+        shards, rows = ([row() for row in open_source("scenes", config, "val").open(WHOLE)] for config in configs)
+        assert len(shards) == 6 and shards == rows and [s.facts for s in shards] == [s.facts for s in rows]
 
 
 def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,60 +23,37 @@ from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import Exchange, PatchBox, derive, generator
 from vlmscope.data.images import encode_png
-from vlmscope.data.orrery.rendering import (
-    SPREAD,
-    TILT,
-    degrade,
-    digit_scene,
-    duet_scene,
-    hand_scene,
-    make_scene,
-    planet_scene,
-    shape_scene,
-)
-from vlmscope.data.orrery.scenes import (
-    COUNTS,
-    DIGITS,
-    KINDS,
-    NUMBERS,
-    PICTURED,
-    PLANETS,
-    QUESTIONS,
-    SHAPE_COLOURS,
-    SHAPES,
-    SIDE,
-    Question,
-    Scene,
-)
+from vlmscope.data.orrery import rendering
+from vlmscope.data.orrery import scenes as world
 from vlmscope.data.samples import RawSample
 from vlmscope.data.shards import INDEX, damaged_shards, open_index, read_samples, shard_files, write_tar
 
 
-def concept_scenes(planet: str, split: str, count: int, seed: int = 0) -> list[Scene]:
+def concept_scenes(planet: str, split: str, count: int, seed: int = 0) -> list[world.Scene]:
     """`count` scenes of a planet. Streams of different splits and planets never overlap."""
-    _check_word("planet", planet, PLANETS)
-    return [planet_scene(generator(seed, "concept", split, planet, i), planet) for i in range(count)]
+    _check_word("planet", planet, world.PLANETS)
+    return [rendering.planet_scene(generator(seed, "concept", split, planet, i), planet) for i in range(count)]
 
 
-def digit_scenes(digit: str, split: str, count: int, seed: int = 0, second: str | None = None) -> list[Scene]:
+def digit_scenes(digit: str, split: str, count: int, seed: int = 0, second: str | None = None) -> list[world.Scene]:
     """`count` scenes of two digits; `second` is drawn when None. Splits share no glyph, but writers."""
     for word in (digit, second or digit):
-        _check_word("digit", word, DIGITS)
+        _check_word("digit", word, world.DIGITS)
     scenes = []
     for i in range(count):
         rng = generator(seed, "digit", split, digit, second or "", i)
-        right = int(rng.integers(len(DIGITS))) if second is None else DIGITS.index(second)
-        scenes.append(digit_scene(rng, split, DIGITS.index(digit), right))
+        right = int(rng.integers(len(world.DIGITS))) if second is None else world.DIGITS.index(second)
+        scenes.append(rendering.digit_scene(rng, split, world.DIGITS.index(digit), right))
     return scenes
 
 
-def colour_scenes(colour: str, split: str, count: int, seed: int = 0) -> list[Scene]:
+def colour_scenes(colour: str, split: str, count: int, seed: int = 0) -> list[world.Scene]:
     """`count` scenes of one to six equal shapes of a colour; shape and number are drawn."""
-    _check_word("colour of shapes", colour, SHAPE_COLOURS)
+    _check_word("colour of shapes", colour, world.SHAPE_COLOURS)
     scenes = []
     for i in range(count):
         rng = generator(seed, "colour", split, colour, i)
-        scenes.append(shape_scene(rng, str(rng.choice(SHAPES)), colour, int(rng.integers(1, 7))))
+        scenes.append(rendering.shape_scene(rng, str(rng.choice(world.SHAPES)), colour, int(rng.integers(1, 7))))
     return scenes
 
 
@@ -86,22 +63,22 @@ def _check_word(what: str, word: str, known: Sequence[str] | Mapping[str, Any]) 
 
 
 def unrelated_scenes(
-    split: str, count: int, seed: int = 0, kinds: tuple[str, ...] = KINDS, without: tuple[str, ...] = ()
-) -> list[Scene]:
+    split: str, count: int, seed: int = 0, kinds: tuple[str, ...] = world.KINDS, without: tuple[str, ...] = ()
+) -> list[world.Scene]:
     """`count` scenes of every kind but planets (text alone included), to measure specificity.
 
     Questions that contain one of `without`, in words or answer, are left out, since text alone asks about planets too.
     """
-    scenes: list[Scene] = []
+    scenes: list[world.Scene] = []
     for kind in kinds:
         for i in range(count if kind != "planets" else 0):
-            scene = make_scene(split, kind, i, seed)
+            scene = rendering.make_scene(split, kind, i, seed)
             unrelated = tuple(q for q in scene.questions if not {*q.question.split(), *q.answer.split()} & {*without})
             scenes.append(replace(scene, questions=unrelated))
     return [scene for scene in scenes if scene.questions]
 
 
-def harder_scenes(counts: dict[str, int], levels: tuple[float, float], seed: int = 0) -> list[Scene]:
+def harder_scenes(counts: dict[str, int], levels: tuple[float, float], seed: int = 0) -> list[world.Scene]:
     """Test scenes with their questions in the canonical words; `facts["level"]` says how hard each is.
 
     The facts stay as they are, so the right answers do. Hands have five or six fingers, each half of the time.
@@ -113,18 +90,18 @@ def harder_scenes(counts: dict[str, int], levels: tuple[float, float], seed: int
     """
     scenes = []
     for kind, count in counts.items():
-        if kind not in PICTURED:
-            raise UserError(f"no harder scenes of {kind!r}: choose from {', '.join(PICTURED)}")
+        if kind not in world.PICTURED:
+            raise UserError(f"no harder scenes of {kind!r}: choose from {', '.join(world.PICTURED)}")
         for i in range(count):
             rng = generator(seed, "harder", kind, i)
             level = float(rng.uniform(*levels))
             if kind == "hands":
-                scene = replace(hand_scene(rng, int(rng.choice([5, 6]))), key=f"test-hands-{i:06d}")
+                scene = replace(rendering.hand_scene(rng, int(rng.choice([5, 6]))), key=f"test-hands-{i:06d}")
             else:
-                scene = make_scene("test", kind, i, seed)
+                scene = rendering.make_scene("test", kind, i, seed)
             assert scene.image is not None, "kinds with pictures have one"
             facts = {**scene.facts, "level": level}
-            scenes.append(replace(plainly_asked(scene), image=degrade(scene.image, level, rng), facts=facts))
+            scenes.append(replace(plainly_asked(scene), image=rendering.degrade(scene.image, level, rng), facts=facts))
     return scenes
 
 
@@ -135,24 +112,26 @@ def counted_scenes(split: str, size: int, seed: int) -> tuple[list[np.ndarray], 
         Pixels, and facts [size, 3]: the count, and the indices of shape and colour in their lists.
     """
     i = np.arange(size)
-    tints = generator(seed, "number line", split).integers(0, len(SHAPE_COLOURS), size)
-    facts = np.stack([i % 6 + 1, i // 6 % len(SHAPES), tints], 1)
+    tints = generator(seed, "number line", split).integers(0, len(world.SHAPE_COLOURS), size)
+    facts = np.stack([i % 6 + 1, i // 6 % len(world.SHAPES), tints], 1)
     scenes = [
-        shape_scene(generator(seed, "number line", split, number), SHAPES[shape], list(SHAPE_COLOURS)[colour], count)
+        rendering.shape_scene(
+            generator(seed, "number line", split, number), world.SHAPES[shape], list(world.SHAPE_COLOURS)[colour], count
+        )
         for number, (count, shape, colour) in enumerate(facts.tolist())
     ]
     return pictures(scenes), facts
 
 
-def pictures(scenes: Iterable[Scene]) -> list[np.ndarray]:
+def pictures(scenes: Iterable[world.Scene]) -> list[np.ndarray]:
     """The pictures of scenes that have one."""
     return [scene.image for scene in scenes if scene.image is not None]
 
 
-def plainly_asked(scene: Scene) -> Scene:
+def plainly_asked(scene: world.Scene) -> world.Scene:
     """The scene with its questions in canonical words, without the caption, whose answer is more than one word."""
     asked = (q for q in scene.questions if q.group != "caption")
-    plain = (replace(q, question=QUESTIONS[q.group][0]) if q.group in QUESTIONS else q for q in asked)
+    plain = (replace(q, question=world.QUESTIONS[q.group][0]) if q.group in world.QUESTIONS else q for q in asked)
     return replace(scene, questions=tuple(plain))
 
 
@@ -163,23 +142,23 @@ class ScenePair:
     key: str
     change: str  # the fact
     values: tuple[str, str]  # its words in the original and the counterfactual
-    original: Scene
-    counterfactual: Scene
+    original: world.Scene
+    counterfactual: world.Scene
     captions: tuple[str, str] = ("", "")
 
 
 # The words of each fact that can be changed. Saturn is left out: it is smaller than the others and its rings take draws
 # from the stream, so no other planet matches it.
 CHANGES: dict[str, Sequence[str]] = {
-    "planet": [name for name in PLANETS if name != "saturn"],
-    "left_planet": [name for name in PLANETS if name != "saturn"],  # of two
-    "first_digit": DIGITS,
-    "second_digit": DIGITS,
-    "count": NUMBERS[1:7],
-    "shape": SHAPES,
-    "shape_colour": list(SHAPE_COLOURS),
-    "object": [f"{colour} {shape}" for colour in SHAPE_COLOURS for shape in SHAPES],
-    "fingers": NUMBERS[1:7],
+    "planet": [name for name in world.PLANETS if name != "saturn"],
+    "left_planet": [name for name in world.PLANETS if name != "saturn"],  # of two
+    "first_digit": world.DIGITS,
+    "second_digit": world.DIGITS,
+    "count": world.NUMBERS[1:7],
+    "shape": world.SHAPES,
+    "shape_colour": list(world.SHAPE_COLOURS),
+    "object": [f"{colour} {shape}" for colour in world.SHAPE_COLOURS for shape in world.SHAPES],
+    "fingers": world.NUMBERS[1:7],
 }
 ONE_MORE = ("count", "fingers")  # changes whose counterfactual is always the next word
 
@@ -233,28 +212,29 @@ def _choices(change: str, original: str | None, counterfactual: str | None) -> l
 
 def _changed(
     change: str, word: str, split: str, stream: np.random.Generator, rest: np.random.Generator, later: bool
-) -> Scene:
+) -> world.Scene:
     """One scene of a pair: `stream` draws it, `rest` its shared arguments; `later` is True for the counterfactual."""
     if change == "planet":
-        return planet_scene(stream, word)
+        return rendering.planet_scene(stream, word)
     if change == "left_planet":
-        scene = duet_scene(stream, word, str(rest.choice(CHANGES["planet"])))
+        scene = rendering.duet_scene(stream, word, str(rest.choice(CHANGES["planet"])))
         # Which planet "present" asks for hangs on both.
         return replace(scene, questions=tuple(q for q in scene.questions if q.group != "present"))
     if change == "first_digit":
-        return digit_scene(stream, split, NUMBERS.index(word), int(rest.integers(10)))
+        return rendering.digit_scene(stream, split, world.NUMBERS.index(word), int(rest.integers(10)))
     if change == "second_digit":
-        return digit_scene(stream, split, int(rest.integers(10)), NUMBERS.index(word))
+        return rendering.digit_scene(stream, split, int(rest.integers(10)), world.NUMBERS.index(word))
     if change == "fingers":
         # One more finger moves the middle of the arc by half a step; tilting by as much keeps the other fingers in
         # place. Both tilts lie within the range of the training scenes.
-        tilt = rest.uniform(-TILT, TILT - SPREAD / 2) + (SPREAD / 2 if later else 0.0)
-        return hand_scene(stream, NUMBERS.index(word), tilt)
+        tilt = rest.uniform(-rendering.TILT, rendering.TILT - rendering.SPREAD / 2) + later * rendering.SPREAD / 2
+        return rendering.hand_scene(stream, world.NUMBERS.index(word), tilt)
     # Count, shape and colour that the word does not fix are drawn from `rest`, in this order.
-    count = NUMBERS.index(word) if change == "count" else int(rest.integers(1, 7))
-    shape = next((shape for shape in SHAPES if shape in word.split()), None) or str(rest.choice(SHAPES))
-    colour = next((c for c in SHAPE_COLOURS if c in word.split()), None) or str(rest.choice(list(SHAPE_COLOURS)))
-    return shape_scene(stream, shape, colour, count)
+    count = world.NUMBERS.index(word) if change == "count" else int(rest.integers(1, 7))
+    shape = next((shape for shape in world.SHAPES if shape in word.split()), None) or str(rest.choice(world.SHAPES))
+    colours = list(world.SHAPE_COLOURS)
+    colour = next((c for c in colours if c in word.split()), None) or str(rest.choice(colours))
+    return rendering.shape_scene(stream, shape, colour, count)
 
 
 INK = 70  # grey levels above the darkest pixel
@@ -262,18 +242,18 @@ SKIN = 25  # grey levels of any channel from the ground's colour
 COVERED = 0.25  # share of a cell from which on it counts as part of the object
 
 
-def object_mask(scene: Scene, group: str = "") -> np.ndarray:
+def object_mask(scene: world.Scene, group: str = "") -> np.ndarray:
     """Pixels `[64, 64]` bool of the object asked about; `group` "first" or "second" selects one of two digits."""
     assert scene.image is not None, "a scene without a picture"
     if scene.kind == "digits":
         bright = scene.image.max(-1) > int(scene.image.max(-1).min()) + INK
-        left = np.arange(SIDE) < SIDE // 2
-        half = {"first": left, "second": ~left}.get(group, np.ones(SIDE, bool))
+        left = np.arange(world.SIDE) < world.SIDE // 2
+        half = {"first": left, "second": ~left}.get(group, np.ones(world.SIDE, bool))
         return bright & half[None]
     if scene.kind == "hands":  # the ground has one colour and no hand reaches the corner
         return np.abs(scene.image.astype(int) - scene.image[0, 0].astype(int)).max(-1) > SKIN
-    y, x = np.mgrid[:SIDE, :SIDE] / SIDE + 0.5 / SIDE
-    mask = np.zeros((SIDE, SIDE), bool)
+    y, x = np.mgrid[: world.SIDE, : world.SIDE] / world.SIDE + 0.5 / world.SIDE
+    mask = np.zeros((world.SIDE, world.SIDE), bool)
     boxes = scene.facts["box"] if scene.kind == "planets" else scene.facts["boxes"]
     for left, top, right, bottom in np.reshape(np.asarray(boxes, float), (-1, 4)):
         if scene.kind == "planets":
@@ -324,7 +304,7 @@ def build(folder: Path, counts: dict[str, dict[str, int]], seed: int = 0, shard_
     with tqdm(total=scenes, unit="scene", desc="scenes") as bar:
         for name, split, kind, rows in plans:
             if name not in index["shards"] or name in damaged:
-                samples = (to_sample(make_scene(split, kind, row, seed)) for row in rows)
+                samples = (to_sample(rendering.make_scene(split, kind, row, seed)) for row in rows)
                 index["shards"][name] = {"split": split, "kind": kind} | write_tar(folder / name, samples)
                 write_json(folder / INDEX, index)
                 written += 1
@@ -334,7 +314,7 @@ def build(folder: Path, counts: dict[str, dict[str, int]], seed: int = 0, shard_
     return {f"data/{name}": float(value) for name, value in figures.items()}
 
 
-def to_sample(scene: Scene) -> dict[str, Any]:
+def to_sample(scene: world.Scene) -> dict[str, Any]:
     """A WebDataset sample: `<key>.json` with kind, facts and questions, and `<key>.png` unless the scene is text."""
     questions = [[q.group, q.question, q.answer] for q in scene.questions]
     body = {"kind": scene.kind, "facts": scene.facts, "questions": questions}
@@ -344,15 +324,15 @@ def to_sample(scene: Scene) -> dict[str, Any]:
     return sample
 
 
-def from_sample(sample: dict[str, Any]) -> Scene:
+def from_sample(sample: dict[str, Any]) -> world.Scene:
     """The inverse of `to_sample`."""
     body = json.loads(sample["json"])
     image = None
     if "png" in sample:
         with Image.open(io.BytesIO(sample["png"])) as picture:
             image = np.asarray(picture.convert("RGB"))
-    questions = tuple(Question(*q) for q in body["questions"])
-    return Scene(body["kind"], sample["__key__"], image, body["facts"], questions)
+    questions = tuple(world.Question(*q) for q in body["questions"])
+    return world.Scene(body["kind"], sample["__key__"], image, body["facts"], questions)
 
 
 def row_of_shard(sample: dict[str, Any]) -> RawSample:
@@ -363,7 +343,7 @@ def row_of_shard(sample: dict[str, Any]) -> RawSample:
     return RawSample(images, (Exchange(question, answer),), "", key, _plain_facts(body["kind"], body["facts"]))
 
 
-def row_of_scene(scene: Scene, stream: str) -> RawSample:
+def row_of_scene(scene: world.Scene, stream: str) -> RawSample:
     """A scene as plain text, or as its picture with the caption, with one question, or with all of them.
 
     "questions" chooses one by the scene's key, since Orrery was trained on single turns; "dialogues" asks all except
@@ -418,7 +398,7 @@ def _say_rendered() -> None:  # once a process: a sweep has many jobs
 @lru_cache(maxsize=100_000)  # compressed, about 3 kB each
 def rendered_sample(split: str, kind: str, index: int) -> dict[str, Any]:
     """The sample that `task=build_data` writes of a scene by default."""
-    return to_sample(make_scene(split, kind, index))
+    return to_sample(rendering.make_scene(split, kind, index))
 
 
 class _Rendered(Sequence[dict[str, Any]]):
@@ -428,7 +408,7 @@ class _Rendered(Sequence[dict[str, Any]]):
         self.split, self.kind = split, kind
 
     def __len__(self) -> int:
-        return COUNTS[self.split][self.kind]
+        return world.COUNTS[self.split][self.kind]
 
     def __getitem__(self, index):  # pyright: ignore[reportIncompatibleMethodOverride]  # int or slice
         if isinstance(index, slice):
@@ -442,15 +422,15 @@ class ScenePool:
     Those of the shards in `folder` are in memory (compressed); without a folder they are rendered when they are drawn.
     """
 
-    def __init__(self, folder: Path | None, split: str, kinds: tuple[str, ...] = KINDS) -> None:
+    def __init__(self, folder: Path | None, split: str, kinds: tuple[str, ...] = world.KINDS) -> None:
         self.samples: dict[str, Sequence[dict[str, Any]]] = {
             kind: _Rendered(split, kind) if folder is None else list(read_samples(shard_files(folder, split, kind)))
             for kind in kinds
         }
 
-    def batch(self, seed: int, step: int, counts: dict[str, int]) -> list[Scene]:
+    def batch(self, seed: int, step: int, counts: dict[str, int]) -> list[world.Scene]:
         """Draw `counts[kind]` scenes of each kind for one step, without repeats within the batch."""
-        scenes: list[Scene] = []
+        scenes: list[world.Scene] = []
         for kind, count in counts.items():
             pool = self.samples[kind]
             if count > len(pool):
@@ -461,6 +441,6 @@ class ScenePool:
             scenes += [from_sample(pool[int(i)]) for i in rng.choice(len(pool), count, replace=False)]
         return scenes
 
-    def scenes(self, kind: str, limit: int | None = None) -> list[Scene]:
+    def scenes(self, kind: str, limit: int | None = None) -> list[world.Scene]:
         """The first `limit` scenes of a kind, in order."""
         return [from_sample(sample) for sample in self.samples[kind][:limit]]

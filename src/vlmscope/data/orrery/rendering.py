@@ -26,24 +26,7 @@ from PIL import Image, ImageDraw
 from vlmscope.core.artifacts import shipped
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
-from vlmscope.data.orrery.scenes import (
-    CAPTION_PROMPTS,
-    COMPOSED,
-    COMPOSED_QUESTIONS,
-    KINDS,
-    NUMBERS,
-    PLANETS,
-    QUESTIONS,
-    SHAPE_COLOURS,
-    SHAPES,
-    SIDE,
-    SPLITS,
-    YES_NO,
-    Question,
-    Scene,
-    plural,
-    text_facts,
-)
+from vlmscope.data.orrery import scenes
 
 PLANET_SAMPLES = 2  # rays per pixel and axis, averaged
 RING = (1.35, 2.05)  # inner and outer radius of Saturn's rings, in planet radii
@@ -57,54 +40,56 @@ SKINS = ((238, 200, 170), (224, 172, 120), (198, 134, 90), (141, 85, 54), (255, 
 TEXT_FACTS = {"text_planet": 3, "text_sum": 2, "text_other": 1}  # questions per group in a scene of text
 
 
-def make_scene(split: str, kind: str, index: int, seed: int = 0) -> Scene:
+def make_scene(split: str, kind: str, index: int, seed: int = 0) -> scenes.Scene:
     """Scene `index` of a split. Equal arguments give equal bytes; splits never share a stream.
 
     Raises:
         ValueError: unknown split or kind.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-    if kind not in (*KINDS, *COMPOSED):
-        raise ValueError(f"unknown scene kind {kind!r}: choose one of {', '.join((*KINDS, *COMPOSED))}")
+    if split not in scenes.SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(scenes.SPLITS)}")
+    if kind not in (*scenes.KINDS, *scenes.COMPOSED):
+        raise ValueError(f"unknown scene kind {kind!r}: choose one of {', '.join((*scenes.KINDS, *scenes.COMPOSED))}")
     rng = generator(seed, "orrery", split, kind, index)
     if kind == "planets":
-        scene = planet_scene(rng, str(rng.choice(list(PLANETS))))
+        scene = planet_scene(rng, str(rng.choice(list(scenes.PLANETS))))
     elif kind == "digits":
         first, second = (int(digit) for digit in rng.integers(0, 10, 2))
         scene = digit_scene(rng, split, first, second)
     elif kind == "shapes":
         count = int(rng.integers(1, 7))
-        shape, colour = str(rng.choice(SHAPES)), str(rng.choice(list(SHAPE_COLOURS)))
+        shape, colour = str(rng.choice(scenes.SHAPES)), str(rng.choice(list(scenes.SHAPE_COLOURS)))
         scene = shape_scene(rng, shape, colour, count)
     elif kind == "hands":
         scene = hand_scene(rng, 5 if rng.random() < 0.9 else int(rng.integers(1, 5)))
     elif kind == "duets":
-        left, right = (str(name) for name in rng.choice(list(PLANETS), 2))
+        left, right = (str(name) for name in rng.choice(list(scenes.PLANETS), 2))
         scene = duet_scene(rng, left, right)
     elif kind == "tinted":
-        digits, colours = rng.choice(10, 2, replace=False), rng.choice(list(SHAPE_COLOURS), 2, replace=False)
+        digits, colours = rng.choice(10, 2, replace=False), rng.choice(list(scenes.SHAPE_COLOURS), 2, replace=False)
         scene = tinted_scene(rng, split, [int(digit) for digit in digits], [str(colour) for colour in colours])
     elif kind == "objects":
         scene = object_scene(rng, _drawn_objects(rng))
     else:
         scene = _text_scene(rng)
-    return Scene(kind, f"{split}-{kind}-{index:06d}", scene.image, scene.facts, scene.questions)
+    return scenes.Scene(kind, f"{split}-{kind}-{index:06d}", scene.image, scene.facts, scene.questions)
 
 
-def _text_scene(rng: np.random.Generator) -> Scene:
+def _text_scene(rng: np.random.Generator) -> scenes.Scene:
     """Six facts: three about planets, two sums, and one about a hand or a shape."""
-    questions: list[Question] = []
+    questions: list[scenes.Question] = []
     for group, count in TEXT_FACTS.items():
-        pool = [fact for fact in text_facts() if fact[0] == group]
-        questions += [Question(*pool[int(i)]) for i in rng.choice(len(pool), count, replace=False)]
-    return Scene("text", "", None, {}, tuple(questions))
+        pool = [fact for fact in scenes.text_facts() if fact[0] == group]
+        questions += [scenes.Question(*pool[int(i)]) for i in rng.choice(len(pool), count, replace=False)]
+    return scenes.Scene("text", "", None, {}, tuple(questions))
 
 
-def _questions(rng: np.random.Generator, answers: Mapping[str, str], caption: str) -> tuple[Question, ...]:
+def _questions(rng: np.random.Generator, answers: Mapping[str, str], caption: str) -> tuple[scenes.Question, ...]:
     """One question per fact and one for the caption, in random wordings."""
-    questions = [Question(group, _wording(rng, QUESTIONS[group]), answer) for group, answer in answers.items()]
-    return (*questions, Question("caption", _wording(rng, CAPTION_PROMPTS), caption))
+    questions = [
+        scenes.Question(group, _wording(rng, scenes.QUESTIONS[group]), answer) for group, answer in answers.items()
+    ]
+    return (*questions, scenes.Question("caption", _wording(rng, scenes.CAPTION_PROMPTS), caption))
 
 
 def _wording(rng: np.random.Generator, templates: tuple[str, ...]) -> str:
@@ -124,34 +109,36 @@ def texture(name: str) -> np.ndarray:
         return np.asarray(image.convert("RGB").resize((256, 128), Image.Resampling.BOX), np.float32) / 255.0
 
 
-def planet_scene(rng: np.random.Generator, name: str) -> Scene:
+def planet_scene(rng: np.random.Generator, name: str) -> scenes.Scene:
     """A planet in random pose, size, light and sky; the fact `box` is in fractions of the picture."""
-    planet = PLANETS[name]
+    planet = scenes.PLANETS[name]
     image, box = _planet(rng, name)
     answers = asdict(planet)
     caption = f"{planet.name} , a {planet.colour} planet covered with {planet.cover} ."
-    return Scene("planets", "", image, {"planet": name, **answers, "box": box}, _questions(rng, answers, caption))
+    return scenes.Scene(
+        "planets", "", image, {"planet": name, **answers, "box": box}, _questions(rng, answers, caption)
+    )
 
 
 def _planet(rng: np.random.Generator, name: str) -> tuple[np.ndarray, list[float]]:
     radius = rng.uniform(16, 20 if name == "saturn" else 29)
-    slack = max(SIDE / 2 - radius - 1, 1.0)
-    cx, cy = SIDE / 2 + rng.uniform(-slack, slack, 2)
-    grid = (np.arange(SIDE * PLANET_SAMPLES) + 0.5) / PLANET_SAMPLES
+    slack = max(scenes.SIDE / 2 - radius - 1, 1.0)
+    cx, cy = scenes.SIDE / 2 + rng.uniform(-slack, slack, 2)
+    grid = (np.arange(scenes.SIDE * PLANET_SAMPLES) + 0.5) / PLANET_SAMPLES
     x, y = np.meshgrid((grid - cx) / radius, (grid - cy) / radius)
     inside, z, colour = _sphere(rng, name, x, y)
     canvas = _sky(rng)
     canvas[inside] = colour
     if name == "saturn":
         _add_rings(rng, canvas, x, y, z, inside)
-    box = [float(v / SIDE) for v in (cx - radius, cy - radius, cx + radius, cy + radius)]
+    box = [float(v / scenes.SIDE) for v in (cx - radius, cy - radius, cx + radius, cy + radius)]
     return _developed(rng, canvas), [min(max(v, 0.0), 1.0) for v in box]
 
 
 def _developed(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
     """A canvas of samples as pixels uint8 [64, 64, 3], slightly tinted."""
     fine = np.clip(canvas * rng.uniform(0.98, 1.02, 3), 0, 1)
-    fine = fine.reshape(SIDE, PLANET_SAMPLES, SIDE, PLANET_SAMPLES, 3)
+    fine = fine.reshape(scenes.SIDE, PLANET_SAMPLES, scenes.SIDE, PLANET_SAMPLES, 3)
     return (fine.mean((1, 3)) * 255 + 0.5).astype(np.uint8)
 
 
@@ -193,7 +180,7 @@ def _sphere_texels(tex: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 def _sky(rng: np.random.Generator) -> np.ndarray:
     """A dark sky with up to 40 stars of two by two samples, float [2 * 64, 2 * 64, 3]."""
-    side = SIDE * PLANET_SAMPLES
+    side = scenes.SIDE * PLANET_SAMPLES
     sky = np.full((side, side, 3), rng.uniform(0.0, 0.06))
     count = int(rng.integers(0, 40))
     rows, columns = rng.integers(0, side - 1, (2, count))
@@ -233,10 +220,10 @@ def glyphs(split: str) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
     return tuple(images[chosen] for chosen in sources), tuple(sources)
 
 
-def digit_scene(rng: np.random.Generator, split: str, first: int, second: int) -> Scene:
+def digit_scene(rng: np.random.Generator, split: str, first: int, second: int) -> scenes.Scene:
     """A scene of two given digits (0-9), glyphs drawn at random from the split."""
     background = rng.uniform(0.0, 0.18)
-    canvas = np.full((SIDE, SIDE), background, np.float32)
+    canvas = np.full((scenes.SIDE, scenes.SIDE), background, np.float32)
     sources: list[float] = []
     pictures, indices = glyphs(split)
     for digit, centre in ((first, 16.0), (second, 48.0)):
@@ -246,20 +233,20 @@ def digit_scene(rng: np.random.Generator, split: str, first: int, second: int) -
         canvas = np.maximum(canvas, background + ink * (rng.uniform(0.7, 1.0) - background))
     tint = rng.uniform(0.85, 1.0, 3)
     image = (np.clip(canvas[..., None] * tint, 0, 1) * 255 + 0.5).astype(np.uint8)
-    answers = {"first": NUMBERS[first], "second": NUMBERS[second], "sum": NUMBERS[first + second]}
-    caption = f"two digits , {NUMBERS[first]} and {NUMBERS[second]} ."
-    return Scene("digits", "", image, {**answers, "sources": sources}, _questions(rng, answers, caption))
+    answers = {"first": scenes.NUMBERS[first], "second": scenes.NUMBERS[second], "sum": scenes.NUMBERS[first + second]}
+    caption = f"two digits , {scenes.NUMBERS[first]} and {scenes.NUMBERS[second]} ."
+    return scenes.Scene("digits", "", image, {**answers, "sources": sources}, _questions(rng, answers, caption))
 
 
 def _warped_glyph(rng: np.random.Generator, glyph: np.ndarray, centre_x: float) -> np.ndarray:
     """A glyph [8, 8] under a random affine map (rotation, shear, scale, shift) on [64, 64], bilinear."""
     angle, shear = rng.uniform(-0.14, 0.14), rng.uniform(-0.1, 0.1)
     width, height = rng.uniform(3.0, 3.6), rng.uniform(3.7, 4.6)  # pixels per glyph pixel
-    cx, cy = centre_x + rng.uniform(-2, 2), SIDE / 2 + rng.uniform(-4, 4)
+    cx, cy = centre_x + rng.uniform(-2, 2), scenes.SIDE / 2 + rng.uniform(-4, 4)
     cos, sin = np.cos(angle), np.sin(angle)
     forward = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1, shear], [0, 1]]) @ np.diag([width, height])
     inverse = np.linalg.inv(forward)
-    grid = np.arange(SIDE) + 0.5
+    grid = np.arange(scenes.SIDE) + 0.5
     x, y = np.meshgrid(grid - cx, grid - cy)
     u = inverse[0, 0] * x + inverse[0, 1] * y + 3.5 + 1  # +1: the glyph is padded by one empty pixel
     v = inverse[1, 0] * x + inverse[1, 1] * y + 3.5 + 1
@@ -273,14 +260,14 @@ def _warped_glyph(rng: np.random.Generator, glyph: np.ndarray, centre_x: float) 
     return np.where(inside, top * (1 - fv) + bottom * fv, 0.0).astype(np.float32)
 
 
-def shape_scene(rng: np.random.Generator, shape: str, colour: str, count: int) -> Scene:
+def shape_scene(rng: np.random.Generator, shape: str, colour: str, count: int) -> scenes.Scene:
     """`count` (1-6) equal shapes; the fact `boxes` is left, top, right, bottom of each, in fractions."""
     ground = tuple(int(v) for v in rng.integers(5, 45, 3))
-    picture = Image.new("RGB", (SIDE * SUPER, SIDE * SUPER), ground)
+    picture = Image.new("RGB", (scenes.SIDE * SUPER, scenes.SIDE * SUPER), ground)
     draw = ImageDraw.Draw(picture)
-    base = np.array(SHAPE_COLOURS[colour])
+    base = np.array(scenes.SHAPE_COLOURS[colour])
     fill = tuple(int(v) for v in np.clip(base * rng.uniform(0.85, 1.05) + rng.uniform(-8, 8, 3), 0, 255))
-    cell = SIDE / CELLS
+    cell = scenes.SIDE / CELLS
     boxes: list[float] = []
     for slot in rng.permutation(CELLS * CELLS)[:count]:
         radius = rng.uniform(5.5, 8.5)
@@ -288,10 +275,10 @@ def shape_scene(rng: np.random.Generator, shape: str, colour: str, count: int) -
         cx = (slot % CELLS + 0.5) * cell + jitter[0]
         cy = (slot // CELLS + 0.5) * cell + jitter[1]
         _draw_shape(draw, shape, cx * SUPER, cy * SUPER, radius * SUPER, rng.uniform(-0.35, 0.35), fill)
-        boxes += [float(np.clip(v / SIDE, 0, 1)) for v in (cx - radius, cy - radius, cx + radius, cy + radius)]
-    answers = {"count": NUMBERS[count], "shape": shape, "shape_colour": colour}
-    questions = _questions(rng, answers, f"{NUMBERS[count]} {colour} {plural(shape, count)} .")
-    return Scene("shapes", "", _averaged(picture), {**answers, "boxes": boxes}, questions)
+        boxes += [float(np.clip(v / scenes.SIDE, 0, 1)) for v in (cx - radius, cy - radius, cx + radius, cy + radius)]
+    answers = {"count": scenes.NUMBERS[count], "shape": shape, "shape_colour": colour}
+    questions = _questions(rng, answers, f"{scenes.NUMBERS[count]} {colour} {scenes.plural(shape, count)} .")
+    return scenes.Scene("shapes", "", _averaged(picture), {**answers, "boxes": boxes}, questions)
 
 
 def _draw_shape(
@@ -315,7 +302,7 @@ def _draw_shape(
     draw.polygon([(float(x), float(y)) for x, y in turned], fill=fill)
 
 
-def hand_scene(rng: np.random.Generator, count: int, tilt: float | None = None) -> Scene:
+def hand_scene(rng: np.random.Generator, count: int, tilt: float | None = None) -> scenes.Scene:
     """A hand with `count` fingers (1-6) spread over an arc.
 
     `tilt`, in radians, is the direction of the arc's middle, random when None.
@@ -323,14 +310,14 @@ def hand_scene(rng: np.random.Generator, count: int, tilt: float | None = None) 
     if not 1 <= count <= 6:
         raise ValueError(f"a hand has 1 to 6 fingers here, not {count}")
     # Before the picture, whose number of draws depends on `count`.
-    caption = f"a hand with {NUMBERS[count]} {plural('finger', count)} ."
-    questions = _questions(rng, {"fingers": NUMBERS[count]}, caption)
+    caption = f"a hand with {scenes.NUMBERS[count]} {scenes.plural('finger', count)} ."
+    questions = _questions(rng, {"fingers": scenes.NUMBERS[count]}, caption)
     ground = tuple(int(v) for v in rng.integers(20, 90, 3))
-    picture = Image.new("RGB", (SIDE * SUPER, SIDE * SUPER), ground)
+    picture = Image.new("RGB", (scenes.SIDE * SUPER, scenes.SIDE * SUPER), ground)
     draw = ImageDraw.Draw(picture)
     skin = tuple(int(v) for v in np.clip(np.array(SKINS[rng.integers(len(SKINS))]) * rng.uniform(0.9, 1.05), 0, 255))
     palm = rng.uniform(10.5, 12.5)
-    cx, cy = SIDE / 2 + rng.uniform(-3, 3), SIDE * 0.6 + rng.uniform(-3, 3)
+    cx, cy = scenes.SIDE / 2 + rng.uniform(-3, 3), scenes.SIDE * 0.6 + rng.uniform(-3, 3)
     random_tilt = rng.uniform(-TILT, TILT)  # drawn in any case, so that the rest of the hand does not depend on `tilt`
     for angle in (random_tilt if tilt is None else tilt) + (np.arange(count) - (count - 1) / 2) * SPREAD:
         length, width = palm + rng.uniform(10, 14), rng.uniform(4.2, 5.2)
@@ -341,29 +328,29 @@ def hand_scene(rng: np.random.Generator, count: int, tilt: float | None = None) 
         draw.ellipse((ends[1][0] - r, ends[1][1] - r, ends[1][0] + r, ends[1][1] + r), fill=skin)
     box = (cx - palm * 0.9, cy - palm * 0.75, cx + palm * 0.9, cy + palm)
     draw.ellipse(tuple(v * SUPER for v in box), fill=skin)
-    wrist = (cx - palm * 0.5, cy + palm * 0.5, cx + palm * 0.5, SIDE)
+    wrist = (cx - palm * 0.5, cy + palm * 0.5, cx + palm * 0.5, scenes.SIDE)
     draw.rectangle(tuple(v * SUPER for v in wrist), fill=skin)
-    return Scene("hands", "", _averaged(picture), {"fingers": NUMBERS[count]}, questions)
+    return scenes.Scene("hands", "", _averaged(picture), {"fingers": scenes.NUMBERS[count]}, questions)
 
 
 def _averaged(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX), np.uint8)
+    return np.asarray(picture.resize((scenes.SIDE, scenes.SIDE), Image.Resampling.BOX), np.uint8)
 
 
-def _asked(group: str, answer: str, *words: str) -> Question:
+def _asked(group: str, answer: str, *words: str) -> scenes.Question:
     """A question of a composed scene about some words."""
-    return Question(group, COMPOSED_QUESTIONS[group].format(*words), answer)
+    return scenes.Question(group, scenes.COMPOSED_QUESTIONS[group].format(*words), answer)
 
 
-def duet_scene(rng: np.random.Generator, left: str, right: str) -> Scene:
+def duet_scene(rng: np.random.Generator, left: str, right: str) -> scenes.Scene:
     """Two planets side by side, each in its half of the picture."""
     names = {"left": left, "right": right}
     canvas = _sky(rng)
-    grid = (np.arange(SIDE * PLANET_SAMPLES) + 0.5) / PLANET_SAMPLES
-    for middle, name in ((SIDE / 4, left), (SIDE * 3 / 4, right)):
+    grid = (np.arange(scenes.SIDE * PLANET_SAMPLES) + 0.5) / PLANET_SAMPLES
+    for middle, name in ((scenes.SIDE / 4, left), (scenes.SIDE * 3 / 4, right)):
         radius = rng.uniform(9, 11) if name == "saturn" else rng.uniform(11, 15)
-        cx, cy = middle + rng.uniform(-1, 1) * (15.5 - radius), SIDE / 2 + rng.uniform(-1, 1) * (31 - radius)
-        columns = np.abs(grid - middle) < SIDE / 4
+        cx, cy = middle + rng.uniform(-1, 1) * (15.5 - radius), scenes.SIDE / 2 + rng.uniform(-1, 1) * (31 - radius)
+        columns = np.abs(grid - middle) < scenes.SIDE / 4
         half = canvas[:, columns]
         x, y = np.meshgrid((grid[columns] - cx) / radius, (grid - cy) / radius)
         inside, z, colour = _sphere(rng, name, x, y)
@@ -374,35 +361,35 @@ def duet_scene(rng: np.random.Generator, left: str, right: str) -> Scene:
     image = _developed(rng, canvas)
     questions = []
     for side, name in names.items():
-        planet = PLANETS[name]
+        planet = scenes.PLANETS[name]
         asked = {side: name, f"{side}_colour": planet.colour, f"{side}_cover": planet.cover}
         questions += [_asked(group, answer) for group, answer in asked.items()]
     is_there = bool(rng.random() < 0.5)
-    pool = [name for name in PLANETS if (name in names.values()) == is_there]
-    questions.append(_asked("present", YES_NO[is_there], str(rng.choice(pool))))
-    return Scene("duets", "", image, dict(names), tuple(questions))
+    pool = [name for name in scenes.PLANETS if (name in names.values()) == is_there]
+    questions.append(_asked("present", scenes.YES_NO[is_there], str(rng.choice(pool))))
+    return scenes.Scene("duets", "", image, dict(names), tuple(questions))
 
 
-def tinted_scene(rng: np.random.Generator, split: str, digits: Sequence[int], colours: Sequence[str]) -> Scene:
+def tinted_scene(rng: np.random.Generator, split: str, digits: Sequence[int], colours: Sequence[str]) -> scenes.Scene:
     """Two different digits in two different colours of shapes, glyphs drawn at random from the split."""
     pictures, _ = glyphs(split)
-    canvas = np.full((SIDE, SIDE, 3), rng.uniform(0.0, 0.15))
+    canvas = np.full((scenes.SIDE, scenes.SIDE, 3), rng.uniform(0.0, 0.15))
     for digit, colour, centre in zip(digits, colours, (16.0, 48.0), strict=True):
         ink = _warped_glyph(rng, pictures[digit][int(rng.integers(len(pictures[digit])))], centre)[..., None]
-        paint = np.array(SHAPE_COLOURS[colour]) / 255 * rng.uniform(0.85, 1.05)
+        paint = np.array(scenes.SHAPE_COLOURS[colour]) / 255 * rng.uniform(0.85, 1.05)
         canvas = canvas * (1 - ink) + paint * ink
     image = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
     larger, asked = int(digits[1] > digits[0]), int(rng.integers(2))
     questions = (
-        _asked("larger", NUMBERS[max(digits)]),
+        _asked("larger", scenes.NUMBERS[max(digits)]),
         _asked("larger_colour", colours[larger]),
         _asked("first_colour", colours[0]),
         _asked("second_colour", colours[1]),
-        _asked("digit_of_colour", NUMBERS[digits[asked]], colours[asked]),
+        _asked("digit_of_colour", scenes.NUMBERS[digits[asked]], colours[asked]),
     )
-    facts = {"first": NUMBERS[digits[0]], "second": NUMBERS[digits[1]]}
+    facts = {"first": scenes.NUMBERS[digits[0]], "second": scenes.NUMBERS[digits[1]]}
     facts |= {"first_colour": colours[0], "second_colour": colours[1]}
-    return Scene("tinted", "", image, dict(facts), questions)
+    return scenes.Scene("tinted", "", image, dict(facts), questions)
 
 
 def _drawn_objects(rng: np.random.Generator) -> list[tuple[str, str]]:
@@ -410,32 +397,32 @@ def _drawn_objects(rng: np.random.Generator) -> list[tuple[str, str]]:
     things: list[tuple[str, str]] = []
     for _ in range(int(rng.integers(2, 5))):
         again = bool(things) and rng.random() < 0.3
-        drawn = (str(rng.choice(list(SHAPE_COLOURS))), str(rng.choice(SHAPES)))
+        drawn = (str(rng.choice(list(scenes.SHAPE_COLOURS))), str(rng.choice(scenes.SHAPES)))
         things.append(things[int(rng.integers(len(things)))] if again else drawn)
     return things
 
 
-def object_scene(rng: np.random.Generator, things: Sequence[tuple[str, str]]) -> Scene:
+def object_scene(rng: np.random.Generator, things: Sequence[tuple[str, str]]) -> scenes.Scene:
     """Up to four things of given colours and shapes, one in a quarter of the picture.
 
     Facts name the thing in each quarter (`thing_0` .. `thing_3`, by rows; "" for none).
     """
     ground = tuple(int(v) for v in rng.integers(5, 45, 3))
-    picture = Image.new("RGB", (SIDE * SUPER, SIDE * SUPER), ground)
+    picture = Image.new("RGB", (scenes.SIDE * SUPER, scenes.SIDE * SUPER), ground)
     draw = ImageDraw.Draw(picture)
     facts = {f"thing_{slot}": "" for slot in range(4)}
     for slot, (colour, shape) in zip(rng.permutation(4).tolist(), things, strict=False):
         facts[f"thing_{slot}"] = f"{colour} {shape}"
         radius = rng.uniform(8, 12)
-        cx, cy = (np.array([slot % 2, slot // 2]) + 0.5) * SIDE / 2 + rng.uniform(-1, 1, 2) * (15 - radius)
-        base = np.array(SHAPE_COLOURS[colour]) * rng.uniform(0.85, 1.05) + rng.uniform(-8, 8, 3)
+        cx, cy = (np.array([slot % 2, slot // 2]) + 0.5) * scenes.SIDE / 2 + rng.uniform(-1, 1, 2) * (15 - radius)
+        base = np.array(scenes.SHAPE_COLOURS[colour]) * rng.uniform(0.85, 1.05) + rng.uniform(-8, 8, 3)
         fill = tuple(int(v) for v in np.clip(base, 0, 255))
         _draw_shape(draw, shape, cx * SUPER, cy * SUPER, radius * SUPER, rng.uniform(-0.35, 0.35), fill)
     questions = _object_questions(rng, things)
-    return Scene("objects", "", _averaged(picture), dict(facts), questions)
+    return scenes.Scene("objects", "", _averaged(picture), dict(facts), questions)
 
 
-def _object_questions(rng: np.random.Generator, things: Sequence[tuple[str, str]]) -> tuple[Question, ...]:
+def _object_questions(rng: np.random.Generator, things: Sequence[tuple[str, str]]) -> tuple[scenes.Question, ...]:
     """What is unique, how many of a sort, and whether a sort is there: half of the time not, but its parts may be."""
     colours, shapes = zip(*things, strict=True)
     questions = []
@@ -445,14 +432,16 @@ def _object_questions(rng: np.random.Generator, things: Sequence[tuple[str, str]
             number = int(rng.choice(unique))
             questions.append(_asked(group, told[number], known[number]))
     mixed = [(colour, shape) for colour in colours for shape in shapes if (colour, shape) not in things]
-    anything = [(colour, shape) for colour in SHAPE_COLOURS for shape in SHAPES if (colour, shape) not in things]
+    anything = [
+        (colour, shape) for colour in scenes.SHAPE_COLOURS for shape in scenes.SHAPES if (colour, shape) not in things
+    ]
     absent = mixed if mixed and rng.random() < 0.7 else anything
     shown, missing = things[int(rng.integers(len(things)))], absent[int(rng.integers(len(absent)))]
     counted = missing if rng.random() < 0.2 else shown
-    number = NUMBERS[list(things).count(counted)]
-    questions.append(_asked("count_of", number, counted[0], plural(counted[1], 2)))
+    number = scenes.NUMBERS[list(things).count(counted)]
+    questions.append(_asked("count_of", number, counted[0], scenes.plural(counted[1], 2)))
     is_there = bool(rng.random() < 0.5)
-    questions.append(_asked("exists", YES_NO[is_there], *(shown if is_there else missing)))
+    questions.append(_asked("exists", scenes.YES_NO[is_there], *(shown if is_there else missing)))
     return tuple(questions)
 
 
@@ -466,8 +455,8 @@ def degrade(image: np.ndarray, level: float, rng: np.random.Generator) -> np.nda
 
     It is shrunk onto the picture's median colour at a random place, darkened, and given Gaussian noise.
     """
-    side = round(SIDE * (1 - SMALLER * level))
-    row, column = (int(value) for value in rng.integers(0, SIDE - side + 1, 2))
+    side = round(scenes.SIDE * (1 - SMALLER * level))
+    row, column = (int(value) for value in rng.integers(0, scenes.SIDE - side + 1, 2))
     small = Image.fromarray(image).resize((side, side), Image.Resampling.BOX)
     canvas = np.empty(image.shape, np.float64)
     canvas[:] = np.median(image.reshape(-1, 3), axis=0)

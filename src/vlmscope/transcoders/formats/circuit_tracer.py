@@ -24,21 +24,7 @@ from tqdm import tqdm
 from vlmscope.core.artifacts import open_tensors, read_yaml, tensor_heads, write_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.config import TranscoderSetConfig
-from vlmscope.transcoders.formats.common import (
-    UNKNOWN_L0,
-    Choice,
-    LayerSource,
-    SetSource,
-    Tensors,
-    not_below_0,
-    own_hook,
-    own_tensors,
-    positive,
-    record_of,
-    taken,
-    their_hook,
-    write_tensors,
-)
+from vlmscope.transcoders.formats import common
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 CONFIG = "config.yaml"
@@ -58,7 +44,7 @@ def found_in(folder: Path, name: str) -> bool:
 def _flavour(folder: Path) -> str:
     """The format whose defaults apply: "vlmscope", "paper" or "circuit_tracer"."""
     where = folder / CONFIG
-    record = record_of(read_yaml(where), where)
+    record = common.record_of(read_yaml(where), where)
     if "top_k" in record and "activation" in record:
         return "vlmscope"
     if "activation" in record or "k" in record or "scan" in record:
@@ -73,23 +59,23 @@ def _flavour(folder: Path) -> str:
     )
 
 
-def open_set(folder: Path, choice: Choice, name: str) -> SetSource:
+def open_set(folder: Path, choice: common.Choice, name: str) -> common.SetSource:
     """The set of single layers in a folder, with the defaults of the format `name`."""
     where = folder / CONFIG
     if not where.is_file():
         raise UserError(
             f"no transcoder set in {folder}: config.yaml is missing{without_config(folder)}; check the path"
         )
-    record = record_of(read_yaml(where), where)
+    record = common.record_of(read_yaml(where), where)
     files = _layer_files(folder, record)
     activation, k = _activation(record, name, where)
-    n_model_layers = positive(record.get("num_model_layers", max(files) + 1), "num_model_layers", where)
+    n_model_layers = common.positive(record.get("num_model_layers", max(files) + 1), "num_model_layers", where)
     model_name, hooks = _named(record, _HOOKS)
     recorded = "activation" in record or name != "circuit_tracer"
     layers = {n: _layer(path, where, activation if recorded else None, k) for n, path in files.items()}
     activation = next(iter(layers.values())).activation or activation
     k = max(layer.k or k for layer in layers.values())
-    return SetSource(TranscoderSetConfig(n_model_layers, k, activation, model_name, *hooks), layers)
+    return common.SetSource(TranscoderSetConfig(n_model_layers, k, activation, model_name, *hooks), layers)
 
 
 def without_config(folder: Path) -> str:
@@ -104,10 +90,10 @@ def without_config(folder: Path) -> str:
 def _named(record: dict[str, Any], defaults: dict[str, str]) -> tuple[str, list[str]]:
     """The model's name, and the hooks by our names."""
     name = str(record.get("model_name", ""))
-    return name, [own_hook(str(record.get(key, default)), name) for key, default in defaults.items()]
+    return name, [common.own_hook(str(record.get(key, default)), name) for key, default in defaults.items()]
 
 
-def _layer(path: Path, where: Path, activation: str | None, k: int) -> LayerSource:
+def _layer(path: Path, where: Path, activation: str | None, k: int) -> common.LayerSource:
     """One layer, with the settings in its own file: thresholds under circuit-tracer's name, or k of TopK.
 
     The file must agree with `activation` and `k` of the configuration `where`; if `activation` is None each file
@@ -124,13 +110,13 @@ def _layer(path: Path, where: Path, activation: str | None, k: int) -> LayerSour
         if shape or not dtype.startswith(("I", "U")):
             raise UserError(f"{path}: k has shape {shape} and dtype {dtype} where one whole number is expected")
         with open_tensors(path) as file:
-            stored_k = positive(int(file.get_tensor("k")), "k", path)
+            stored_k = common.positive(int(file.get_tensor("k")), "k", path)
         if activation == "topk" and stored_k != k:
             raise UserError(f"{where}: k is {k}, but {path.name} says {stored_k}; make them agree")
-    return LayerSource(path, where, partial(_translate, path=path), stored_k, activation or stored or "relu")
+    return common.LayerSource(path, where, partial(_translate, path=path), stored_k, activation or stored or "relu")
 
 
-def _translate(tensors: Tensors, path: Path) -> Tensors:
+def _translate(tensors: common.Tensors, path: Path) -> common.Tensors:
     ours = {name: tensor for name, tensor in tensors.items() if name not in ("k", _THRESHOLD)}
     if _THRESHOLD not in tensors:
         return ours
@@ -139,7 +125,7 @@ def _translate(tensors: Tensors, path: Path) -> Tensors:
     threshold = tensors[_THRESHOLD]
     shared = threshold.numel() == 1 and "b_enc" in tensors  # one number for all features
     ours["threshold"] = threshold.reshape(1).expand(tensors["b_enc"].shape) if shared else threshold
-    return not_below_0(ours, path)
+    return common.not_below_0(ours, path)
 
 
 def _activation(record: dict[str, Any], name: str, where: Path) -> tuple[str, int]:
@@ -152,14 +138,14 @@ def _activation(record: dict[str, Any], name: str, where: Path) -> tuple[str, in
         activation = "jumprelu" if activation == "jump_relu" else activation
         if activation == "topk" and k is None:
             raise UserError(f"{where}: activation is topk but k is missing; write it there")
-        return activation, positive(UNKNOWN_L0 if k is None else k, "k", where)
+        return activation, common.positive(common.UNKNOWN_L0 if k is None else k, "k", where)
     if name == "paper":
         if activation != "topk":
             raise UserError(f"{where}: activation is {activation!r}, but the paper's sets are TopK; leave format away")
-        return activation, positive(_PAPER_K if top_k is None else top_k, "k", where)
+        return activation, common.positive(_PAPER_K if top_k is None else top_k, "k", where)
     if top_k is None and k is None:
         raise UserError(f"{where}: neither top_k nor k is there; write how many features are active at a token")
-    return activation, positive(k if top_k is None else top_k, "k", where)
+    return activation, common.positive(k if top_k is None else top_k, "k", where)
 
 
 def _layer_files(folder: Path, record: dict[str, Any]) -> dict[int, Path]:
@@ -206,8 +192,8 @@ def write(transcoders: TranscoderSet, folder: Path, dtype: str, name: str) -> No
     """Write the set with the keys of all three readers; for circuit-tracer, with thresholds under its name."""
     theirs = {"threshold": _THRESHOLD} if name == "circuit_tracer" else {}
     for layer, transcoder in tqdm(transcoders.transcoders.items(), desc="saving", unit="layer", delay=5.0):
-        tensors = {theirs.get(ours, ours): tensor for ours, tensor in own_tensors(transcoder).items()}
-        write_tensors(folder / _file_name(layer), tensors, dtype)
+        tensors = {theirs.get(ours, ours): tensor for ours, tensor in common.own_tensors(transcoder).items()}
+        common.write_tensors(folder / _file_name(layer), tensors, dtype)
     record = _head(transcoders, _CROSS_LAYER if transcoders.cross_layer else _KIND)
     if name == "circuit_tracer" and record["activation"] == "batchtopk":
         record["activation"] = "jumprelu"  # what it is after training
@@ -229,8 +215,8 @@ def _head(transcoders: TranscoderSet, kind: str) -> dict[str, Any]:
     return {
         "model_kind": kind,
         "model_name": name,
-        "feature_input_hook": their_hook(first.input_hook, name),
-        "feature_output_hook": their_hook(first.output_hook, name),
+        "feature_input_hook": common.their_hook(first.input_hook, name),
+        "feature_output_hook": common.their_hook(first.output_hook, name),
         "activation": first.activation,
     }
 
@@ -243,7 +229,7 @@ def clt_found_in(folder: Path) -> bool:
     return (folder / "W_enc_0.safetensors").is_file()
 
 
-def clt_open_set(folder: Path, choice: Choice) -> SetSource:
+def clt_open_set(folder: Path, choice: common.Choice) -> common.SetSource:
     """The set of cross-layer transcoders in a folder."""
     matches = [re.fullmatch(r"W_enc_(\d+)\.safetensors", path.name) for path in folder.glob("W_enc_*")]
     layers = sorted(int(match[1]) for match in matches if match)
@@ -253,7 +239,7 @@ def clt_open_set(folder: Path, choice: Choice) -> SetSource:
         if not (folder / f"W_dec_{layer}.safetensors").is_file():
             raise UserError(f"{folder}/W_dec_{layer}.safetensors is missing; copy it there")
     where = folder / CONFIG
-    record = record_of(read_yaml(where), where) if where.is_file() else {}
+    record = common.record_of(read_yaml(where), where) if where.is_file() else {}
     if record.get("model_kind", _CLT_KIND) != _CLT_KIND:
         raise UserError(
             f"{where}: model_kind is {record['model_kind']!r}, and the files beside it are of a {_CLT_KIND}"
@@ -263,18 +249,20 @@ def clt_open_set(folder: Path, choice: Choice) -> SetSource:
     if activation == "topk" and "k" not in record:
         raise UserError(f"{where}: activation is topk but k is missing; write it there")
     model_name, hooks = _named(record, _CLT_HOOKS)
-    k = positive(record.get("k", UNKNOWN_L0), "k", where)
+    k = common.positive(record.get("k", common.UNKNOWN_L0), "k", where)
     sources = {}
     for layer in layers:
         path = folder / f"W_enc_{layer}.safetensors"
         translate = partial(_clt_translate, path=path, layer=layer, writes=len(layers) - layer)
-        sources[layer] = LayerSource(path, where, translate, decoders=path.with_name(f"W_dec_{layer}.safetensors"))
-    return SetSource(TranscoderSetConfig(len(layers), k, activation, model_name, *hooks), sources)
+        sources[layer] = common.LayerSource(
+            path, where, translate, decoders=path.with_name(f"W_dec_{layer}.safetensors")
+        )
+    return common.SetSource(TranscoderSetConfig(len(layers), k, activation, model_name, *hooks), sources)
 
 
-def _clt_translate(tensors: Tensors, path: Path, layer: int, writes: int) -> Tensors:
+def _clt_translate(tensors: common.Tensors, path: Path, layer: int, writes: int) -> common.Tensors:
     names = {f"{name}_{layer}": name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
-    ours = not_below_0(taken(tensors, names, (f"threshold_{layer}",), path), path)
+    ours = common.not_below_0(common.taken(tensors, names, (f"threshold_{layer}",), path), path)
     decoder, path = ours["W_dec"], path.with_name(f"W_dec_{layer}.safetensors")
     if decoder.ndim != 3 or decoder.shape[1] != writes:
         raise UserError(
@@ -288,11 +276,11 @@ def _clt_translate(tensors: Tensors, path: Path, layer: int, writes: int) -> Ten
 def clt_write(transcoders: TranscoderSet, folder: Path, dtype: str) -> None:
     """Write the two files of each layer, then `config.yaml`."""
     for layer, transcoder in transcoders.transcoders.items():
-        tensors = own_tensors(transcoder)
+        tensors = common.own_tensors(transcoder)
         decoders = [tensors.pop("W_dec"), *tensors.pop("W_later", [])]
         named = {f"{name}_{layer}": tensor for name, tensor in tensors.items()}
-        write_tensors(folder / f"W_enc_{layer}.safetensors", named, dtype)
+        common.write_tensors(folder / f"W_enc_{layer}.safetensors", named, dtype)
         stacked = torch.stack([decoder.detach() for decoder in decoders], dim=1)
-        write_tensors(folder / f"W_dec_{layer}.safetensors", {f"W_dec_{layer}": stacked}, dtype)
+        common.write_tensors(folder / f"W_dec_{layer}.safetensors", {f"W_dec_{layer}": stacked}, dtype)
     record = {**_head(transcoders, _CLT_KIND), "k": transcoders[0].config.k, "dtype": dtype}
     write_yaml(folder / CONFIG, record)  # last, as above

@@ -26,22 +26,7 @@ import torch
 from vlmscope.core.artifacts import read_json, write_json
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
-from vlmscope.transcoders.formats.common import (
-    UNKNOWN_L0,
-    Choice,
-    LayerSource,
-    SetSource,
-    Tensors,
-    l0_of,
-    own_hook,
-    own_tensors,
-    positive,
-    record_of,
-    taken,
-    their_hook,
-    transposed,
-    write_tensors,
-)
+from vlmscope.transcoders.formats import common
 from vlmscope.transcoders.streaming import BLOCK
 from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -78,21 +63,21 @@ class Layout:
     find: Callable[[Path], list[Path]]
     read: Callable[[dict[str, Any], Path], Layer]
     describe: Callable[[TranscoderConfig, TranscoderSet, str], tuple[str, dict[str, Any]]] | None = None
-    choose: Callable[[Path, list[Path], Choice], list[Path]] = lambda folder, paths, choice: paths
+    choose: Callable[[Path, list[Path], common.Choice], list[Path]] = lambda folder, paths, choice: paths
 
     def found_in(self, folder: Path) -> bool:
         """Whether a folder has this layout."""
         return bool(self.find(folder))
 
-    def open_set(self, folder: Path, choice: Choice) -> SetSource:
+    def open_set(self, folder: Path, choice: common.Choice) -> common.SetSource:
         """The set in the folder, without its weights."""
         paths = self.choose(folder, self.find(folder), choice)
         if not paths:
             raise UserError(f"{folder} holds no {self.tensors} in this layout; check the path")
-        layers: dict[int, tuple[Layer, LayerSource]] = {}
+        layers: dict[int, tuple[Layer, common.LayerSource]] = {}
         for path in paths:
             where = path / self.record
-            layer = self.read(record_of(read_json(where), where), where)
+            layer = self.read(common.record_of(read_json(where), where), where)
             if layer.number in layers:
                 duplicate = layers[layer.number][1].path.parent
                 raise UserError(f"{path} is for layer {layer.number}, and so is {duplicate}; keep one of them")
@@ -103,23 +88,23 @@ class Layout:
                         "other layers; a set has one model and one pair of hooks"
                     )
             translate = partial(self._translate, layer=layer, where=where)
-            source = LayerSource(path / self.tensors, where, translate, layer.k, layer.activation)
+            source = common.LayerSource(path / self.tensors, where, translate, layer.k, layer.activation)
             layers[layer.number] = layer, source
         first = next(iter(layers.values()))[0]
         config = TranscoderSetConfig(
             n_model_layers=max(layers) + 1,
-            k=max(layer.k or UNKNOWN_L0 for layer, _ in layers.values()),
+            k=max(layer.k or common.UNKNOWN_L0 for layer, _ in layers.values()),
             activation=first.activation,
             model_name=first.model_name,
             input_hook=first.hooks[0],
             output_hook=first.hooks[1],
         )
-        return SetSource(config, {number: layers[number][1] for number in sorted(layers)})
+        return common.SetSource(config, {number: layers[number][1] for number in sorted(layers)})
 
-    def _translate(self, tensors: Tensors, layer: Layer, where: Path) -> Tensors:
+    def _translate(self, tensors: common.Tensors, layer: Layer, where: Path) -> common.Tensors:
         path = where.parent / self.tensors
         optional = [theirs for theirs, ours in self.names.items() if ours in ("W_skip", "threshold")]
-        ours = transposed(taken(tensors, self.names, optional, path), *self.turned)
+        ours = common.transposed(common.taken(tensors, self.names, optional, path), *self.turned)
         if layer.skip not in (None, "W_skip" in ours):
             raise UserError(
                 f"{path}: W_skip is {'missing' if layer.skip else 'there'}, but {where.name} says otherwise"
@@ -140,8 +125,8 @@ class Layout:
         theirs = {ours: theirs for theirs, ours in self.names.items()}
         for transcoder in transcoders.transcoders.values():
             name, record = self.describe(transcoder.config, transcoders, dtype)
-            tensors = transposed(own_tensors(transcoder), *self.turned)
-            write_tensors(folder / name / self.tensors, {theirs[n]: t for n, t in tensors.items()}, dtype)
+            tensors = common.transposed(common.own_tensors(transcoder), *self.turned)
+            common.write_tensors(folder / name / self.tensors, {theirs[n]: t for n, t in tensors.items()}, dtype)
             write_json(folder / name / self.record, record)
 
 
@@ -177,13 +162,13 @@ def _gemma_find(folder: Path) -> list[Path]:
     return [path for path in paths if _GEMMA.fullmatch(path.name) and (path / "params.safetensors").is_file()]
 
 
-def _gemma_choose(folder: Path, paths: list[Path], choice: Choice) -> list[Path]:
+def _gemma_choose(folder: Path, paths: list[Path], choice: common.Choice) -> list[Path]:
     """The layers of the chosen width, sparsity and skip path; UserError unless exactly one set fits."""
-    kinds: dict[Choice, list[Path]] = {}
+    kinds: dict[common.Choice, list[Path]] = {}
     for path in paths:
         match = _GEMMA.fullmatch(path.name)
         assert match is not None
-        kinds.setdefault(Choice(match[2], match[3], bool(match[4])), []).append(path)
+        kinds.setdefault(common.Choice(match[2], match[3], bool(match[4])), []).append(path)
     fitting = [k for k in kinds if all(chosen in (None, value) for chosen, value in zip(choice, k, strict=True))]
     shown = "; ".join(
         sorted(
@@ -205,7 +190,9 @@ def _gemma_read(record: dict[str, Any], where: Path) -> Layer:
     hooks = {key: (hook.format(number), None) for key, hook in _GEMMA_HOOKS.items()}
     _demand(record, where, {"architecture": ("jump_relu", None), **hooks})
     name = str(record.get("model_name", ""))
-    return Layer(number, "jumprelu", l0_of(record.get("l0")), name, ("mlp_in", "mlp_out_post"), bool(match[4]) or None)
+    return Layer(
+        number, "jumprelu", common.l0_of(record.get("l0")), name, ("mlp_in", "mlp_out_post"), bool(match[4]) or None
+    )
 
 
 GEMMA_SCOPE = Layout(
@@ -240,8 +227,8 @@ def _sparsify_read(record: dict[str, Any], where: Path) -> Layer:
     # Autoencoders are not transcoders, and signed features can be negative.
     _demand(record, where, {"transcode": (True,), "activation": ("topk", None), "signed": (False, None)})
     settings = where.parent.parent / "config.json"  # of the training run
-    name = str(record_of(read_json(settings), settings).get("model", "")) if settings.is_file() else ""
-    k = positive(record.get("k", _SPARSIFY_K), "k", where)
+    name = str(common.record_of(read_json(settings), settings).get("model", "")) if settings.is_file() else ""
+    k = common.positive(record.get("k", _SPARSIFY_K), "k", where)
     for key in ("num_latents", "expansion_factor", "d_in"):
         if type(record.get(key, 0)) not in (int, float):
             raise UserError(f"{where}: {key} must be a number, not {record[key]!r}")
@@ -297,7 +284,10 @@ _HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 def _sae_lens_read(record: dict[str, Any], where: Path) -> Layer:
-    record = {**record_of(record.get("metadata") or {}, where), **{k: v for k, v in record.items() if k != "metadata"}}
+    record = {
+        **common.record_of(record.get("metadata") or {}, where),
+        **{k: v for k, v in record.items() if k != "metadata"},
+    }
     hooks = [str(record.get(key) or "") for key in ("hook_name", "hook_name_out")]
     if hooks[1] in ("", hooks[0]):
         raise UserError(
@@ -313,7 +303,7 @@ def _sae_lens_read(record: dict[str, Any], where: Path) -> Layer:
     _demand(record, where, {**neutral, "hook_head_index": (None,)})
     activation, k = _sae_lens_activation(record, where)
     name = str(record.get("model_name") or "")
-    ours = own_hook(matches[0][2], name), own_hook(matches[1][2], name)
+    ours = common.own_hook(matches[0][2], name), common.own_hook(matches[1][2], name)
     skip = "skip" in str(record.get("architecture")) or None
     centred = bool(record.get("apply_b_dec_to_input"))
     return Layer(int(matches[0][1]), activation, k, name, ours, skip, centred=centred)
@@ -322,7 +312,7 @@ def _sae_lens_read(record: dict[str, Any], where: Path) -> Layer:
 def _sae_lens_activation(record: dict[str, Any], where: Path) -> tuple[str, int | None]:
     """The nonlinearity, and k or L0 if it is known."""
     architecture = str(record.get("architecture", "standard"))
-    l0 = l0_of(record.get("l0"))
+    l0 = common.l0_of(record.get("l0"))
     if architecture in ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder"):
         return "jumprelu", l0
     if architecture not in ("standard", "transcoder", "skip_transcoder", "topk"):
@@ -331,8 +321,8 @@ def _sae_lens_activation(record: dict[str, Any], where: Path) -> tuple[str, int 
         )
     name = str(record.get("activation_fn") or record.get("activation_fn_str") or "relu")
     if architecture == "topk" or name == "topk":
-        kwargs = record_of(record.get("activation_fn_kwargs") or {}, where)
-        return "topk", positive(record.get("k", kwargs.get("k")), "k", where)
+        kwargs = common.record_of(record.get("activation_fn_kwargs") or {}, where)
+        return "topk", common.positive(record.get("k", kwargs.get("k")), "k", where)
     if name != "relu":
         raise UserError(f"{where}: activation_fn is {name!r}; only relu, topk and jumprelu can be read")
     return "relu", l0
@@ -353,8 +343,8 @@ def _sae_lens_describe(config: TranscoderConfig, transcoders: TranscoderSet, dty
         "reshape_activations": "none",
         "metadata": {
             "model_name": name,
-            "hook_name": f"blocks.{layer}.{their_hook(config.input_hook, name)}",
-            "hook_name_out": f"blocks.{layer}.{their_hook(config.output_hook, name)}",
+            "hook_name": f"blocks.{layer}.{common.their_hook(config.input_hook, name)}",
+            "hook_name_out": f"blocks.{layer}.{common.their_hook(config.output_hook, name)}",
             "l0": config.k,
         },
     }

@@ -133,11 +133,6 @@ class ExampleView:
         """`[S]` float32 activations of the soft tokens, in the order of `item.patch_boxes`."""
         return self.activations[self.item.kinds == IMAGE]
 
-    def grid(self, picture: int = 0) -> np.ndarray | None:
-        """`[rows, columns]` uint8 levels of one picture; None if its soft tokens form no grid."""
-        rows, columns = self.item.grids[picture]
-        return self.picture_levels(picture).reshape(rows, columns) if rows else None
-
     def picture_levels(self, picture: int) -> np.ndarray:
         """`[P]` uint8 levels of one picture's P soft tokens."""
         return self.levels[self.item.kinds == IMAGE][self.item.pictures == picture]

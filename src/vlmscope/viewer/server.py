@@ -74,11 +74,8 @@ def create_app(root: Path, host: str = "127.0.0.1", token: str | None = None, jo
 
     @app.exception_handler(UserError)
     async def refuse(request: Request, error: UserError) -> Response:
-        return JSONResponse({"error": str(error)}, error.status if isinstance(error, Refused) else 400)
-
-    @app.exception_handler(graphs.Stale)
-    async def stale(request: Request, error: graphs.Stale) -> Response:
-        return JSONResponse({"error": str(error), "current": error.current}, error.status)
+        more = {"current": error.current} if isinstance(error, graphs.Stale) else {}
+        return JSONResponse({"error": str(error), **more}, error.status if isinstance(error, Refused) else 400)
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:

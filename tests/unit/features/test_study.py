@@ -170,11 +170,11 @@ def test_items_lead_back_to_pictures_words_and_patches(vlm, data: Path, study: S
         pictures = [picture.tobytes() for picture in study.pictures(item)]
         assert pictures == [tiny_image(item.row % 7).tobytes()] * item.n_pictures
     for view in with_picture:
-        soft, grid = view.item.kinds == IMAGE, view.grid()
+        soft = view.item.kinds == IMAGE
         assert view.item.exchanges[0].user == "what is this ?"
         assert len(view.item.patch_boxes) == soft.sum() == len(view.patch_activations) == 4
-        assert grid is not None and grid.shape == (2, 2)
-        np.testing.assert_array_equal(grid.ravel(), view.levels[soft])
+        assert view.item.grids == ((2, 2),)
+        np.testing.assert_array_equal(view.picture_levels(0), view.levels[soft])
     text = (data / "train.jsonl").read_text()
     (data / "train.jsonl").write_text(text.replace("what is this", "what was this"))
     with pytest.raises(UserError, match="not what the study saw"):

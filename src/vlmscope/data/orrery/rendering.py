@@ -158,23 +158,23 @@ def _sphere(
     z = np.sqrt(np.clip(1 - x**2 - y**2, 0, None))
     normal = np.stack([x[inside], y[inside], z[inside]], -1)
     shade = np.clip(normal @ light, 0, None) * rng.uniform(0.75, 1.0) + rng.uniform(0.1, 0.25)
-    colour = _sphere_texels(texture(name), normal @ rotation.T) * np.clip(shade, 0, 1.15)[..., None]
+    points, tex = normal @ rotation.T, texture(name)
+    height, width, _ = tex.shape
+    u = (np.arctan2(points[..., 0], points[..., 2]) / (2 * np.pi) + 0.5) * width - 0.5  # longitude
+    v = np.clip((np.arcsin(np.clip(points[..., 1], -1, 1)) / np.pi + 0.5) * height - 0.5, 0, height - 1.001)
+    colour = _bilinear(tex, v, u) * np.clip(shade, 0, 1.15)[..., None]
     if name == "earth":
         colour = colour * 1.25 + 0.02  # the map is darker than the others: NASA's has no atmosphere
     return inside, z, colour
 
 
-def _sphere_texels(tex: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Bilinear lookup of unit vectors [.., 3] in an equirectangular map; longitude wraps."""
-    height, width, _ = tex.shape
-    u = (np.arctan2(points[..., 0], points[..., 2]) / (2 * np.pi) + 0.5) * width - 0.5
-    v = np.clip((np.arcsin(np.clip(points[..., 1], -1, 1)) / np.pi + 0.5) * height - 0.5, 0, height - 1.001)
-    u0, v0 = np.floor(u).astype(int), np.floor(v).astype(int)
-    fu, fv = (u - u0)[..., None], (v - v0)[..., None]
-    left, right = u0 % width, (u0 + 1) % width
-    below = np.minimum(v0 + 1, height - 1)
-    top = tex[v0, left] * (1 - fu) + tex[v0, right] * fu
-    bottom = tex[below, left] * (1 - fu) + tex[below, right] * fu
+def _bilinear(table: np.ndarray, v: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """A table [H, W] or [H, W, 3] at fractional rows `v` and columns `u`; columns wrap around."""
+    v0, u0 = np.floor(v).astype(int), np.floor(u).astype(int)
+    fv, fu = (v - v0, u - u0) if table.ndim == 2 else ((v - v0)[..., None], (u - u0)[..., None])
+    below, left, right = np.minimum(v0 + 1, len(table) - 1), u0 % table.shape[1], (u0 + 1) % table.shape[1]
+    top = table[v0, left] * (1 - fu) + table[v0, right] * fu
+    bottom = table[below, left] * (1 - fu) + table[below, right] * fu
     return top * (1 - fv) + bottom * fv
 
 
@@ -252,12 +252,8 @@ def _warped_glyph(rng: np.random.Generator, glyph: np.ndarray, centre_x: float) 
     v = inverse[1, 0] * x + inverse[1, 1] * y + 3.5 + 1
     padded = np.pad(glyph, 1)
     inside = (u >= 0) & (u < 9) & (v >= 0) & (v < 9)
-    u, v = np.clip(u, 0, 8.999), np.clip(v, 0, 8.999)
-    u0, v0 = u.astype(int), v.astype(int)
-    fu, fv = u - u0, v - v0
-    top = padded[v0, u0] * (1 - fu) + padded[v0, u0 + 1] * fu
-    bottom = padded[v0 + 1, u0] * (1 - fu) + padded[v0 + 1, u0 + 1] * fu
-    return np.where(inside, top * (1 - fv) + bottom * fv, 0.0).astype(np.float32)
+    ink = _bilinear(padded, np.clip(v, 0, 8.999), np.clip(u, 0, 8.999))
+    return np.where(inside, ink, 0.0).astype(np.float32)
 
 
 def shape_scene(rng: np.random.Generator, shape: str, colour: str, count: int) -> scenes.Scene:

@@ -35,19 +35,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
+from vlmscope.core import records
 from vlmscope.core.artifacts import parse_json, read_json
 from vlmscope.core.errors import UserError, first_line, is_out_of_memory
 from vlmscope.core.hub import is_commit
-from vlmscope.core.records import (
-    Conversation,
-    Document,
-    Exchange,
-    Sample,
-    check_characters,
-    derive,
-    generator,
-    normalised,
-)
 from vlmscope.data import samples
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.images import check_image, open_image
@@ -124,9 +115,9 @@ def row_parser(config: SourceConfig, names: Sequence[str] | None = None) -> Pars
             caption = samples.nonempty(row[config.caption], f"{origin}: {config.caption}")
         else:
             # By the origin, so that a row has the same caption in every pass and on every rank.
-            template = config.templates[derive(0, "template", origin) % len(config.templates)]
+            template = config.templates[records.derive(0, "template", origin) % len(config.templates)]
             caption = template.replace("{label}", _class_name(row[config.label], names, f"{origin}: {config.label}"))
-        return samples.RawSample((image,), (Exchange(config.request, caption),), origin=origin)
+        return samples.RawSample((image,), (records.Exchange(config.request, caption),), origin=origin)
 
     return {"hf_text": text, "hf_cauldron": conversation, "hf_image_label": picture}[config.kind]
 
@@ -357,7 +348,7 @@ class Line(NamedTuple):
     n_images: int
 
 
-class JsonLines(Sequence[Sample]):
+class JsonLines(Sequence[records.Sample]):
     """The examples of one file, or a subset; the layout of all lines is checked at the start.
 
     With `check` so are pictures and characters; without it, bad ones raise `UserError` on access.
@@ -379,8 +370,8 @@ class JsonLines(Sequence[Sample]):
         origin = self.origin(index)
         names, exchanges, text = samples.record_parts(self.record(index), origin)
         if not exchanges:
-            return Document(text, origin)
-        return Conversation(tuple(self._picture(open_image, name, origin) for name in names), exchanges, origin)
+            return records.Document(text, origin)
+        return records.Conversation(tuple(self._picture(open_image, name, origin) for name in names), exchanges, origin)
 
     def record(self, index: int) -> dict[str, Any]:
         """The JSON object of an example (layouts: `vlmscope.data.samples`)."""
@@ -408,7 +399,7 @@ class JsonLines(Sequence[Sample]):
             names, exchanges, text = samples.record_parts(self.record(row), self.origin(row))
             paths = [self.path.parent / name for name in names]
             names_of.append(paths)
-            words = [normalised(words) for words in (text, *chain(*exchanges))]
+            words = [records.normalised(words) for words in (text, *chain(*exchanges))]
             keys.append(json.dumps([words, [path.stat().st_size for path in paths]]))
         often = Counter(keys)
         for row, (key, paths) in enumerate(zip(keys, names_of, strict=True)):
@@ -430,7 +421,7 @@ class JsonLines(Sequence[Sample]):
                     names, exchanges, text = samples.record_parts(_record(line, origin), origin)
                     if check:
                         for words in (text, *chain(*exchanges)):
-                            check_characters(words, f"{origin}: {words[:30]!r}")
+                            records.check_characters(words, f"{origin}: {words[:30]!r}")
                         for name in set(names) - seen:
                             self._picture(check_image, name, origin)
                         seen.update(names)
@@ -496,7 +487,7 @@ def load_folder(folder: str | Path, val_share: float, seed: int) -> tuple[JsonLi
     for row, content in enumerate(contents):
         alike.setdefault(content, []).append(row)
     val: set[int] = set()
-    for row in generator(seed, "validation").permutation(len(train)).tolist():
+    for row in records.generator(seed, "validation").permutation(len(train)).tolist():
         if len(val) < held_out:
             val.update(alike[contents[row]])
     if len(val) == len(train):

@@ -25,13 +25,7 @@ from vlmscope.circuits.build import (
 )
 from vlmscope.circuits.circuit import Circuit, circuit_metrics, direct_edges, labelled, load_circuit, save_circuit
 from vlmscope.circuits.config import CircuitSpecConfig
-from vlmscope.circuits.discovery.discover import (
-    Discovery,
-    discover_question,
-    moving_questions,
-    named_circuit,
-    write_discoveries,
-)
+from vlmscope.circuits.discovery import discover
 from vlmscope.config import AppConfig
 from vlmscope.config.resolve import declared_circuit
 from vlmscope.config.wiring import user_pictures
@@ -139,7 +133,7 @@ def traced_inputs(cfg: AppConfig, spec: CircuitSpecConfig | None) -> list[Side]:
     return [] if spec is None or spec.inputs is None else asked_of("circuit_spec.inputs", spec.inputs, (), cfg.seed)
 
 
-def discovered(bench: Bench, own: bool) -> tuple[Discovery, Circuit, Sequence[Pair]]:
+def discovered(bench: Bench, own: bool) -> tuple[discover.Discovery, Circuit, Sequence[Pair]]:
     """The circuit of one question of the pairs, with named supernodes, and the question's training pairs.
 
     `own` says that the user's own inputs will be traced, not the pairs.
@@ -153,11 +147,11 @@ def discovered(bench: Bench, own: bool) -> tuple[Discovery, Circuit, Sequence[Pa
         )
     cfg.attribution.check()
     train, test = bench.pairs("train"), bench.pairs("test")
-    question, *more = moving_questions(train, test, cfg.discovery.question)
+    question, *more = discover.moving_questions(train, test, cfg.discovery.question)
     if more:
         print(f"the circuit of the question {question}; discovery.question= takes {' or '.join(more)}")
     settings = (cfg.discovery, cfg.attribution, cfg.interchange.least)
-    discovery = discover_question(bench.scope, question, train, test, *settings)
-    bench.metrics |= write_discoveries([discovery], bench.run_dir, cfg.task.figure)
+    discovery = discover.discover_question(bench.scope, question, train, test, *settings)
+    bench.metrics |= discover.write_discoveries([discovery], bench.run_dir, cfg.task.figure)
     answers = dict.fromkeys(side.answer for pair in train[question] for side in (pair.original, pair.counterfactual))
-    return discovery, named_circuit(bench.scope, discovery, list(answers)), train[question]
+    return discovery, discover.named_circuit(bench.scope, discovery, list(answers)), train[question]

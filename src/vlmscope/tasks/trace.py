@@ -26,16 +26,7 @@ from vlmscope.attribution.influence import ranked_features, reaches_image
 from vlmscope.attribution.targets import choose_logits
 from vlmscope.attribution.workers import own_rank
 from vlmscope.config import AppConfig, wiring
-from vlmscope.core.artifacts import (
-    atomic_folder,
-    files_digest,
-    flat,
-    plain,
-    read_json,
-    refuse_other,
-    write_json,
-    write_text,
-)
+from vlmscope.core import artifacts
 from vlmscope.core.errors import NoRoom, NotMainRank, UserError
 from vlmscope.core.graph import NodeKind, PrunedGraph
 from vlmscope.core.launch import place_of, program
@@ -268,7 +259,7 @@ def _trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     records = [done[row.id] for row in rows if row.id in done]
     if not records:
         raise UserError(f"no row could be traced ({skipped} skipped); run.log in {run_dir} says why of each")
-    write_text(run_dir / tracing.INDEX, "".join(map(index_line, records)))  # in the order of the rows
+    artifacts.write_text(run_dir / tracing.INDEX, "".join(map(index_line, records)))  # in the order of the rows
     print(f"  {len(records)} rows traced ({resumed} of them before), {skipped} skipped")
     values: dict[str, list[float]] = defaultdict(list)  # not every row has every metric
     for record in records:
@@ -296,15 +287,18 @@ def _origin(cfg: AppConfig, overrides: Sequence[str]) -> dict[str, Any]:
     attribution = {k: v for k, v in asdict(cfg.attribution).items() if k not in ("batch_size", "memory_gb")}
     attribution["labels"] = [wiring.study_digest(str(folder)) for folder in wiring.label_folders(cfg)]
     task = {"task.figure": cfg.task.figure, "seed": cfg.seed}
-    return plain(
-        wiring.model_origin(cfg) | wiring.transcoder_origin(cfg, overrides) | flat("attribution", attribution) | task
+    return artifacts.plain(
+        wiring.model_origin(cfg)
+        | wiring.transcoder_origin(cfg, overrides)
+        | artifacts.flat("attribution", attribution)
+        | task
     )
 
 
 def _row_record(row: PromptRow) -> dict[str, Any]:
     """The part of row.json that identifies a row."""
     images = [str(image) for image in row.images]
-    return {"id": row.id, "prompt": row.prompt, "images": images, "pictures": files_digest(row.images)}
+    return {"id": row.id, "prompt": row.prompt, "images": images, "pictures": artifacts.files_digest(row.images)}
 
 
 def _finished(folder: Path, row: PromptRow, origin: dict[str, Any]) -> dict[str, Any] | None:
@@ -315,9 +309,9 @@ def _finished(folder: Path, row: PromptRow, origin: dict[str, Any]) -> dict[str,
     """
     if not folder.is_dir():
         return None
-    record = read_json(folder / _ROW)
+    record = artifacts.read_json(folder / _ROW)
     advice = "choose a new hydra.run.dir, or remove it"
-    refuse_other(f"{row.origin}: {folder}", record.get("origin"), origin, advice)
+    artifacts.refuse_other(f"{row.origin}: {folder}", record.get("origin"), origin, advice)
     if any(record.get(key) != value for key, value in _row_record(row).items()):
         raise UserError(f"{row.origin}: {folder} was traced with another prompt or other pictures; {advice}")
     return record
@@ -331,10 +325,10 @@ def _inputs(vlm: Any, row: PromptRow) -> tuple[ModelInputs, list[Image.Image]]:
 def _trace_row(cfg: AppConfig, scope: Scope, row: PromptRow, folder: Path, origin: dict[str, Any]) -> dict[str, Any]:
     inputs, pictures = _inputs(scope.vlm, row)
     warn_if_strange(scope, [inputs.tensors], f"row {row.id}: its")
-    with atomic_folder(folder / row.id) as half:
+    with artifacts.atomic_folder(folder / row.id) as half:
         metrics = _trace_into(half, cfg, scope, inputs, pictures, row.id)
         record = {**_row_record(row), "folder": f"{_ROWS}/{row.id}", "metrics": metrics, "origin": origin}
-        write_json(half / _ROW, record)
+        artifacts.write_json(half / _ROW, record)
     return record
 
 

@@ -38,7 +38,7 @@ from vlmscope.models.eyes import EyesConfig, joined_folder, write_untrained, wri
 from vlmscope.models.loading import load_vlm
 from vlmscope.training.config import EyesTrainingConfig
 from vlmscope.training.orrery import ScheduledModule, ValidationCallback, fit_stage
-from vlmscope.training.resume import OneFileCheckpoints
+from vlmscope.training.resume import Checkpoints
 
 _ONE_COLOUR = 0.15  # weight of one-colour drawings
 _RAMP = 4000  # steps over which the augmentation grows from a third to its full strength
@@ -294,7 +294,7 @@ def train_eyes(
     choices = {key: value for key, value in asdict(config).items() if key not in ("checkpoint_every", "val_every")}
     settings = flat("training", choices) | flat("architecture", asdict(architecture))
     origin = {"data": folder_digest(pictures_folder())}
-    checkpoints = OneFileCheckpoints(checkpoint, config.checkpoint_every, config.max_steps, settings, origin)
+    checkpoints = Checkpoints(checkpoint, config.checkpoint_every, config.max_steps, settings, origin)
     if resume:
         checkpoints.restore(module)
     measure = partial(accuracies, module, "val", concepts, "val/nearest/")

@@ -44,7 +44,7 @@ from vlmscope.models.base import token_strings
 from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor, take_weights
 from vlmscope.training.batches import IGNORE, PackedBatch, pack
 from vlmscope.training.config import OrreryTrainingConfig, StageConfig, rate_factor
-from vlmscope.training.resume import OneFileCheckpoints, fit_or_interrupt, uninterrupted
+from vlmscope.training.resume import Checkpoints, fit_or_interrupt, uninterrupted
 
 _BATCH = 50  # scenes
 _ALL = 100  # more questions than any scene has, so that all are asked
@@ -501,7 +501,7 @@ def train_orrery(
 
     def fit(name: str, module: ScheduledModule, measure: Callable[[], dict[str, float]]) -> None:
         total = module.config.max_steps
-        checkpoints = OneFileCheckpoints(run_dir / name, config.checkpoint_every, total, settings, origin)
+        checkpoints = Checkpoints(run_dir / name, config.checkpoint_every, total, settings, origin)
         if resume:
             checkpoints.restore(module)
         callbacks = [checkpoints, ValidationCallback(config.val_every, total, measure)]

@@ -1,9 +1,9 @@
 """Checkpoints without pickle: safetensors for every tensor, JSON for the rest, replaced atomically.
 
-`<folder>/step_00000200/` holds a file for each part of the module (for transcoders `layer_07.safetensors`, written by
-the layer's owner: parameters, coordinates, clocks, moments) and, written last and only by rank 0, `complete.json` with
-settings and origin: a folder without it is incomplete. Older folders are removed after that, so a complete one always
-exists. Since each layer is a file, any number of ranks can resume.
+`<folder>/step_00000200/` holds a file for each part of the module (`module.safetensors`; for transcoders
+`layer_07.safetensors`, written by the layer's owner: parameters, coordinates, clocks, moments) and, written last and
+only by rank 0, `complete.json` with settings and origin: a folder without it is incomplete. Older folders are removed
+after that, so a complete one always exists. Since each layer is a file, any number of ranks can resume.
 
 A module counts its optimiser steps in `steps_done`, draws its data from the step number, so that a resumed run
 continues with the next batch, changes its state only inside `uninterrupted`, and names its parts.
@@ -11,7 +11,6 @@ continues with the next batch, changes its state only inside `uninterrupted`, an
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import threading
@@ -29,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlmscope.core.artifacts import atomic_path, open_tensors, plain, read_json, refuse_other, write_json
+from vlmscope.core.artifacts import atomic_path, plain, read_json, refuse_other, write_json
 from vlmscope.core.errors import UserError, is_out_of_memory
 from vlmscope.tracking import TrackedRun
 from vlmscope.training.ranks import STOP_SIGNALS, Ranks
@@ -226,38 +225,6 @@ class Checkpoints(pl.Callback):
                 f"{place} has {free / 1e9:.3g} GB free, and checkpoints and set take {needed / 1e9:.3g} GB; "
                 "make room, or choose another hydra.run.dir"
             )
-
-
-class OneFileCheckpoints(Checkpoints):
-    """The same in one file, `<folder>/checkpoint.safetensors`, for a module with one part and one process."""
-
-    @property
-    def path(self) -> Path:
-        """The checkpoint's file."""
-        return self.folder / "checkpoint.safetensors"
-
-    def save(self, module: Resumable) -> None:
-        """Write the module with its step count, settings and origin."""
-        if self.saved_step == module.steps_done:
-            return
-        (part,) = module.parts().values()
-        state = part_state(part, module.optimizer)
-        metadata = {"steps_done": str(module.steps_done), "origin": json.dumps(self.settings | self.origin)}
-        with atomic_path(self.path) as temporary:
-            save_file(state, temporary, metadata=metadata)
-        self.saved_step = module.steps_done
-
-    def restore(self, module: Resumable) -> bool:
-        """Load the file into `module`; False if there is none."""
-        if not self.path.is_file():
-            return False
-        (part,) = module.parts().values()
-        with open_tensors(self.path, "pt") as file:
-            metadata = file.metadata()
-        refuse_other(str(self.path), json.loads(metadata["origin"]), self.settings | self.origin)
-        load_part(self.path, part, module.optimizer)
-        module.steps_done = self.saved_step = int(metadata["steps_done"])
-        return True
 
 
 def part_state(part: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor, 
 from vlmscope.training.batches import pack
 from vlmscope.training.config import OrreryTrainingConfig, StageConfig
 from vlmscope.training.orrery import TowerModule, VlmModule, fit_stage, train_orrery
-from vlmscope.training.resume import OneFileCheckpoints
+from vlmscope.training.resume import Checkpoints
 
 SMALL = OrreryConfig(d_model=16, n_layers=2, d_mlp=16, head_dim=4, vision_width=8, vision_layers=1, vision_mlp=8)
 BATCH = {"planets": 1, "digits": 1}
@@ -43,7 +43,7 @@ def fit(data: Path, folder: Path, resume: bool = False, stop_at: int = 99) -> Vl
         return VlmModule.collate(module, scenes, step)
 
     module.collate = collate  # pyright: ignore[reportAttributeAccessIssue]
-    checkpoints = OneFileCheckpoints(folder, 2, stage.max_steps, {}, {})
+    checkpoints = Checkpoints(folder, 2, stage.max_steps, {}, {})
     if resume:
         assert checkpoints.restore(module)
     fit_stage(module, ScenePool(data, "train"), [checkpoints], False)

@@ -160,7 +160,7 @@ def active_features(transcoder: Transcoder, mlp_in: Tensor) -> LayerFeatures:
         position=position,
         index=index,
         activation=activation.detach(),
-        pre_activation=(w_enc[index] * mlp_in[position]).sum(-1) + b_enc[index],
+        pre_activation=w_enc[index].mul_(mlp_in[position]).sum(-1) + b_enc[index],
         offsets=[0, *np.cumsum(counts.cpu().numpy()).tolist()],
         w_enc=w_enc,
         w_dec=hold(transcoder.W_dec.detach(), index),

@@ -37,7 +37,7 @@ def test_long_prompts_keep_the_parts_of_patterns_that_are_seen(
             assert identity(cut.subject).held, identity.__name__
     patterns = zip(whole.replacement.state.patterns, cut.replacement.state.patterns, strict=True)
     for one, other in patterns:
-        assert torch.equal(one.whole(), other.whole()) and torch.equal(one.sees(), other.sees())
+        assert torch.equal(one.whole(), other.whole()) and torch.equal(one.reach(), other.reach())
         assert torch.equal(one.row(1, 8), other.row(1, 8))
         kept = sum(block.values.numel() for block in other.blocks)
         assert kept < (0.8 if name == "all_sliding" else 1) * one.whole().numel()

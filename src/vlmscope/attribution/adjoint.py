@@ -354,8 +354,7 @@ class Adjoint:
         self.replacement = replacement
         self.sources = SourceVectors(replacement) if sources is None else sources
         self.columns: Columns = self.sources.columns
-        # [L, T, T]: whether any head of a layer lets a query see a key.
-        self._sees = torch.stack([pattern.sees() for pattern in replacement.state.patterns])
+        self._reach = [pattern.reach() for pattern in replacement.state.patterns]
         # Features of a cross-layer set get edges at more than one layer.
         self._crosses = any(features.w_later for features in replacement.features)
         self._soft = torch.from_numpy(replacement.inputs.is_image).to(replacement.errors.device)
@@ -481,9 +480,10 @@ class Adjoint:
 
     def _attention(self, layer: int, sweep: Sweep) -> None:
         frozen = self.replacement.layers[layer]
-        seen = self._sees[layer, sweep.positions].any(0)
-        seen[sweep.positions] = True  # the residual stream passes each position, whatever the pattern
-        below = torch.nonzero(seen)[:, 0]
+        # Of how many positions above each one is seen: spans open and close. The stream passes a position itself.
+        (first, last), one = self._reach[layer][:, sweep.positions], torch.ones_like(sweep.positions)
+        spans = one.new_zeros(self.columns.n_positions + 1).index_add_(0, first, one).index_add_(0, last + 1, -one)
+        below = torch.nonzero(spans.cumsum(0))[:, 0]
         above, keys = sweep.index, _index(below)
         scaled = frozen.attn_out_scale[above, None] * sweep.gradient
         groups = frozen.pattern.n_heads // frozen.n_kv_heads

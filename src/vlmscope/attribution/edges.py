@@ -122,21 +122,27 @@ def target_chunk(adjoint: Adjoint, targets: Targets, dtype: str, batch_size: int
 
 
 class RowStore:
-    """Keeps the edges of rows as they come: unchanged in memory, or one after another on disk."""
+    """Keeps the edges of rows as they come: unchanged in memory, or one after another in files."""
 
-    def __init__(self, storage: Memory, most_edges: int, dtype: str) -> None:
-        """Reserve room for `most_edges` on disk; in memory none is reserved."""
-        self._used = 0
-        self._arrays = [storage.zeros(most_edges, kind) for kind in ("int32", dtype)] if storage.on_disk else None
+    def __init__(self, storage: Memory, dtype: str) -> None:
+        self._storage, self._dtype = storage, dtype
+        self._indices, self._weights = np.empty(0, "int32"), np.empty(0, dtype)  # what is left of the last files
 
     def keep(self, chunk: RowChunk) -> RowChunk:
         """The same rows with their edges in this store."""
-        if self._arrays is None:
+        if not self._storage.on_disk:
             return chunk
-        indices, weights = (array[self._used : self._used + len(chunk.indices)] for array in self._arrays)
-        indices[:], weights[:] = chunk.indices, chunk.weights
-        self._used += len(indices)
-        return replace(chunk, indices=indices, weights=weights)
+        count = len(chunk.indices)
+        if count > len(self._indices):
+            room = max(count, _FILE)
+            self._indices, self._weights = self._storage.zeros(room, "int32"), self._storage.zeros(room, self._dtype)
+        kept = replace(chunk, indices=self._indices[:count], weights=self._weights[:count])
+        kept.indices[:], kept.weights[:] = chunk.indices, chunk.weights
+        self._indices, self._weights = self._indices[count:], self._weights[count:]
+        return kept
+
+
+_FILE = 1 << 24  # edges of a file at least, for which room is reserved: 64 MB
 
 
 def _partial_influence(

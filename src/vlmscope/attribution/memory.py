@@ -13,7 +13,6 @@ from math import ceil
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from vlmscope.attribution.adjoint import CACHE_BYTES, TOWER_BYTES, SourceVectors
 from vlmscope.attribution.config import AttributionConfig
@@ -21,6 +20,7 @@ from vlmscope.attribution.influence import BLOCK
 from vlmscope.attribution.storage import MEMORY, Disk, Memory
 from vlmscope.attribution.targets import Targets
 from vlmscope.core.errors import UserError
+from vlmscope.models.attention import QUERIES
 from vlmscope.replacement import ReplacementModel
 
 _ENOUGH = 16  # batches of fewer targets cost more time than edges on disk, or sources gathered again
@@ -31,15 +31,11 @@ _COLUMN_BYTES = 120  # per column, rankings included
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a graph is made: B targets at once, storage of the edges, and the bytes that kept sources may take.
-
-    `most_edges` bounds the edges of all rows, before left-out features share columns; counted when they go to disk.
-    """
+    """How a graph is made: B targets at once, storage of the edges, and the bytes that kept sources may take."""
 
     batch_size: int
     storage: Memory = MEMORY
     cache_bytes: float = CACHE_BYTES
-    most_edges: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,30 +46,31 @@ class GraphCosts:
     end_edges: int  # into all ends
     n_rows: int  # features that get a row
     n_columns: int  # of a row
+    n_nodes: int
     element: int  # bytes of a number of the sweep, and of a weight
     sources: int  # of all layers
     sweep: int  # of a sweep without targets: parts of patterns, and a layer's sources while they are gathered
     target: int  # per target of a batch: its gradient and row in a sweep, or its row while it is compressed
     tables: int  # all the time: tables of nodes, rows and columns, the ends' rows, the left-out mass
 
-    @property
-    def most_edges(self) -> int:
-        """Upper bound of the edges of all rows."""
-        return int(self.row_edges[: self.n_rows].sum()) + self.end_edges
+    def most_edges(self, n_rows: int) -> np.ndarray:
+        """Upper bounds of the edges of so many rows: as they come, and once left-out features share nodes."""
+        most = int(self.row_edges[:n_rows].sum())
+        return np.array([most, min(most, n_rows * self.n_nodes)]) + self.end_edges
 
     @property
     def edge_bytes(self) -> int:
         """Bytes of all edges in memory, as they come and in node order, with their mask."""
-        return self.most_edges * (2 * self.element + 9)
+        return int(self.most_edges(self.n_rows) @ (self.element + 4, self.element + 5))
 
     def disk_bytes(self, n_rows: int) -> int:
         """Bytes of all edges on disk, with graph.safetensors, when `n_rows` features have a row."""
-        return (int(self.row_edges[:n_rows].sum()) + self.end_edges) * (3 * self.element + 14)
+        return int(self.most_edges(n_rows) @ (self.element + 4, 2 * self.element + 10))
 
     @property
     def block_bytes(self) -> int:
         """Bytes of the block of edges that influence and pruning work on."""
-        return _BLOCK_BYTES * max(min(BLOCK, self.most_edges), self.n_columns)
+        return _BLOCK_BYTES * max(min(BLOCK, int(self.most_edges(self.n_rows)[1])), self.n_columns)
 
     def batch_within(self, budget: float, edges: int, kept: int) -> int:
         """The largest B with `edges` and `kept` bytes of edges and sources in memory; 0 or less when none fits."""
@@ -93,9 +90,11 @@ def graph_costs(replacement: ReplacementModel, targets: Targets, max_nodes: int)
     (n_layers, positions, width), element = replacement.errors.shape, replacement.errors.element_size()
 
     active = np.array([np.diff(features.offsets) for features in replacement.features]) + 1  # and the error
-    # [L + 1, T]: sources at a position below a layer, embedding included.
+    # [L + 1, T]: sources at a position below a layer, embedding included, and then the sources up to each position.
     below = 1 + np.concatenate([np.zeros((1, positions), np.int64), np.cumsum(active, 0)])
-    edges = below @ visible(replacement).T + np.arange(len(below))[:, None] + 1  # biases up to the row's own layer
+    (first, last), before = visible(replacement), np.pad(np.cumsum(below, 1), ((0, 0), (1, 0)))
+    edges = before[:, last + 1] - before[:, first]
+    edges += np.arange(len(below))[:, None] + 1  # biases up to the row's own layer
     table, n_active = replacement.feature_activations, columns.below(targets.layer)
     n_below = sum(level.n_features for level in columns.tower)
     own = slice(n_below, max(n_active, n_below))
@@ -122,11 +121,12 @@ def graph_costs(replacement: ReplacementModel, targets: Targets, max_nodes: int)
         + columns.first * len(targets),
         n_rows=n_rows,
         n_columns=columns.total,
+        n_nodes=n_nodes,
         element=element,
         sources=sum(layer_bytes),
         # A tower's gradients are made for a part of a batch.
         sweep=(2 * TOWER_BYTES if columns.tower else 0)
-        + positions**2 * (n_layers + n_heads * (1 + 2 * element))
+        + positions * min(positions, QUERIES) * (24 + n_heads * (1 + 2 * element))
         + 3 * max(layer_bytes),
         target=columns.total * (element + 4) + max(swept, compressed),
         tables=_NODE_BYTES * n_nodes + _COLUMN_BYTES * columns.total + left_out + ends,
@@ -134,15 +134,16 @@ def graph_costs(replacement: ReplacementModel, targets: Targets, max_nodes: int)
 
 
 def visible(replacement: ReplacementModel) -> np.ndarray:
-    """`[T, T]` int64, 1 where targets of a position can have sources at another, in any number of attention steps."""
-    seen = torch.eye(replacement.n_positions, dtype=torch.bool, device=replacement.errors.device)
-    for pattern in replacement.state.patterns:
-        seen |= pattern.sees()
-    while True:
-        further = (seen.float() @ seen.float()) > 0
-        if torch.equal(further, seen):
-            return seen.long().numpy(force=True)
-        seen = further
+    """Between which positions the sources of each one's targets lie, in any number of attention steps, `[2, T]` int64.
+
+    An upper bound: a position counts as seeing as far back as any later one, and as far ahead as any earlier one.
+    """
+    reach = np.stack([pattern.reach().numpy(force=True) for pattern in replacement.state.patterns])
+    first = np.minimum.accumulate(reach[:, 0].min(0)[::-1])[::-1]
+    last = np.maximum.accumulate(reach[:, 1].max(0))
+    while (first[first] < first).any() or (last[last] > last).any():
+        first, last = first[first], last[last]
+    return np.stack([first, last])
 
 
 def plan_memory(
@@ -172,7 +173,7 @@ def plan_memory(
     disk = Disk(folder)
     if costs.disk_bytes(costs.n_rows) > disk.free_bytes():
         raise UserError(_no_room(costs, disk, disk.free_bytes()))
-    return MemoryPlan(batch_size, disk, cache_bytes, costs.most_edges)
+    return MemoryPlan(batch_size, disk, cache_bytes)
 
 
 def _too_little(costs: GraphCosts, memory_gb: float, tokens: int) -> str:

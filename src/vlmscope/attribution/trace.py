@@ -203,7 +203,7 @@ def attribute(
     plan = plan or plan_memory(replacement, targets, config)
     adjoint = Adjoint(replacement, SourceVectors(replacement, plan.cache_bytes))
     ends = target_chunk(adjoint, targets, dtype, plan.batch_size)
-    store = RowStore(plan.storage, plan.most_edges, dtype)
+    store = RowStore(plan.storage, dtype)
     workers = Workers(adjoint, config.devices, plan.cache_bytes)
     chunks = select_rows(adjoint, ends, targets, config, plan.batch_size, store, dtype, workers)
     edges = assemble(replacement, adjoint.columns, chunks, ends, targets, dtype, plan.storage)

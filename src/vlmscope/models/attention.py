@@ -193,12 +193,14 @@ class Pattern:
             whole[:, block.queries, block.keys] = block.values
         return whole
 
-    def sees(self) -> Tensor:
-        """Whether any head lets a query see a key, `[T, T]` bool."""
-        seen = self.blocks[0].values.new_zeros(self.n_positions, self.n_positions, dtype=torch.bool)
-        for block in self.blocks:
-            seen[block.queries, block.keys] = (block.values > 0).any(0)
-        return seen
+    def reach(self) -> Tensor:
+        """The first and the last position that any head lets each query see, or itself: `[2, T]` int64."""
+        spans, every = [], torch.arange(self.n_positions, device=self.blocks[0].values.device)
+        for queries, keys, values in self.blocks:
+            own = every[queries, None]
+            seen = torch.cat([torch.where((values > 0).any(0), every[keys], own), own], 1)
+            spans.append(torch.stack(seen.aminmax(dim=1)))
+        return torch.cat(spans, 1)
 
     def back(self, gradient: Tensor, above: Tensor, below: Tensor) -> Tensor:
         """From what heads give queries `above [S]` to the values of keys `below [S']`, both ascending.

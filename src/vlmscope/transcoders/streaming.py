@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 
 from vlmscope.core.errors import UserError
 
-BLOCK = 16384  # features whose pre-activations are computed at once: 168 MB of encoder in float32 at a width of 2560
-_ROWS = 64  # rows that are gathered at once: each may bring 64 kB of pages around it
+BLOCK = 4096  # features whose pre-activations are computed at once: 42 MB of encoder in float32 at a width of 2560
+_ROWS = 16  # rows that are gathered at once: each may bring 64 kB of pages around it
 _LIBC = ctypes.CDLL(None) if hasattr(mmap, "MADV_WILLNEED") else None  # Windows has no such advice
 _ATEN = torch.ops.aten
 _BAGS = (_ATEN._embedding_bag.default, _ATEN._embedding_bag_forward_only.default)
@@ -80,13 +80,13 @@ class StreamedRows(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"StreamedRows({list(self.shape)}, dtype={self.dtype}, stored={self._stored.dtype})"
 
-    def whole(self) -> Tensor:
-        """The rows as an ordinary tensor, in memory of its own."""
+    def whole(self, space: Tensor | None = None) -> Tensor:
+        """The rows as an ordinary tensor, in memory of its own or in the first rows of `space`."""
         start, size = self._start, len(self)
         stored = self._stored[start : start + size]
         _advise(stored, "MADV_WILLNEED")
         _advise(self._stored[start + size : start + 2 * size], "MADV_WILLNEED")  # read while these are used
-        rows = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        rows = self._space(size) if space is None else space[:size]
         for part, out in zip(stored.split(BLOCK // 8), rows.split(BLOCK // 8), strict=True):
             out.copy_(part)
             _advise(part, "MADV_DONTNEED")
@@ -97,9 +97,14 @@ class StreamedRows(Tensor):
         if self._held is not None:
             ids, rows = self._held
             return rows[torch.searchsorted(ids, index)]
-        used, place = (index.cpu() + self._start).unique(return_inverse=True)
+        used, place = index.unique(return_inverse=True)
+        return self.distinct(used)[place]
+
+    def distinct(self, index: Tensor) -> Tensor:
+        """Rows [n, d] of ascending indices [n] int64, from the file."""
+        used = index.cpu() + self._start
         if self._stored.stride(-1) == 1:
-            rows = torch.empty(len(used), self.shape[1], dtype=self.dtype, device=self.device)
+            rows = self._space(len(used))
             for some, out in zip(used.split(_ROWS), rows.split(_ROWS), strict=True):
                 for row in some.tolist():
                     _advise(self._stored[row : row + 1], "MADV_WILLNEED")
@@ -116,7 +121,14 @@ class StreamedRows(Tensor):
                 if first < last
             ]
             rows = torch.cat(parts) if parts else self.new_zeros(0, self.shape[1])
-        return self._checked(rows)[place.to(self.device)]
+        return self._checked(rows)
+
+    def _space(self, size: int) -> Tensor:
+        """Room for rows [size, d]; on a CPU not in the heap, where blocks and kept rows would leave holes."""
+        if self.device.type != "cpu" or size == 0:
+            return torch.empty(size, *self.shape[1:], dtype=self.dtype, device=self.device)
+        memory = mmap.mmap(-1, size * self.shape[1:].numel() * self.element_size())
+        return torch.frombuffer(memory, dtype=self.dtype).view(size, *self.shape[1:])
 
     def _checked(self, rows: Tensor) -> Tensor:
         if not bool(rows.sum(dtype=torch.promote_types(rows.dtype, torch.float32)).isfinite()):
@@ -155,6 +167,18 @@ class StreamedRows(Tensor):
         return func(*args, **kwargs)
 
 
+def blocks(rows: Tensor, size: int) -> Iterator[Tensor]:
+    """All rows, `size` at a time. Streamed ones share their memory: a block is valid until the next one."""
+    space = None
+    for block in (rows[first : first + size] for first in range(0, len(rows), size)):
+        if isinstance(block, StreamedRows):
+            space = block.whole(space)
+            block = space
+        yield block
+    if space is not None and hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)  # else what was freed on the way stays with the process, as much as a layer's rows
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor in memory."""
     return tensor.whole() if isinstance(tensor, StreamedRows) else tensor
@@ -174,7 +198,7 @@ def hold(rows: Tensor, index: Tensor) -> Tensor:
     if not isinstance(rows, StreamedRows):
         return rows
     used = index.unique()
-    return rows._like(held=(used, rows.rows(used)))
+    return rows._like(held=(used, rows.distinct(used)))
 
 
 class StreamedList(nn.Module):

@@ -36,7 +36,7 @@ from torch.nn import functional
 from vlmscope.core.records import generator
 from vlmscope.transcoders.config import HOOKS, TranscoderConfig, TranscoderSetConfig, UsualError
 from vlmscope.transcoders.nonlinearities import build_nonlinearity
-from vlmscope.transcoders.streaming import BLOCK, StreamedList, StreamedRows
+from vlmscope.transcoders.streaming import BLOCK, StreamedList, StreamedRows, blocks
 
 _CACHED = 4 << 20  # bytes of rows that fit a core's cache
 _SHRINKAGE = 0.1  # of the mean variance: bounds how much standardised inputs enlarge weak directions
@@ -299,18 +299,12 @@ class Transcoder(nn.Module):
         """Norm of what a feature of activation 1 writes, over all layers that it writes to: [F]."""
         if self._norms is not None and self._norms.device == self.b_enc.device:
             return self._norms.to(self.b_enc.dtype)
-        norms = []
-        for block in self._blocks(BLOCK):
-            squares = [self.decoder(ahead)[block].square().sum(1) for ahead in range(self.config.writes)]
-            norms.append(torch.stack(squares).sum(0).sqrt())
-        found = torch.cat(norms)
+        decoders = [blocks(self.decoder(ahead), BLOCK) for ahead in range(self.config.writes)]
+        squares = (torch.stack([rows.square().sum(1) for rows in block]) for block in zip(*decoders, strict=True))
+        found = torch.cat([block.sum(0).sqrt() for block in squares])
         if isinstance(self.W_dec, StreamedRows):  # to read all decoders once is enough
             self._norms = found
         return found
-
-    def _blocks(self, size: int) -> list[slice]:
-        """All features, `size` at a time."""
-        return [slice(first, first + size) for first in range(0, self.config.n_features, size)]
 
     def directions(self, weights: Sequence[Tensor | None]) -> Tensor:
         """The direction that a feature adds to the residual stream, summed over the layers it writes to: [F, d].
@@ -348,8 +342,10 @@ class Transcoder(nn.Module):
         rounding may depend on its shape. A batch of BatchTopK, in training, has one threshold, so it is one block.
         """
         indices = chosen = rows.new_zeros(len(rows), 0)
-        for block in self._blocks(self.config.n_features if self.training else BLOCK):
-            pre = self._product(rows, block)
+        block = slice(0, 0)
+        for w_enc in blocks(self.W_enc, self.config.n_features if self.training else BLOCK):
+            block = slice(block.stop, block.stop + len(w_enc))
+            pre = self._product(rows, w_enc, self.b_enc[block])
             local = self.activation.support(pre, block)
             found, pre = local + block.start, pre.gather(1, local)
             if block.start:
@@ -359,10 +355,10 @@ class Transcoder(nn.Module):
             indices, chosen = found, pre
         return indices, chosen
 
-    def _product(self, rows: Tensor, block: slice = slice(None)) -> Tensor:
+    def _product(self, rows: Tensor, w_enc: Tensor, b_enc: Tensor) -> Tensor:
         """`pre_activations` of rows [N, d] at some features, in `product_dtype` while training."""
-        dtype = self.product_dtype if self.training and self.product_dtype else self.W_enc.dtype
-        return functional.linear(rows.to(dtype), self.W_enc[block].to(dtype), self.b_enc[block].to(dtype))
+        dtype = self.product_dtype if self.training and self.product_dtype else w_enc.dtype
+        return functional.linear(rows.to(dtype), w_enc.to(dtype), b_enc.to(dtype))
 
     def write(self, code: SparseCode, ahead: int = 0) -> Tensor:
         """`sum_f a_f W_dec[f]` -> [.., d], the features' write to the layer `ahead` of their own."""
@@ -384,7 +380,7 @@ class Transcoder(nn.Module):
         """Reconstruct the MLP output from the MLP input `x` [.., d], by this layer's features alone."""
         rows = self._rows(x)
         with torch.no_grad():
-            pre = self._product(rows)
+            pre = self._product(rows, self.W_enc, self.b_enc)
             indices = self.activation.support(pre)
         code, at_support = self._code(x, rows, indices, pre.gather(1, indices))
         return TranscoderOutput(self.decode(code, x), code, pre.view(*x.shape[:-1], pre.shape[-1]), at_support)

@@ -106,7 +106,7 @@ def test_graph_edit_and_lens_are_the_same_and_read_no_matrix_whole(tmp_path, mon
     scopes = [Scope(vlm, one.requires_grad_(False)) for one in _both(tmp_path)]
     inputs = scopes[0].inputs("what is this planet ?", tiny_image(0))
     sizes, whole = [], StreamedRows.whole
-    monkeypatch.setattr(StreamedRows, "whole", lambda rows: sizes.append(len(rows)) or whole(rows))
+    monkeypatch.setattr(StreamedRows, "whole", lambda rows, *space: sizes.append(len(rows)) or whole(rows, *space))
     graphs = [trace(scope, inputs, AttributionConfig(max_nodes=60, update_every=20)).graph for scope in scopes]
     for name in ("indptr", "indices", "weights", "residual", "left_out_mass"):
         assert np.array_equal(*(getattr(graph, name) for graph in graphs)), name

@@ -151,9 +151,8 @@ def main() -> None:
         )
         for part in ("graph", "pass"):
             peak = first["model_mb"] + median(r["set_mb"] + r[f"{part}_added_mb"] for r in runs["streamed"])
-            print(
-                f"peak of model, loaded set ({first['set_mb']:.0f} MB) and {part}: {peak:.0f} MB, {peak / bound:.2f} times that"
-            )
+            parts = f"model, loaded set ({first['set_mb']:.0f} MB) and {part}"
+            print(f"peak of {parts}: {peak:.0f} MB, {peak / bound:.2f} times that")
         same = len({record["graph"] for records in runs.values() for record in records}) == 1
         print(f"graphs of {first['nodes']} nodes equal bit for bit: {same}")
         if not same or peak > 1.5 * bound:

@@ -175,7 +175,7 @@ def blocks(rows: Tensor, size: int) -> Iterator[Tensor]:
             space = block.whole(space)
             block = space
         yield block
-    if space is not None and hasattr(_LIBC, "malloc_trim"):
+    if space is not None and _LIBC is not None and hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)  # else what was freed on the way stays with the process, as much as a layer's rows
 
 

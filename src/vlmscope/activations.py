@@ -260,11 +260,8 @@ def head_score(
 
     with torch.enable_grad(), ExitStack() as stack:
         stack.enter_context(using_vlmscope_attention(adapter))
-        for projection in (parts.query, parts.key):
-            stack.callback(projection.register_forward_hook(leaf).remove)
-        for norm in (parts.query_norm, parts.key_norm):
-            if norm is not None:
-                stack.callback(norm.register_forward_hook(frozen).remove)
+        norms = [norm for norm in (parts.query_norm, parts.key_norm) if norm is not None]
+        stack.enter_context(hooked({parts.query: leaf, parts.key: leaf} | dict.fromkeys(norms, frozen)))
         stack.enter_context(stopping_at_scores(module))
         try:
             module(*attention_args, **attention_kwargs)
@@ -381,9 +378,7 @@ def _reducing(
         return hook
 
     modules = adapter.vision_attention()
-    with ExitStack() as stack:
-        for layer in recorded:
-            stack.callback(modules[layer].register_forward_hook(after(layer)).remove)
+    with hooked({modules[layer]: after(layer) for layer in recorded}):
         yield reduced
     assert set(reduced) == set(recorded), "the tower was given other tokens than the adapter says"
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlmscope.activations import ForwardState, capture_state
+from vlmscope.activations import ForwardState, capture_state, hooked
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import TOWER, PatchBox
 from vlmscope.models.attention import FrozenVision, Pattern, frozen_vision
@@ -339,9 +339,8 @@ class FrozenTower:
             return replace
 
         with ExitStack() as opened:
-            opened.callback(self._embedding.register_forward_hook(embedding).remove)
-            for layer in range(self.stack.n_layers):
-                opened.callback(self.stack.mlp(layer).register_forward_hook(hook(layer)).remove)
+            mlps = {self.stack.mlp(layer): hook(layer) for layer in range(self.stack.n_layers)}
+            opened.enter_context(hooked({self._embedding: embedding, **mlps}))
             opened.enter_context(torch.enable_grad())
             self._frozen = opened.enter_context(frozen_vision(adapter, self._frozen))
             entered = entering(adapter, [self.inputs])

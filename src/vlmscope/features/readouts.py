@@ -14,7 +14,6 @@ Legend: B prompts, T positions, P chosen ones, L layers, K words, V vocabulary, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations import norm_weight_after
+from vlmscope.activations import hooked, norm_weight_after
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import ROLES, FeatureId, Positions
 from vlmscope.core.study import Words
@@ -86,12 +85,10 @@ def token_lens(adapter: Adapter, batch: InputBatch, positions: np.ndarray, words
     norms = [adapter.norms(layer).attn_in for layer in range(adapter.n_layers)] + [adapter.final_norm()]
     states: dict[int, Tensor] = {}
 
-    def keep(number: int, _module: Any, args: tuple) -> None:
+    def keep(number: int, _module: Any, args: tuple, _out: Any) -> None:
         states[number] = args[0]
 
-    with ExitStack() as stack:
-        for number, norm in enumerate(norms):
-            stack.callback(norm.register_forward_pre_hook(partial(keep, number)).remove)
+    with hooked({norm: partial(keep, number) for number, norm in enumerate(norms)}):
         adapter.forward(batch.tensors, use_cache=False)
     where, target = torch.from_numpy(positions), torch.tensor(words)
     kept = [states[number] for number in range(len(norms))]

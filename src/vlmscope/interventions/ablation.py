@@ -18,14 +18,16 @@ Legend: B cases, T positions, d model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vlmscope.activations import hooked
 from vlmscope.core.records import ROLES, generator
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.batching import InputBatch, make_batch
@@ -53,13 +55,11 @@ def all_sites(adapter: Adapter, blocks: Iterable[str] = BLOCKS) -> list[Site]:
 def block_outputs(adapter: Adapter, batch: InputBatch, sites: Iterable[Site]) -> tuple[Tensor, dict[Site, Tensor]]:
     """Logits [B, V] at the last position and the blocks' outputs [B, T, d] of one unedited forward."""
     outputs: dict[Site, Tensor] = {}
-    with ExitStack() as stack:
-        for site in sites:
 
-            def hook(_m: Any, _a: Any, out: Any, site: Site = site) -> None:
-                outputs[site] = out[0] if isinstance(out, tuple) else out
+    def keep(site: Site, _m: Any, _a: Any, out: Any) -> None:
+        outputs[site] = out[0] if isinstance(out, tuple) else out
 
-            stack.callback(block_module(adapter, site).register_forward_hook(hook).remove)
+    with hooked({block_module(adapter, site): partial(keep, site) for site in sites}):
         logits = batch.next_logits(adapter)
     return logits, outputs
 
@@ -67,15 +67,13 @@ def block_outputs(adapter: Adapter, batch: InputBatch, sites: Iterable[Site]) ->
 @contextmanager
 def replacing_outputs(adapter: Adapter, values: Mapping[Site, Tensor], where: Tensor) -> Iterator[None]:
     """Replace outputs of blocks at positions `where` [T] bool by `values`: [d], [T, d] or [B, T, d]."""
-    with ExitStack() as stack:
-        for site, value in values.items():
 
-            def hook(_m: Any, _a: Any, out: Any, value: Tensor = value) -> Any:
-                old = out[0] if isinstance(out, tuple) else out
-                new = torch.where(where.to(old.device)[:, None], value.to(old), old)
-                return (new, *out[1:]) if isinstance(out, tuple) else new
+    def replaced(value: Tensor, _m: Any, _a: Any, out: Any) -> Any:
+        old = out[0] if isinstance(out, tuple) else out
+        new = torch.where(where.to(old.device)[:, None], value.to(old), old)
+        return (new, *out[1:]) if isinstance(out, tuple) else new
 
-            stack.callback(block_module(adapter, site).register_forward_hook(hook).remove)
+    with hooked({block_module(adapter, site): partial(replaced, value) for site, value in values.items()}):
         yield
 
 
@@ -241,9 +239,7 @@ def without_mlps(adapter: Adapter, inputs: ModelInputs, others: Sequence[ModelIn
         mean = out[:count].mean(0, keepdim=True)
         return torch.cat([out[: count + 1], mean.expand(count + 1, -1, -1)])
 
-    with ExitStack() as stack:
-        for site in all_sites(adapter, ["mlp"]):
-            stack.callback(block_module(adapter, site).register_forward_hook(hook).remove)
+    with hooked({adapter.mlp(layer): hook for layer in range(adapter.n_layers)}):
         logs = log_probabilities(adapter.next_logits(both.tensors))
     top = logs.argmax(-1)
     token, ablated_top = int(top[count]), top[count + 1 :]

@@ -120,7 +120,7 @@ class Side:
     """One side of all pairs, unedited."""
 
     entering: Tensor  # [B, T, d], what enters the first layer
-    injections: Tensor | None  # [B, n, T, d], what pictures add after later layers
+    injections: Tensor  # [B, n, T, d], what pictures add after the first n layers; n is 0 in most families
     codes: dict[int, SparseCode]  # by layer: features [B, T, k]
     errors: dict[int, Tensor]  # by layer: [B, T, d]
     gaps: np.ndarray  # m [B] float64
@@ -167,8 +167,9 @@ def _side(scope: Scope, subject: PairSubject, batch: InputBatch) -> Side:
     errors = {
         layer: out - scope.transcoders.decode(layer, codes, inputs[layer]).to(out) for layer, out in outputs.items()
     }
-    gaps = subject.gaps(logits).double().cpu().numpy()
-    return Side(batch.tensors["inputs_embeds"], batch.tensors.get(INJECTIONS), codes, errors, gaps)
+    gaps, entering = subject.gaps(logits).double().cpu().numpy(), batch.tensors["inputs_embeds"]
+    injections = batch.tensors.get(INJECTIONS, entering.new_zeros(batch.size, 0, *entering.shape[1:]))
+    return Side(entering, injections, codes, errors, gaps)
 
 
 def changing_nodes(sides: Sides, transcoders: TranscoderSet) -> Nodes:
@@ -180,10 +181,8 @@ def changing_nodes(sides: Sides, transcoders: TranscoderSet) -> Nodes:
         moved = (first != second).flatten(2).any(-1).any(0)
         return sides.role_of[moved].unique().tolist()
 
-    entering = differing(clean.entering, corrupt.entering)
-    if clean.injections is not None and corrupt.injections is not None:
-        added = differing(clean.injections.transpose(1, 2), corrupt.injections.transpose(1, 2))
-        entering = sorted({*entering, *added})
+    added = differing(clean.injections.transpose(1, 2), corrupt.injections.transpose(1, 2))
+    entering = sorted({*differing(clean.entering, corrupt.entering), *added})
     keys: list[tuple[int, int, int, int]] = [(Kind.EMBEDDING, -1, role, -1) for role in entering]
     for layer in transcoders.layers:
         moved = (sides.changes(transcoders, layer) != 0).any(0)  # [T, F]
@@ -206,7 +205,7 @@ def eap_ig(scope: Scope, sides: Sides, nodes: Nodes, steps: int) -> np.ndarray:
     # These are gradients of -m, so every difference below is corrupt minus clean.
     writes, gradients = gap_gradients(scope, sides.subject, steps, inputs=True)
     at_input = ((corrupt.entering - clean.entering) * gradients["inputs_embeds"]).sum(-1)
-    if clean.injections is not None and corrupt.injections is not None:
+    if INJECTIONS in gradients:
         at_input = at_input + ((corrupt.injections - clean.injections) * gradients[INJECTIONS]).sum((1, 3))
 
     def features(layer: int, code: SparseCode) -> Tensor:

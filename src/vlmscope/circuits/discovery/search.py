@@ -59,7 +59,7 @@ def circuit(scope: Scope, sides: Sides, kept: Kept, mode: str = "free") -> Itera
     tensors = dict(sides.subject.batch.tensors)
     mask = kept.embeddings[sides.role_of][:, None]
     tensors["inputs_embeds"] = _mix(mask, clean.entering, corrupt.entering)
-    if clean.injections is not None and corrupt.injections is not None:
+    if INJECTIONS in tensors:
         tensors[INJECTIONS] = _mix(mask, clean.injections, corrupt.injections)
     with ExitStack() as stack:
         if mode == "frozen_attention":

@@ -11,28 +11,29 @@ import torch
 from vlmscope.analyses.bench import Bench
 from vlmscope.analyses.declared import from_pairs
 from vlmscope.attribution.trace import trace
-from vlmscope.circuits.build import described, draw_diagram
 from vlmscope.circuits.cases import of_one_length
-from vlmscope.circuits.circuit import Circuit, direct_edges
-from vlmscope.circuits.config import SupernodeConfig
+from vlmscope.circuits.circuit import passed_on
+from vlmscope.circuits.config import SOFT, TEXT, SupernodeConfig
 from vlmscope.circuits.experiment import Declared
 from vlmscope.circuits.selectors import by_contrast
 from vlmscope.core.records import ROLES, Positions, generator
 from vlmscope.core.results import Supernode
-from vlmscope.data.icons import on_ground, read_icons, read_relations
+from vlmscope.data.icons import PICTURE, on_ground, read_icons, read_relations
 from vlmscope.features.readouts import role_means
 from vlmscope.interventions.edits import codes
 from vlmscope.interventions.trials import Cases
+from vlmscope.report.circuit_figure import circuit_diagram, drawable
+
+LEAST = 10.0  # per cent of what reaches a box; weaker arrows are not drawn
 
 
 @dataclass
 class Settings:
-    """`countries` compared, the `top` features of a layer that prefer one, and the `members` of a box of the graph."""
+    """`countries` compared, the `top` features of a layer that prefer one, `permutations` of names."""
 
     countries: int
     top: int
     permutations: int
-    members: int
 
 
 def declare(bench: Bench) -> Declared:
@@ -99,24 +100,37 @@ def shared_features(bench: Bench, question: str) -> dict[str, float]:
 
 
 def draw_two_steps(bench: Bench, cases: Cases) -> None:
-    """figures/two_steps.png: flag, its country, what is asked, and the answer, in the graph of the first test case."""
-    scope, source, size = bench.scope, bench.records["pairs"], bench.analysis.members
-    country, graph = cases.ids[0].split(" to ")[0], trace(scope, cases.inputs[0], bench.cfg.attribution).pruned
+    """figures/two_steps.png and two_steps_dark.png, of the first test case: why its answer, not the other flag's."""
+    scope, source, asked = bench.scope, bench.records["pairs"], cases.question
     test = {each.question: each.batch for each in bench.records["test"]}
-    others = [batch for name, batch in test.items() if name != cases.question] or [cases.batch]
-    asked, against = role_means(scope, [cases.batch]), role_means(scope, others)
-    held, own = source.common()[:size], source.particular(cases.question)[:size]
+    others = [batch for name, batch in test.items() if name != asked] or [cases.batch]
+    held, own = source.common(), source.particular(asked)
     taken = {member.feature for member in [*held, *own]}
-    known = by_contrast(scope.transcoders, asked, against, SupernodeConfig(count=4 * size), {})
-    relation = [member for member in known if member.feature not in taken and member.role != "image"][:size]
-    nodes = {
-        f"{country}, seen": Supernode("", tuple(held), Positions(("image",))),
-        f"{country}, at the end": Supernode("", tuple(held), Positions(("question", "last"))),
-        f"asked: {cases.question}": Supernode("", tuple(relation), Positions(("question", "last"))),
-        f"this {cases.question}": Supernode("", tuple(own), Positions(("last",))),
+    means = (role_means(scope, batches) for batches in ([cases.batch], others))
+    known = by_contrast(scope.transcoders, *means, SupernodeConfig(count=bench.cfg.interchange.features), {})
+    relation = [member for member in known if member.feature not in taken and member.role != "image"]
+    parts = {
+        "features that name the country": (held, ("image",)),
+        (own_words := f"features of what is asked: {asked}"): (relation, ("question", "last")),
+        f"features that recall the {asked}": (own, ("last",)),
     }
-    named = {name: replace(node, name=name) for name, node in nodes.items() if node.features}
-    shown = described(scope, Circuit(named, {}, model=bench.vlm.name), lambda _: {})
-    pair = next(pair for pair in bench.pairs("test")[cases.question] if pair.id == cases.ids[0])
-    picture = np.asarray(pair.original.images[0])
-    draw_diagram(bench.run_dir / "figures" / "two_steps.png", shown, direct_edges([graph.graph], shown), picture, 0.005)
+    nodes = [Supernode(name, tuple(members), Positions(roles)) for name, (members, roles) in parts.items() if members]
+    ends = [f"id:{int(tokens[0])}" for tokens in (cases.answer, cases.target)]
+    graph = trace(scope, cases.inputs[0], replace(bench.cfg.attribution, difference=ends)).pruned.graph
+    side = next(pair.original for pair in bench.pairs("test")[asked] if pair.id == cases.ids[0])
+    flag, question, answer = "the flag", "the question", side.answer.strip()
+    titles = {SOFT: flag, TEXT: question} | {node.name: node.name for node in nodes}
+    flows = passed_on(graph, nodes, own_words)
+    shares = [(titles[s], titles.get(t, answer), share) for s, t, share in flows if s in titles]
+    chance = float(cases.base.logits[0].softmax(-1)[cases.answer[0]])
+    words = {question: side.prompt.replace(PICTURE, "▢"), answer: f"the model's answer ({100 * chance:.0f} %)"}
+    for name, dark in (("two_steps", False), ("two_steps_dark", True)):
+        drawn = bench.run_dir / "figures" / f"{name}.png", {flag: [np.asarray(side.images[0])]}
+        circuit_diagram(
+            nodes,
+            drawable(shares, LEAST),
+            *drawn,
+            words,
+            dark,
+            "share of what reaches a box beside the question's words",
+        )

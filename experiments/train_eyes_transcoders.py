@@ -10,8 +10,8 @@ writes `OUT/train.jsonl` with its pictures, for data=folder data.path=OUT (docs/
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from vlmscope.core.artifacts import atomic_folder, write_text
+from vlmscope.core.errors import UserError
 from vlmscope.core.records import derive, generator
 from vlmscope.data.icons import on_ground, read_icons, read_relations
 from vlmscope.models.eyes import joined_folder
@@ -71,4 +72,11 @@ def write_sampled(eyes: Path, out: Path, seed: int = 0, count: int = TEXTS, aske
 
 
 if __name__ == "__main__":
-    write_sampled(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("eyes", type=Path, help="folder of the model's eyes, such as assets/gemma3_270m_eyes")
+    parser.add_argument("out", type=Path, help="folder to write")
+    given = parser.parse_args()
+    try:
+        write_sampled(given.eyes, given.out)
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")

@@ -39,7 +39,7 @@ Keys
   images.NAME=[A,B]               a named set of your own pictures
   model= transcoder= data= optim= pairs= circuit= study= tracking=    choose an option of a group
   trainer.max_steps=10            set one key of it; a misspelt key is an error
-  debug=fast                      tiny limits, to see whether a configuration runs at all
+  debug=fast, debug=small         tiny limits, to see whether it runs at all; minutes with a pretrained small model
   tracking=none                   nothing but the run folder
   hydra.run.dir=PATH              the run folder (default outputs/<experiment or task>/<date_time>)
   trainer.resume=true             with hydra.run.dir of an earlier run: resume it where it stopped

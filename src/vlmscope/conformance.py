@@ -305,12 +305,12 @@ def direct_effects(subject: Subject, share: float = 0.7) -> float:
 
     In the affine map of changes, and as the difference of two whole replays.
     """
-    before, worst = subject.read(subject.replacement.replay()), 0.0
+    before, worst = subject.read(subject.replacement.replay(last=True)), 0.0
     for source in subject.sources:
         change = {subject.key(source): share * float(subject.edges.nodes.activation[source])}
         expected = share * subject.column(source)
         moved = subject.read(subject.replacement.direct(change))
-        replayed = subject.read(subject.replacement.replay(change)) - before
+        replayed = subject.read(subject.replacement.replay(change, last=True)) - before
         gap = np.maximum(np.abs(moved - expected), np.abs(replayed - expected))
         worst = _worse(worst, (gap / subject.scale).max())
     return worst
@@ -381,7 +381,7 @@ def direct_mode(subject: Subject) -> float:
     scope, replacement = subject.scope, subject.replacement
     batch = scope.batch([subject.inputs])
     base = base_run(scope, batch, ["direct"])
-    unedited = replacement.replay().logits[-1].double()
+    unedited = replacement.replay(last=True).logits[-1].double()
     rng, last = generator(subject.limits.seed, "direct mode"), replacement.n_positions - 1
     others = rng.permutation(last)[: subject.limits.positions - 1]
     gaps, effects = [], []

@@ -350,7 +350,7 @@ class FrozenTower:
 
 @dataclass(frozen=True)
 class Replay:
-    """A run of the replacement model, or its change: pre-activation and activation `[n]`, logits `[T, V]`.
+    """A run of the replacement model, or its change: pre-activation and activation `[n]`, logits `[T, V]` or `[1, V]`.
 
     Features are in the order of `feature_activations`; logits are those before the cap, if the model has one.
     """
@@ -395,10 +395,9 @@ class ReplacementModel:
         return self.state.embeddings.shape[0]
 
     @torch.no_grad()
-    def replay(self, delta: FeatureChange | None = None) -> Replay:
-        """Run the affine model from the embeddings, piece by piece, without the Hugging Face forward.
-
-        `delta` changes some activations; the other features keep theirs.
+    def replay(self, delta: FeatureChange | None = None, last: bool = False) -> Replay:
+        """Run the affine model from the embeddings, piece by piece, without the Hugging Face forward; some activations
+        changed by `delta`, all others kept. With `last`, logits are the last position's.
         """
         below, changes = self._changes(delta or {})
         entered, pre = self.state, []
@@ -417,10 +416,10 @@ class ReplacementModel:
             x = frozen.leave(stream, with_injection=self.tower is None)
             if self.tower is not None and layer < len(entered.injections):  # those that its features write
                 x = x + entered.injections[layer]
-        return Replay(torch.cat(pre), torch.cat([*below, *activation]), self._unembed(x))
+        return Replay(torch.cat(pre), torch.cat([*below, *activation]), self._unembed(x[-1:] if last else x))
 
     def direct(self, delta: FeatureChange) -> Replay:
-        """The change of all pre-activations and logits when some activations change and no other feature responds."""
+        """The change of all pre-activations and the last logits when some activations change and no other responds."""
         return self._tangent(delta, respond=False)
 
     def total(self, delta: FeatureChange) -> Replay:
@@ -441,7 +440,7 @@ class ReplacementModel:
             below_pre = [one - other for one, other in pairs]
             below = [change + pre for change, pre in zip(below, below_pre, strict=True)] if respond else below
         x, pre, activation = self.propagate(stream, injected, changes, respond=respond, n_layers=self.n_layers)
-        return Replay(torch.cat([*below_pre, *pre]), torch.cat([*below, *activation]), self._unembed(x))
+        return Replay(torch.cat([*below_pre, *pre]), torch.cat([*below, *activation]), self._unembed(x[-1:]))
 
     def _tower_pre(self, run: TowerPass) -> list[Tensor]:
         """Pre-activations `[n]` of the tower's active features per layer in a pass."""

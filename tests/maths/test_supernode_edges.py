@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 from tests.maths.maths_cases import TOLERANCE, Case, dense, key_of, read_targets
 
-from vlmscope.circuits.circuit import direct_edges, groups_of, supernode_mask
+from vlmscope.circuits.circuit import direct_edges, groups_of, passed_on, supernode_mask
+from vlmscope.circuits.config import ERRORS, SOFT, TEXT
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.core.records import Positions
 from vlmscope.core.results import CircuitFeature, Supernode
@@ -54,6 +55,27 @@ def test_groups_of_disjoint_supernodes_cover_everything_that_goes_in(one_case: C
         into = sum(edge.weight for edge in edges if edge.target == target)
         total = np.abs(dense(graph)[mask]).sum()
         assert abs(into - graph.nodes.target[mask].sum()) <= TOLERANCE * total  # completeness, summed
+
+
+def test_what_is_passed_on_ends_at_the_first_supernode_or_source(one_case: Case) -> None:
+    graph, nodes = one_case.graph, supernodes(one_case.graph)
+    inside, around, answers = groups_of(graph, nodes, 1)
+    absolute = np.abs(dense(graph)) * (graph.nodes.kind != NodeKind.BIAS)
+    steps = absolute / np.maximum(absolute.sum(1, keepdims=True), 1e-300)
+
+    def reached(weights: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        return np.linalg.solve(np.eye(len(steps)) - steps.T, steps.T @ weights)
+
+    (end,) = answers.values()
+    whole = reached(end.astype(float), steps) + end
+    boxed = np.any([*inside.values()], axis=0)
+    for name, mask in (inside | answers).items():
+        flow = reached(whole * mask, np.where((boxed & ~mask)[:, None], 0.0, steps))
+        ends = {key: around[key] for key in (SOFT, ERRORS, TEXT)[: 3 if name == "last" else 2]}
+        found = {key: flow[there].sum() for key, there in (inside | ends).items() if key != name}
+        shares = {source: share for source, target, share in passed_on(graph, nodes, "last") if target == name}
+        assert shares.keys() == found.keys()
+        assert max(abs(shares[key] - 100 * part / sum(found.values())) for key, part in found.items()) < 1e-6
 
 
 def test_changing_a_supernode_moves_another_by_the_edge(one_case: Case) -> None:

@@ -336,6 +336,25 @@ def direct_edges(
     )
 
 
+def passed_on(graph: AttributionGraph, nodes: Sequence[Supernode], asked: str) -> list[tuple[str, str, float]]:
+    """From, to, and the share in per cent of the influence on the target that comes from there, directly or through
+    features of no supernode. Biases do not count, nor do the question's words, which reach everything, but for `asked`.
+    """
+    inside, around, answers = groups_of(graph, nodes, 1)
+    (end,), counted = answers.values(), ~around[BIASES]
+    whole = influence(graph, end.astype(float), counted).nodes + end
+    boxed = np.any([*inside.values(), np.zeros_like(end)], axis=0)
+    row = np.repeat(np.arange(graph.n_nodes), np.diff(graph.indptr))
+    shares = []
+    for target, mask in (inside | answers).items():
+        open_rows = replace(graph, weights=graph.weights * (~boxed | mask)[row])  # the other supernodes pass on nothing
+        flow = influence(open_rows, whole * mask, counted).nodes
+        ends = {name: around[name] for name in (SOFT, ERRORS, *[TEXT] * (target == asked))}
+        found = {name: float(flow[there].sum()) for name, there in (inside | ends).items() if name != target}
+        shares += [(name, target, 100 * part / (sum(found.values()) or 1.0)) for name, part in found.items()]
+    return shares
+
+
 def circuit_metrics(circuit: Circuit, graphs: Sequence[AttributionGraph]) -> dict[str, float]:
     """Sizes, edges, and how much of the graphs the circuit holds.
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from pathlib import Path as FilePath
-from typing import Any
+from textwrap import wrap
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,20 +22,36 @@ from matplotlib.path import Path
 from PIL import Image
 
 from vlmscope.core.results import Supernode
-from vlmscope.report.figures import MUTED, NEGATIVE, POSITIVE, drawing
+from vlmscope.report.figures import INK, MUTED, NEGATIVE, POSITIVE, drawing
 
 Edge = tuple[str, str, float]  # source name, target name, weight in per cent
 Lane = tuple[int, int]  # number of the edge, column that it crosses
 Point = tuple[float, float]
-_WIDTH, _LANE, _GAP, _STEP = 2.1, 0.3, 0.38, 3.6  # of a box and a lane; between boxes of a column, and of columns
-_PLAIN, _LINE, _PAD = 0.5, 0.24, 0.13  # a box with a name alone, each line below it, and around pictures
-_PICTURE, _SMALL = 0.9, 0.6  # one picture of a box, and each of several
+_INCH, _DPI = 0.5, 220  # inches a unit: few, so that the words stay legible where a page shows the picture small
+_WIDTH, _LANE, _GAP, _STEP = 2.8, 0.4, 0.5, 4.4  # of a box and a lane; between boxes of a column, and of columns
+_NAME, _LINE, _PAD = 0.4, 0.34, 0.16  # a line of the name, each line below it, and around both and the pictures
+_PICTURE, _SMALL = 1.5, 0.8  # one picture of a box, and each of several
 _MOST = 3  # pictures of a box
-_CHARACTERS = 32  # of a line
-_SIGNS: dict[bool, dict[str, Any]] = {
-    True: {"color": POSITIVE, "linestyle": "-"},
-    False: {"color": NEGATIVE, "linestyle": (0, (2.5, 1.2))},
-}
+_CHARACTERS = {"name": 15, "line": 19, "most": 60}  # of a line of the name, of those below it, and of all these
+
+
+class _Look(NamedTuple):
+    """Colours of paper, words, frames, boxes of inputs and of supernodes, and of arrows that raise and lower."""
+
+    paper: str
+    ink: str
+    frame: str
+    plain: str
+    node: str
+    raises: str
+    lowers: str
+
+    def arrow(self, raises: bool) -> dict[str, Any]:
+        return {"color": self.raises} if raises else {"color": self.lowers, "linestyle": (0, (2.5, 1.2))}
+
+
+_LIGHT = _Look("#ffffff", INK, MUTED, "#f4f4f4", "#eef4fa", POSITIVE, NEGATIVE)
+_DARK = _Look("#15181c", "#e8eaed", "#a6afba", "#262b32", "#1b2b3c", "#56B4E9", "#E69F00")
 
 
 def circuit_diagram(
@@ -43,32 +60,36 @@ def circuit_diagram(
     path: str | FilePath,
     thumbnails: Mapping[str, Sequence[np.ndarray]],
     words: Mapping[str, str],
+    dark: bool = False,
+    shares: str = "",
 ) -> FilePath:
     """Draw the circuit; names in `edges` (without a cycle) that are no supernode, inputs and answers, are plain boxes.
 
-    By name, `thumbnails` are up to three pictures, uint8 `[H, W, 3]`, and `words` a line for the box.
+    By name, `thumbnails` are up to three pictures, uint8 `[H, W, 3]`, and `words` a line for the box. `shares` says
+    what the weights are where they have no sign.
     """
+    look = _DARK if dark else _LIGHT
     members = {node.name: node for node in supernodes}
     names = list(dict.fromkeys([*members, *(name for edge in edges for name in edge[:2])]))
     boxes = {name: _Box(name, members.get(name), thumbnails.get(name, ()), words.get(name)) for name in names}
     layout = _Layout(boxes, edges)
     x = [place[0] for place in layout.places.values()]
     left, right = min(x) - _WIDTH / 2 - 0.15, max(x) + _WIDTH / 2 + 0.15
-    low = min(y - layout.height(item) / 2 for item, (_, y) in layout.places.items()) - 0.6
+    low = min(y - layout.height(item) / 2 for item, (_, y) in layout.places.items()) - 0.7
     high = max(y + layout.height(item) / 2 for item, (_, y) in layout.places.items()) + 0.15
-    with drawing(path, 0.95 * (right - left), 0.95 * (high - low), constrained=False) as figure:
+    with drawing(path, _INCH * (right - left), _INCH * (high - low), constrained=False, dpi=_DPI) as figure:
+        figure.set_facecolor(look.paper)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
         axes.set_xlim(left, right)
         axes.set_ylim(low, high)
-        _draw_arrows(axes, edges, layout)
+        _draw_arrows(axes, edges, layout, look, "{:.0f} %" if shares else "{:+.1f}")
         for name, box in boxes.items():
-            box.draw(axes, layout.places[name])
+            box.draw(axes, layout.places[name], look)
         shown = sorted({weight >= 0 for *_, weight in edges}, reverse=True)
-        unit = "% of all that the target takes in"
-        words_of = {True: f"raises ({unit})", False: f"lowers ({unit})"}
-        handles = [Line2D([], [], linewidth=2.5, label=words_of[sign], **_SIGNS[sign]) for sign in shown]
-        axes.legend(handles=handles, loc="lower center", ncols=2, frameon=False, borderaxespad=0.2)
+        words_of = {True: shares or "raises, in % of all that the box takes in", False: "lowers"}
+        handles = [Line2D([], [], linewidth=2.5, label=words_of[sign], **look.arrow(sign)) for sign in shown]
+        axes.legend(handles=handles, loc="lower center", ncols=2, frameon=False, borderaxespad=0.2, labelcolor=look.ink)
     return FilePath(path)
 
 
@@ -105,34 +126,44 @@ class _Box:
     """A name, lines of words below it, and pictures."""
 
     def __init__(self, name: str, node: Supernode | None, pictures: Sequence[np.ndarray], words: str | None) -> None:
-        self.name, self.is_supernode = name, node is not None
-        self.pictures = pictures[:_MOST]
-        lines = ([] if node is None else [describe(node)]) + ([words] if words else [])
-        self.lines = [line if len(line) <= _CHARACTERS else line[: _CHARACTERS - 1] + "…" for line in lines]
+        self.is_supernode, self.pictures = node is not None, pictures[:_MOST]
+        self.name, self.lines = _lines(name, "name"), []
+        for line in ([] if node is None else [describe(node)]) + ([words] if words else []):
+            self.lines += _lines(line, "line")
         self.side = _PICTURE if len(self.pictures) == 1 else _SMALL
-        self.height = _PLAIN + _LINE * len(lines) + (self.side + _PAD if self.pictures else 0.0)
+        pictured = self.side + _PAD if self.pictures else 0.0
+        self.height = 2 * _PAD + _NAME * len(self.name) + _LINE * len(self.lines) + pictured
 
-    def draw(self, axes: Axes, place: Point) -> None:
+    def draw(self, axes: Axes, place: Point, look: _Look) -> None:
         x, y = place
-        face, style = "#f4f4f4", "square,pad=0"
-        if self.is_supernode:
-            face, style = "#eef4fa", "round,pad=0,rounding_size=0.16"
+        face, style = (
+            (look.node, "round,pad=0,rounding_size=0.2") if self.is_supernode else (look.plain, "square,pad=0")
+        )
         corner = (x - _WIDTH / 2, y - self.height / 2)
-        box = FancyBboxPatch(corner, _WIDTH, self.height, boxstyle=style, facecolor=face, edgecolor=MUTED, zorder=3)
+        box = FancyBboxPatch(
+            corner, _WIDTH, self.height, boxstyle=style, facecolor=face, edgecolor=look.frame, zorder=3
+        )
         axes.add_patch(box)
-        centred = {"ha": "center", "va": "center", "zorder": 4}
-        top, name = y + self.height / 2 - _PLAIN / 2, self.name
-        shown = name if len(name) <= 26 else name[:25] + "…"
-        axes.text(x, top, shown, fontweight="bold", fontsize=11 if len(name) < 20 else 8.5, **centred)
-        for line in self.lines:
-            top -= _LINE
-            axes.text(x, top, line, fontsize=9 if len(line) < 28 else 8, **centred)
+        top = y + self.height / 2 - _PAD
+        for lines, height, font in (
+            (self.name, _NAME, {"fontweight": "bold", "fontsize": 11}),
+            (self.lines, _LINE, {"fontsize": 9.5}),
+        ):
+            for line in lines:
+                axes.text(x, top - height / 2, line, ha="center", va="center", color=look.ink, zorder=4, **font)
+                top -= height
         for number, picture in enumerate(self.pictures):
-            resized = np.asarray(Image.fromarray(picture).resize((128, 128), Image.Resampling.LANCZOS))
-            image = OffsetImage(resized, zoom=0.95 * self.side * 72 / 128)
+            resized = np.asarray(Image.fromarray(picture).resize((256, 256), Image.Resampling.LANCZOS))
+            image = OffsetImage(resized, zoom=_INCH * self.side * 72 / 256)
             across = (number - (len(self.pictures) - 1) / 2) * (self.side + 0.06)
             middle = (x + across, y - self.height / 2 + _PAD + self.side / 2)
             axes.add_artist(AnnotationBbox(image, middle, frameon=False, box_alignment=(0.5, 0.5), pad=0, zorder=3.5))
+
+
+def _lines(text: str, kind: str) -> list[str]:
+    """The text in lines that fit into a box."""
+    most = _CHARACTERS["most"]
+    return wrap(text if len(text) <= most else f"{text[: most - 1]}…", _CHARACTERS[kind])
 
 
 class _Layout:
@@ -190,7 +221,7 @@ def _columns(boxes: Mapping[str, _Box], edges: Sequence[Edge]) -> dict[str, int]
     return {name: last if name in answers else column[name] for name in boxes}
 
 
-def _draw_arrows(axes: Axes, edges: Sequence[Edge], layout: _Layout) -> None:
+def _draw_arrows(axes: Axes, edges: Sequence[Edge], layout: _Layout, look: _Look, form: str) -> None:
     strongest = max((abs(weight) for *_, weight in edges), default=1.0) or 1.0
     leaves, arrives = layout.ports(0), layout.ports(1)
     paths: list[np.ndarray] = []
@@ -199,15 +230,17 @@ def _draw_arrows(axes: Axes, edges: Sequence[Edge], layout: _Layout) -> None:
         for x, y in (layout.places[stop] for stop in layout.stops(number)[1:-1]):
             points += [(x - _WIDTH / 2, y), (x + _WIDTH / 2, y)]
         points.append((layout.places[target][0] - _WIDTH / 2 - 0.02, arrives[number]))
-        width = 0.8 + 4.0 * abs(weight) / strongest
-        head = {"arrowstyle": "-|>", "mutation_scale": 12 + 1.5 * width, "shrinkA": 0, "shrinkB": 0}
+        width = 0.8 + 5.0 * abs(weight) / strongest
+        head = {"arrowstyle": "-|>", "mutation_scale": 9 + 1.1 * width, "shrinkA": 0, "shrinkB": 0}
         path = _smooth(points)
-        axes.add_patch(FancyArrowPatch(path=path, linewidth=width, zorder=2, **head, **_SIGNS[weight >= 0]))  # pyright: ignore[reportArgumentType]
+        axes.add_patch(FancyArrowPatch(path=path, linewidth=width, zorder=2, **head, **look.arrow(weight >= 0)))  # pyright: ignore[reportArgumentType]
         line = path.to_polygons(closed_only=False)[0]  # a few points on each curve
         paths.append(np.asarray(Path(line).interpolated(8).vertices))
-    paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.92}
+    paper = {"facecolor": look.paper, "edgecolor": "none", "pad": 0.8, "alpha": 0.92}
     for (x, y), (*_, weight) in zip(_label_places(paths), edges, strict=True):
-        axes.text(x, y, f"{weight:+.1f}", ha="center", va="center", fontsize=9, bbox=paper, zorder=5)
+        axes.text(
+            x, y, form.format(weight), ha="center", va="center", fontsize=9.5, color=look.ink, bbox=paper, zorder=5
+        )
 
 
 def _smooth(points: Sequence[Point]) -> Path:
@@ -225,7 +258,7 @@ def _label_places(paths: Sequence[np.ndarray]) -> list[Point]:
     scale = np.array([0.5, 0.2])  # a label is wider than high
     placed: list[np.ndarray] = []
     for number, path in enumerate(paths):
-        candidates = path[len(path) // 4 : len(path) - len(path) // 4]
+        candidates = path[len(path) // 3 : len(path) - len(path) // 3]  # both ends stay free
         others = [line for i, line in enumerate(paths) if i != number] + [label[None] for label in placed]
         best = len(candidates) // 2
         if others:

@@ -114,10 +114,12 @@ def percent_axis(axis: Axis) -> None:
 
 
 @contextmanager
-def drawing(path: str | Path, width: float, height: float, constrained: bool = True) -> Iterator[Figure]:
+def drawing(
+    path: str | Path, width: float, height: float, constrained: bool = True, dpi: int = DPI
+) -> Iterator[Figure]:
     """Yield an empty figure of `width` x `height` inches; on success it is written to `path` as PNG, atomically."""
     with mpl.rc_context(_RC):  # pyright: ignore[reportArgumentType]
-        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained" if constrained else None)
+        figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained" if constrained else None)
         FigureCanvasAgg(figure)
         yield figure
         with atomic_path(path) as temporary:

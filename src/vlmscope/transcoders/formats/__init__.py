@@ -103,7 +103,7 @@ def detect(folder: Path) -> str:
     if not folder.is_dir():
         mend = "check the path"
         if folder.resolve().parent == shipped("assets"):  # named by a configuration, not by the user
-            mend = "it is not shipped yet: train one (task=train_transcoders) and give it as transcoder=path"
+            mend = "it is not shipped yet: run experiment=train_eyes_transcoders and give its set as transcoder=path"
         raise UserError(f"no transcoder set in {folder}: there is no such folder; {mend}")
     for name, form in FORMATS.items():
         if form.found_in(folder):

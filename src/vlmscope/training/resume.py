@@ -58,12 +58,19 @@ class RunLogger(Logger):
     Lightning's own MLFlowLogger cuts parameters at 250 characters, drops text, and ends the run by itself.
     """
 
-    name = property(lambda self: "vlmscope")  # Lightning requires both
-    version = property(lambda self: self._run.run_id or "untracked")
-
     def __init__(self, run: TrackedRun) -> None:
         super().__init__()
         self._run = run
+
+    @property
+    def name(self) -> str:
+        """A fixed name, which Lightning requires."""
+        return "vlmscope"
+
+    @property
+    def version(self) -> str:
+        """The run's id."""
+        return self._run.run_id or "untracked"
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

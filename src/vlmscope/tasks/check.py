@@ -28,7 +28,9 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         scope = load_scope(cfg, vlm)
         which = "random" if isinstance(cfg.transcoder, RandomTranscodersConfig) else cfg.transcoder.path
     else:
-        scope = random_scope(RandomTranscodersConfig(seed=cfg.seed), vlm, cfg.attribution.tower)
+        # Every active feature has a row of edges, and rows are what takes time: in deep models fewer are active.
+        config = RandomTranscodersConfig(seed=cfg.seed, k=max(2, min(8, 64 // vlm.adapter.n_layers)))
+        scope = random_scope(config, vlm, cfg.attribution.tower)
         which = "random"
     adapter, task = vlm.adapter, cfg.task
     limits = Limits(task.targets, task.sources, task.positions, new_tokens=task.new_tokens, seed=cfg.seed)

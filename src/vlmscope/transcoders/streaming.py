@@ -123,6 +123,10 @@ class StreamedRows(Tensor):
             rows = torch.cat(parts) if parts else self.new_zeros(0, self.shape[1])
         return self._checked(rows)
 
+    def give_back(self) -> None:
+        """Give back all pages of the file, also those of other tensors that were copied from it."""
+        _advise(torch.empty(0, dtype=torch.uint8).set_(self._stored.untyped_storage()), "MADV_DONTNEED")
+
     def _space(self, size: int) -> Tensor:
         """Room for rows [size, d]; on a CPU not in the heap, where blocks and kept rows would leave holes."""
         if self.device.type != "cpu" or size == 0:

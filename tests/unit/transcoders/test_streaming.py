@@ -101,6 +101,12 @@ def test_values_that_are_not_finite_are_refused_when_read(tmp_path):
         loaded[0].encode(torch.ones(2, D))
 
 
+def test_a_set_in_int8_is_not_streamed(tmp_path):
+    save_set(random_set(1, D, F, K), tmp_path, "int8")
+    with pytest.raises(UserError, match=r"is stored in int8, .* transcoder\.stream=false"):
+        load_set(tmp_path, stream=True)
+
+
 def test_graph_edit_and_lens_are_the_same_and_read_no_matrix_whole(tmp_path, monkeypatch):
     vlm = tiny_gemma3(d_model=D, layer_types=["full_attention"] * 3)
     scopes = [Scope(vlm, one.requires_grad_(False)) for one in _both(tmp_path)]

@@ -96,6 +96,11 @@ def read_tensors(path: Path, stream: bool = False) -> Tensors:
                     f"{path}: {name} is stored as {dtype}, and without a scale that says no weights; give the set in "
                     f"one of {', '.join(READ_DTYPES)}"
                 )
+            if stream and scaled:  # what is computed from a file is in memory, and must not be given back to the file
+                raise UserError(
+                    f"{path}: {name} is stored in int8, which is not read from disk in blocks; give transcoder.stream="
+                    "false, or convert the set to bfloat16 on a machine with more memory"
+                )
             if name in bytes_of and dtype in READ_DTYPES:
                 kind = READ_DTYPES[dtype]
                 if bytes_of[name].storage_offset() % kind.itemsize:
@@ -264,6 +269,9 @@ def build_layer(
             transcoder.activation.take_thresholds(tensors["threshold"])
         except ValueError as error:
             raise UserError(f"{path}: {error}; train or copy the set again") from error
+    for matrix in rows or ():
+        if isinstance(matrix, StreamedRows):
+            matrix.give_back()
     return transcoder
 
 

@@ -115,7 +115,7 @@ class Replay:
     """Stands for the frozen model where activations come from disk: what `TranscoderModule` asks an adapter."""
 
     def __init__(self, n_layers: int, d_model: int) -> None:
-        self.n_layers, self.d_model = n_layers, d_model
+        self.n_layers, self.d_model, self.site = n_layers, d_model, "decoder"
         self.model, self.device = nn.Module(), torch.device("cpu")
 
 

@@ -183,7 +183,7 @@ def test_gradients_agree_with_float32(activation: str, same_features: bool) -> N
     """About 6 UNIT of the entries are exchanged, each of which is gone and come: sqrt(12 UNIT) of the norm."""
     half, full, x, y = _pair(activation, True, dead_after_tokens=1, aux_k=8)
     if same_features:
-        product = half.transcoder._product(half.standardised(x, y)[0])
+        product = half.transcoder._product(half.standardised(x, y)[0], half.transcoder.W_enc, half.transcoder.b_enc)
         full.transcoder.activation.support = lambda pre: half.transcoder.activation.support(product)
     else:
         for trainer in (half, full):

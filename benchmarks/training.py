@@ -161,7 +161,9 @@ def ratios(records: Sequence[Record]) -> list[str]:
         for (threads, width), runs in grouped(records, stage).items():
             where = f"{stage}, width {width}, {threads} thread(s)"
             own = next((n for n in runs if n.startswith("ours")), None)
-            for name in (n for n in runs if n.startswith("sparsify") and own):
+            for name in (n for n in runs if n.startswith("sparsify")):
+                if own is None:
+                    continue
                 one, other = runs[own], runs[name]
                 step = median(one, lambda r: r["step_s"]) / median(other, lambda r: r["step_s"])
                 peak = median(one, lambda r: r["peak"]) / median(other, lambda r: r["peak"])

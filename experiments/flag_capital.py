@@ -106,8 +106,8 @@ def draw_two_steps(bench: Bench, cases: Cases) -> None:
     others = [batch for name, batch in test.items() if name != asked] or [cases.batch]
     held, own = source.common(), source.particular(asked)
     taken = {member.feature for member in [*held, *own]}
-    means = (role_means(scope, batches) for batches in ([cases.batch], others))
-    known = by_contrast(scope.transcoders, *means, SupernodeConfig(count=bench.cfg.interchange.features), {})
+    of, against = (role_means(scope, batches) for batches in ([cases.batch], others))
+    known = by_contrast(scope.transcoders, of, against, SupernodeConfig(count=bench.cfg.interchange.features), {})
     relation = [member for member in known if member.feature not in taken and member.role != "image"]
     parts = {
         "features that name the country": (held, ("image",)),

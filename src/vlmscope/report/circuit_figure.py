@@ -145,12 +145,20 @@ class _Box:
         )
         axes.add_patch(box)
         top = y + self.height / 2 - _PAD
-        for lines, height, font in (
-            (self.name, _NAME, {"fontweight": "bold", "fontsize": 11}),
-            (self.lines, _LINE, {"fontsize": 9.5}),
-        ):
+        for lines, height, weight, size in ((self.name, _NAME, "bold", 11), (self.lines, _LINE, "normal", 9.5)):
             for line in lines:
-                axes.text(x, top - height / 2, line, ha="center", va="center", color=look.ink, zorder=4, **font)
+                at = top - height / 2
+                axes.text(
+                    x,
+                    middle,
+                    line,
+                    ha="center",
+                    va="center",
+                    color=look.ink,
+                    zorder=4,
+                    fontsize=size,
+                    fontweight=weight,
+                )
                 top -= height
         for number, picture in enumerate(self.pictures):
             resized = np.asarray(Image.fromarray(picture).resize((256, 256), Image.Resampling.LANCZOS))

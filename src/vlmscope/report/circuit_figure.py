@@ -147,18 +147,8 @@ class _Box:
         top = y + self.height / 2 - _PAD
         for lines, height, weight, size in ((self.name, _NAME, "bold", 11), (self.lines, _LINE, "normal", 9.5)):
             for line in lines:
-                at = top - height / 2
-                axes.text(
-                    x,
-                    middle,
-                    line,
-                    ha="center",
-                    va="center",
-                    color=look.ink,
-                    zorder=4,
-                    fontsize=size,
-                    fontweight=weight,
-                )
+                text = axes.text(x, top - height / 2, line, ha="center", va="center", color=look.ink, zorder=4)
+                text.set(fontsize=size, fontweight=weight)
                 top -= height
         for number, picture in enumerate(self.pictures):
             resized = np.asarray(Image.fromarray(picture).resize((256, 256), Image.Resampling.LANCZOS))

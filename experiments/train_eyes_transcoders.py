@@ -5,7 +5,8 @@ No text of others is needed. Texts are sampled at temperature 1 from the first t
 
     python experiments/train_eyes_transcoders.py FOLDER_OF_EYES OUT
 
-writes `OUT/train.jsonl` with its pictures, for data=folder data.path=OUT (docs/bring_your_own.md).
+writes `OUT/train.jsonl`, and `OUT/val.jsonl` of other artists' pictures, for data=folder data.path=OUT
+(docs/bring_your_own.md).
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from vlmscope.data.icons import on_ground, read_icons, read_relations
 from vlmscope.models.eyes import joined_folder
 from vlmscope.models.loading import VLM, load_vlm
 
-TEXTS, LENGTH = 640, 128  # sampled texts, and tokens of each
-QUESTIONS = 6000  # of pictures, and as many of names
+LENGTH = 128  # tokens of a sampled text
+# File -> split of the pictures, sampled texts, and questions of pictures, with as many of names.
+FILES = {"train": ("train", 640, 6000), "val": ("test", 16, 150)}
 _BATCH = 128  # texts at once
 
 
@@ -45,9 +47,9 @@ def texts(vlm: VLM, count: int, length: int, seed: int) -> Iterator[dict[str, An
         yield from ({"text": text} for text in written if text.strip())
 
 
-def questions(count: int, folder: Path, seed: int) -> Iterator[dict[str, Any]]:
-    """Questions of training pictures, which are written into `folder`, and of their written names, with answers."""
-    table, relations = read_icons("train"), list(read_relations().values())
+def questions(split: str, count: int, folder: Path, seed: int) -> Iterator[dict[str, Any]]:
+    """Questions of a split's pictures, which are written into `folder`, and of their written names, with answers."""
+    table, relations = read_icons(split), list(read_relations().values())
     table = table[table.label.isin({label for relation in relations for label in relation.answers})]
     rng = generator(seed, "sampled questions")
     for number, which in enumerate(rng.integers(len(table), size=count)):
@@ -56,19 +58,20 @@ def questions(count: int, folder: Path, seed: int) -> Iterator[dict[str, Any]]:
         relation = fitting[int(rng.integers(len(fitting)))]
         red, green, blue = (int(value) for value in rng.integers(256, size=3))
         ground = (red, green, blue) if rng.random() < 0.5 else (255, 255, 255)
-        name, answer = f"pictures/{number}.png", relation.answers[row.label]
+        name, answer = f"pictures/{split}_{number}.png", relation.answers[row.label]
         on_ground(row.image, ground).save(folder / name)
         yield {"images": [name], "texts": [{"user": relation.asked(), "assistant": answer}]}
         yield {"texts": [{"user": relation.asked(row.label), "assistant": answer}]}
 
 
-def write_sampled(eyes: Path, out: Path, seed: int = 0, count: int = TEXTS, asked: int = QUESTIONS) -> None:
+def write_sampled(eyes: Path, out: Path, seed: int = 0) -> None:
     """Write the folder of training data of a model with eyes."""
     vlm = load_vlm(joined_folder(eyes), dtype="bfloat16")  # half the time
     with atomic_folder(out) as folder:
         (folder / "pictures").mkdir()
-        lines = [*texts(vlm, count, LENGTH, seed), *questions(asked, folder, seed)]
-        write_text(folder / "train.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        for number, (file, (split, count, asked)) in enumerate(FILES.items()):
+            lines = [*texts(vlm, count, LENGTH, seed + number), *questions(split, asked, folder, seed + number)]
+            write_text(folder / f"{file}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from vlmscope.core.artifacts import shipped
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.config import ACTIVATIONS, FORMAT_NAMES, read_usual_error
 from vlmscope.transcoders.formats import circuit_tracer
@@ -101,10 +100,7 @@ def format_named(name: str) -> Format:
 def detect(folder: Path) -> str:
     """The name of a folder's format, from the files in it."""
     if not folder.is_dir():
-        mend = "check the path"
-        if folder.resolve().parent == shipped("assets"):  # named by a configuration, not by the user
-            mend = "it is not shipped yet: run experiment=train_eyes_transcoders and give its set as transcoder=path"
-        raise UserError(f"no transcoder set in {folder}: there is no such folder; {mend}")
+        raise UserError(f"no transcoder set in {folder}: there is no such folder; check the path")
     for name, form in FORMATS.items():
         if form.found_in(folder):
             return name

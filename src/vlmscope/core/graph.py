@@ -488,7 +488,7 @@ def resample(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 def _overlaps(old: int, new: int) -> np.ndarray:
-    """`[new, old]`: the share of each old cell that lies in each new one; columns sum to 1."""
+    """`[new, old]`: the share of each old cell that each new one covers; columns sum to 1."""
     edges_old, edges_new = np.arange(old + 1) / old, np.arange(new + 1) / new
     low = np.maximum(edges_old[None, :-1], edges_new[:-1, None])
     high = np.minimum(edges_old[None, 1:], edges_new[1:, None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -247,15 +248,14 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-class Shown:
+class Shown(ABC):
     """A result that prints as a table, in notebooks as HTML."""
 
-    def _title(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _title(self) -> str: ...
 
-    def _rows(self) -> Sequence[tuple[str, ...]]:
-        """The head, then the rows."""
-        raise NotImplementedError
+    @abstractmethod
+    def _rows(self) -> Sequence[tuple[str, ...]]: ...  # the head, then the rows
 
     def __repr__(self) -> str:
         return f"{self._title()}\n{text_table(self._rows())}"

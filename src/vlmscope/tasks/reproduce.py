@@ -365,11 +365,11 @@ def write_page(run_dir: Path, overrides: Sequence[str], results: Sequence[Reprod
     off = [result.label for result in results if not result.holds]
     total = duration(sum(result.seconds or 0.0 for result in results))
     machine = _machine()
-    summary = f"{len(results)} experiments ran and all {count} headline numbers lie in their ranges"
+    summary = f"{len(results)} experiments ran and all {count} headline numbers are within their ranges"
     if off:
         summary = (
             f"{len(off)} of {len(results)} experiments did not come out as stated ({', '.join(off)}); "
-            f"{good} of {count} headline numbers lie in their ranges"
+            f"{good} of {count} headline numbers are within their ranges"
         )
     cards = (
         Card(
@@ -418,8 +418,8 @@ def write_ranges(run_dir: Path, results: Sequence[Reproduced], tested: int) -> N
     """Write ranges.json, and ranges.yaml with blocks that can be pasted into the experiments.
 
     By experiment and metric: the values of all seeds, the stated range, and the range that the values suggest, with its
-    width. Values of the seed `tested`, on which the ranges are judged, make none of them; whether the suggested range
-    `holds` them is told.
+    width. Values of the seed `tested`, on which the ranges are judged, make none of them; `holds` says
+    whether the suggested range contains these.
     """
     table: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(result.name for result in results):

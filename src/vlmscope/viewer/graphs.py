@@ -283,8 +283,8 @@ def export_graph(folder: Path, studies: Sequence[Path] = (), most: int | None = 
     """Write graph.html next to the graph.json in `folder`; returns its path and how many features have a panel.
 
     `studies` (of the decoder, of the vision tower) tell what features stand for; without any, those that come with
-    vlmscope do for their own model. At `most` so many features get a panel (a tenth of a second
-    each), those with most influence.
+    vlmscope do for their own model. `most` limits the number of features with a panel, to those
+    with most influence (a panel takes a tenth of a second).
 
     Raises:
         UserError: there is no graph, the page is not built, or the study is another model's.
